@@ -1,0 +1,46 @@
+// The Python modules deqcore._C and deqcore._cuda. Importing one loads its kernels into torch's
+// dispatcher (static initialisers of the bindings); the module itself only tells how it was built.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#if !defined(DEQCORE_CUDA_MODULE)
+#include "cpu/isa.h"
+#endif
+
+#define DEQCORE_STRINGIZE_(x) #x
+#define DEQCORE_STRINGIZE(x) DEQCORE_STRINGIZE_(x)
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return __VERSION__;
+#else
+  return "GCC " __VERSION__;
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = compiler();
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["flags"] = DEQCORE_FLAGS;
+  info["torch"] = TORCH_VERSION;
+#if !defined(DEQCORE_CUDA_MODULE)
+  info["isas"] = py::str(DEQCORE_ISAS).attr("split")(",");
+  info["isa"] = deqcore::cpu::isa_name(deqcore::cpu::chosen_isa());
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(DEQCORE_MODULE, m) {
+  m.def("build_info", &build_info,
+        "How the extension was built, and the instruction set chosen.\n\n"
+        "Raises RuntimeError if DEQCORE_CPU_ISA is unknown or this processor lacks it.");
+}
