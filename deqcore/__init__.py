@@ -1,0 +1,30 @@
+"""Fast, trustworthy fixed-point layers for PyTorch."""
+
+from deqcore import _kernels
+from deqcore._build_info import build_info
+from deqcore._solution import ConvergenceError, Solution, SolveReport, Status
+from deqcore._version import __version__
+from deqcore.adjoints import Implicit, Phantom, Unrolled
+from deqcore.fixed_point import fixed_point, root
+from deqcore.layers import ImplicitLayer
+from deqcore.solvers import Anderson, Broyden, Picard
+
+_kernels.load()
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "Implicit",
+    "ImplicitLayer",
+    "Phantom",
+    "Picard",
+    "Solution",
+    "SolveReport",
+    "Status",
+    "Unrolled",
+    "__version__",
+    "build_info",
+    "fixed_point",
+    "root",
+]

@@ -1,0 +1,207 @@
+"""The only iteration loop: evaluate f, then one fused op, until every row has ended."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from deqcore._packing import Packing
+from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
+from deqcore.solvers import SolverOptions
+from deqcore.solvers._options import StepContext
+
+
+class Problem:
+    """f on packed states, counting its calls.
+
+    Attributes:
+        calls: evaluations so far.
+        dtypes: of the state and of what f returned (under autocast they differ).
+    """
+
+    def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], packing: Packing) -> None:
+        self.f, self.args, self.packing = f, args, packing
+        self.calls = 0
+        self.dtypes: tuple[torch.dtype, ...] = packing.dtypes
+
+    def __call__(self, z: Tensor) -> Tensor:  # [B, D] -> [B, D], in the packed dtype
+        self.calls += 1
+        value = self.f(self.packing.unpack(z), *self.args)
+        packed = self.packing.pack(value)
+        if self.calls == 1:
+            leaves = pytree.tree_leaves(value)
+            self.dtypes += tuple(leaf.dtype for leaf in leaves if leaf.dtype.is_floating_point)
+        return packed
+
+
+@dataclass
+class Solved:
+    """The end of a loop: the packed value in the state's dtype, and how each row got there."""
+
+    value: Tensor  # [B, D]
+    rows: Rows
+    trace: Tensor | None
+    state: Any
+
+    def report(self, problem: Problem) -> dict[str, Any]:
+        """The fields of a :class:`SolveReport`."""
+        dtype = problem.packing.compute_dtype
+        return {
+            "status": self.rows.status,
+            "residual": self.rows.residuals[:, BEST].to(dtype),
+            "steps": self.rows.counters[:, STEPS].clone(),
+            "evaluations": problem.calls,
+            "trace": None if self.trace is None else self.trace.to(dtype),
+        }
+
+
+def solve(
+    problem: Problem, z0: Tensor, solver: SolverOptions, frozen: Tensor | None = None
+) -> Solved:
+    """Iterate from the packed ``z0`` [B, D] without a graph.
+
+    Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps.
+    """
+    with torch.no_grad():
+        run = _Run(problem, z0, solver, frozen)
+        watch = _EndWatch(run.rows, solver.check_every)
+        for step in range(1, solver.max_steps + 1):
+            if watch.all_ended():
+                break
+            f = problem(run.z)
+            context = run.context(step)
+            run.state, run.x, z = solver.step(run.state, run.x, f.detach(), context)
+            run.seen(z)
+    return run.solved()
+
+
+def differentiable_solve(
+    problem: Problem, z0: Tensor, solver: SolverOptions, checkpoint_every: int | None
+) -> Solved:
+    """The same iteration out of functional steps, so that autograd can follow it.
+
+    ``checkpoint_every`` steps at a time are recomputed in backward instead of stored.
+    """
+    run = _Run(problem, z0, solver, None)
+    run.state = _finite(run.state)
+    for first in range(1, solver.max_steps + 1, checkpoint_every or solver.max_steps):
+        last = min(first + (checkpoint_every or solver.max_steps), solver.max_steps + 1)
+        if checkpoint_every and torch.is_grad_enabled():
+            _checkpointed_steps(run, range(first, last))
+        else:
+            _differentiable_steps(run, range(first, last))
+    return run.solved()
+
+
+def _differentiable_steps(run: _Run, steps: range) -> None:
+    for step in steps:
+        if run.solver.check_every and not run.rows.remaining.item():
+            return
+        f = run.problem(run.z)
+        run.state, run.x = run.solver.differentiable_step(run.state, run.x, f, run.context(step))
+        run.seen(run.x.to(run.packing.dtype))
+
+
+def _checkpointed_steps(run: _Run, steps: range) -> None:
+    """Take the steps as a function of tensors, which autograd may call again in backward."""
+
+    def segment(*leaves: Tensor) -> tuple[Tensor, ...]:
+        part = copy.copy(run)
+        part.x, part.z, part.state, part.traces = pytree.tree_unflatten(list(leaves), spec)
+        _differentiable_steps(part, steps)
+        out, out_specs[0] = pytree.tree_flatten((part.x, part.z, part.state, part.traces))
+        return tuple(out)
+
+    out_specs: list[pytree.TreeSpec | None] = [None]
+    leaves, spec = pytree.tree_flatten((run.x, run.z, run.state, run.traces))
+    out = checkpoint(segment, *leaves, use_reentrant=False)
+    assert out_specs[0] is not None
+    run.x, run.z, run.state, run.traces = pytree.tree_unflatten(list(out), out_specs[0])
+
+
+def _finite(state: Any) -> Any:
+    """Rings without uninitialised memory: autograd multiplies even what `where` leaves out."""
+    zeros = {name: torch.zeros_like(t) for name, t in state._asdict().items() if name != "rows"}
+    return state._replace(**zeros)
+
+
+class _Run:
+    """The mutable part of one solve."""
+
+    def __init__(
+        self, problem: Problem, z0: Tensor, solver: SolverOptions, frozen: Tensor | None
+    ) -> None:
+        packing = problem.packing
+        self.problem, self.solver, self.packing = problem, solver, packing
+        self.x = z0.to(packing.compute_dtype).contiguous()  # the current iterate
+        self.z = packing.cast(self.x)  # the same as f sees it
+        self.damping = solver.damping_table(z0.device)
+        rows = Rows.start(len(z0), z0.device, frozen)
+        self.state = solver.init(self.x, rows, packing.dtype)
+        self.traces: list[Tensor] = []
+
+    @property
+    def rows(self) -> Rows:
+        rows: Rows = self.state.rows
+        return rows
+
+    def context(self, step: int) -> StepContext:
+        rtol = self.solver.relative_tolerance(*self.problem.dtypes)
+        return StepContext(self.damping, rtol, self.solver.atol, step, self.packing.dtype)
+
+    def seen(self, z: Tensor) -> None:
+        """Take over the next iterate as f will see it, and note the residual just measured."""
+        self.z = z
+        if not self.packing.uniform:
+            self.z = self.packing.cast(z)
+            self.x = self.z.to(self.packing.compute_dtype)
+        if self.solver.record_trace:
+            self.traces.append(self.rows.residuals[:, LATEST].clone())
+
+    def solved(self) -> Solved:
+        value = self.z if self.problem.calls else self.z.clone()  # never an alias of z0
+        trace = None
+        if self.solver.record_trace:
+            empty = self.rows.residuals.new_empty(len(self.x), 0)
+            trace = torch.stack(self.traces, 1) if self.traces else empty
+        return Solved(value, self.rows, trace, self.state)
+
+
+class _EndWatch:
+    """Tells the loop that every row has ended.
+
+    On the CPU at once. On a GPU the count is copied asynchronously every ``check_every`` steps and
+    awaited one look later, so that the device never idles; waiting for the event, rather than
+    asking whether it has passed, keeps the number of evaluations the same in every run.
+    """
+
+    def __init__(self, rows: Rows, check_every: int) -> None:
+        self.remaining, self.every = rows.remaining, check_every
+        self.looks = 0
+        self.on_host = self.remaining.device.type == "cpu"
+        if not self.on_host and check_every:
+            self.copy = torch.empty(2, dtype=torch.int32, pin_memory=True)
+            self.events = [torch.cuda.Event(), torch.cuda.Event()]
+
+    def all_ended(self) -> bool:
+        """Called before every evaluation."""
+        look = self.looks
+        self.looks += 1
+        if not self.every or look % self.every:
+            return False
+        if self.on_host:
+            return not self.remaining.item()
+        index = (look // self.every) % 2
+        self.copy[index : index + 1].copy_(self.remaining, non_blocking=True)
+        self.events[index].record()
+        if look < self.every:  # nothing was asked before
+            return False
+        self.events[1 - index].synchronize()
+        return not self.copy[1 - index].item()

@@ -1,0 +1,122 @@
+"""Between the caller's state (a tensor or a pytree) and the [batch, dim] matrix that solvers see."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The structure of one state.
+
+    Attributes:
+        batch, dim: rows, and elements in a row over all leaves.
+        dtype: dtype of the packed state: the promotion of the leaves' dtypes.
+        uniform: whether every leaf has that dtype, so that packing rounds nothing.
+    """
+
+    spec: pytree.TreeSpec
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    widths: tuple[int, ...]
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def dim(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def uniform(self) -> bool:
+        return all(dtype == self.dtype for dtype in self.dtypes)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the current iterate and the history: half-precision states are kept in float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @classmethod
+    def of(cls, z0: Any) -> Packing:
+        """Read the structure of ``z0``; raises TypeError or ValueError that names the bad leaf."""
+        leaves, spec = pytree.tree_flatten(z0)
+        if not leaves:
+            raise ValueError("z0: expected a tensor or a pytree of tensors, got an empty pytree")
+        for index, leaf in enumerate(leaves):
+            _check_leaf(leaf, index, leaves)
+        scalar = len(leaves) == 1 and leaves[0].dim() == 0
+        batch = 1 if scalar else leaves[0].shape[0]
+        dtype = leaves[0].dtype
+        for leaf in leaves[1:]:
+            dtype = torch.promote_types(dtype, leaf.dtype)
+        return cls(
+            spec=spec,
+            shapes=tuple(leaf.shape for leaf in leaves),
+            dtypes=tuple(leaf.dtype for leaf in leaves),
+            widths=tuple(math.prod(leaf.shape[1:]) for leaf in leaves),
+            batch=batch,
+            dtype=dtype,
+            device=leaves[0].device,
+        )
+
+    def pack(self, state: Any, what: str = "f(z)") -> Tensor:
+        """[batch, dim] in the packed dtype, contiguous; checks that ``state`` has z0's structure."""
+        leaves, spec = pytree.tree_flatten(state)
+        if spec != self.spec:
+            raise ValueError(f"{what}: expected the structure of z0, {self.spec}, got {spec}")
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{what}: expected tensors, got {type(leaf).__name__}")
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{what}: expected shape {tuple(shape)}, that of z0, got {tuple(leaf.shape)}; "
+                    "f must map a state to a state of the same shape"
+                )
+            if leaf.device != self.device:
+                raise ValueError(f"{what}: expected device {self.device}, got {leaf.device}")
+        if len(leaves) == 1:
+            return leaves[0].reshape(self.batch, self.dim).to(self.dtype).contiguous()
+        rows = zip(leaves, self.widths, strict=True)
+        return torch.cat([leaf.reshape(self.batch, w).to(self.dtype) for leaf, w in rows], dim=1)
+
+    def unpack(self, packed: Tensor) -> Any:
+        """The caller's structure; views of ``packed`` where the dtypes agree."""
+        if len(self.shapes) == 1:
+            return pytree.tree_unflatten([packed.reshape(self.shapes[0])], self.spec)
+        parts = packed.split(self.widths, dim=1)
+        leaves = [
+            part.reshape(shape).to(dtype)
+            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def cast(self, x: Tensor) -> Tensor:
+        """The iterate as f will see it: rounded to the leaves' dtypes, in the packed dtype."""
+        z = x.to(self.dtype)
+        return z if self.uniform else self.pack(self.unpack(z), "z")
+
+
+def _check_leaf(leaf: Any, index: int, leaves: list[Any]) -> None:
+    where = "z0" if len(leaves) == 1 else f"z0: leaf {index}"
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{where}: expected a tensor, got {type(leaf).__name__}")
+    if not leaf.dtype.is_floating_point:
+        hint = "use torch.view_as_real" if leaf.dtype.is_complex else "use z0.float()"
+        raise TypeError(f"{where}: expected a floating-point tensor, got {leaf.dtype}; {hint}")
+    if len(leaves) == 1:
+        return
+    if leaf.dim() == 0:
+        raise ValueError(f"{where}: expected a batch dimension (dim 0), got a 0-dim tensor")
+    first = leaves[0]
+    if leaf.shape[0] != first.shape[0]:
+        raise ValueError(
+            f"{where}: expected {first.shape[0]} rows in dim 0 like leaf 0, got {leaf.shape[0]}"
+        )
+    if leaf.device != first.device:
+        raise ValueError(f"{where}: expected device {first.device} like leaf 0, got {leaf.device}")

@@ -1,0 +1,123 @@
+"""What a solve returns, and what to do when it did not converge."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Status(enum.IntEnum):
+    """How one row of a batch ended. ``Solution.status`` is an int8 tensor of these values."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STALLED = 2
+    DIVERGED = 3
+    NONFINITE = 4
+
+    @property
+    def advice(self) -> str:
+        """One sentence on what to try."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.CONVERGED: "nothing to do.",
+    Status.MAX_STEPS: (
+        "the residual was still falling: raise max_steps, loosen rtol or atol, or start nearer (z0)."
+    ),
+    Status.STALLED: (
+        "the residual stopped falling before the tolerance: loosen rtol or atol to what the dtype "
+        "and f can reach, raise patience, or use float64."
+    ),
+    Status.DIVERGED: (
+        "f expands here: bound its Lipschitz constant (spectral or weight norm), use damping below "
+        "1, or add a Jacobian penalty in training."
+    ),
+    Status.NONFINITE: "f returned NaN or inf: check its inputs and parameters for these rows.",
+}
+
+
+class ConvergenceError(RuntimeError):
+    """Raised by :meth:`SolveReport.raise_for_status` when a row did not converge."""
+
+
+@dataclass(eq=False)
+class BackwardRecord:
+    """Filled by the adjoint solve when ``backward`` runs; None until then."""
+
+    report: SolveReport | None = None
+
+
+@dataclass(eq=False)
+class SolveReport:
+    """The outcome of a solve, row by row, without the solution itself.
+
+    Attributes:
+        status: int8 [B], values of :class:`Status`.
+        residual: [B], rms(f(z) - z) of the iterate that was returned; float32, or float64 for a
+            float64 state.
+        steps: int32 [B], evaluations of f that the row used.
+        evaluations: calls of f in all, the extra one that builds a graph included.
+        trace: [B, n], the residual after each step when ``record_trace=True``, else None. A row
+            that has ended repeats its last value.
+    """
+
+    status: Tensor
+    residual: Tensor
+    steps: Tensor
+    evaluations: int
+    trace: Tensor | None = None
+    record: BackwardRecord = field(default_factory=BackwardRecord, repr=False)
+
+    @property
+    def backward(self) -> SolveReport | None:
+        """Outcome of the last backward solve of this solution (``Implicit``); None before it.
+
+        Its residual is that of the unit-size problem: relative to each row's incoming gradient.
+        """
+        return self.record.report
+
+    @property
+    def converged(self) -> Tensor:
+        """bool [B]: the rows that met the tolerance."""
+        return self.status == Status.CONVERGED
+
+    def raise_for_status(self) -> None:
+        """Raise :class:`ConvergenceError` unless every row converged (reads the device once)."""
+        counts = torch.bincount(self.status.long().cpu(), minlength=len(Status)).tolist()
+        if sum(counts[1:]) == 0:
+            return
+        rows = (self.status != Status.CONVERGED).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        worst = self.residual.double()[self.status != Status.CONVERGED].max().item()
+        lines = [
+            f"{len(rows)} of {len(self.status)} rows did not converge (rows {shown}; "
+            f"largest residual {worst:.3g}):"
+        ]
+        for status, count in zip(Status, counts, strict=True):
+            if count and status is not Status.CONVERGED:
+                lines.append(f"  {count} {status.name}: {status.advice}")
+        raise ConvergenceError("\n".join(lines))
+
+
+@dataclass(eq=False)
+class Solution(SolveReport):
+    """A :class:`SolveReport` and the solution.
+
+    Attributes:
+        value: same structure, shapes, dtypes and device as z0. It is the iterate with the smallest
+            residual that was measured (the converged one where the row converged), the same with
+            and without grad mode.
+    """
+
+    value: Any = None
+
+    def report(self) -> SolveReport:
+        """This solve's outcome without its value, so that keeping it keeps no graph alive."""
+        names = (item.name for item in fields(SolveReport))
+        return SolveReport(**{name: getattr(self, name) for name in names})

@@ -1,0 +1,45 @@
+"""Phantom gradient: differentiate a few steps taken from the solution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deqcore._loop import Problem, Solved, solve
+from deqcore._solution import BackwardRecord
+from deqcore.adjoints._base import Adjoint, ValueWithGradientOf
+from deqcore.solvers import SolverOptions
+from deqcore.solvers._options import options, require_int, require_number
+
+
+@options
+class Phantom(Adjoint):
+    """The gradient of ``steps`` damped fixed-point steps from the solution, an approximation.
+
+    One undamped step is Jacobian-free backpropagation. The value is the solver's; the steps only
+    carry gradients. Memory grows with ``steps``.
+
+    Args:
+        steps: at least 1.
+        damping: in (0, 1].
+
+    Sources: Geng et al., "On Training Implicit Models", NeurIPS 2021; Fung et al., "JFB", AAAI 2022.
+    """
+
+    steps: int = 1
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_int(self, "steps", 1)
+        require_number(self, "damping", 0.0, 1.0, above=True)
+
+    def solve(
+        self, problem: Problem, z0: Tensor, solver: SolverOptions, record: BackwardRecord
+    ) -> tuple[Tensor, Solved]:
+        solved = solve(problem, z0, solver)
+        if not torch.is_grad_enabled():
+            return solved.value, solved
+        z = solved.value
+        for _ in range(self.steps):
+            z = torch.lerp(z, problem(z), self.damping) if self.damping < 1 else problem(z)
+        return ValueWithGradientOf.apply(z, solved.value), solved

@@ -1,0 +1,33 @@
+"""The torch.library namespace ``deqcore``: schemas here, C++ kernels in ``csrc``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("deqcore", "DEF")
+
+
+def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
+    """Register an op that advances solver state in place.
+
+    ``reference`` runs wherever no compiled kernel is registered for the tensors' device. Such an op
+    is never differentiated: with a tensor that requires grad, in grad mode, it raises.
+    """
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    op = getattr(torch.ops.deqcore, name).default
+
+    def forbid_autograd(keyset: torch._C.DispatchKeySet, *args: object) -> None:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(
+                f"deqcore::{name} changes solver state in place and has no derivative; call it under "
+                "torch.no_grad(), or differentiate the solve with an adjoint (deqcore.Implicit, "
+                "Phantom or Unrolled)"
+            )
+        op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name, forbid_autograd, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"deqcore::{name}", lambda *args: None, lib=LIBRARY)

@@ -1,0 +1,115 @@
+"""The per-row state machine of a solve, in PyTorch; ``csrc/ops/rows.h`` is the same in C++.
+
+A row is active until it converges, stalls, diverges, meets a NaN or uses up its steps; from then on
+it is frozen bit for bit. Everything here is a tensor on the state's device: nothing waits for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deqcore._solution import Status
+
+ACTIVE = -1  # a row that is still being solved; never seen by users
+
+# Columns of `counters`, int32 [B, 5].
+STEPS, HISTORY, BEST_STEP, FALLBACK_STEP, MIXED = range(5)
+# Columns of `residuals`, float64 [B, 3].
+LATEST, BEST, FIRST = range(3)
+
+DIVERGENCE = 1e8  # a residual this many times the first one ends the row
+SUM_BLOCK = 128
+
+
+class Rows(NamedTuple):
+    """Status and counters of a batch of rows; every step op changes them in place."""
+
+    status: Tensor  # int8 [B]
+    counters: Tensor  # int32 [B, 5]
+    residuals: Tensor  # float64 [B, 3]
+    remaining: Tensor  # int32 [1], rows still active
+
+    @classmethod
+    def start(cls, batch: int, device: torch.device, frozen: Tensor | None = None) -> Rows:
+        """All rows active, except those of ``frozen`` (bool [B]), which count as converged."""
+        status = torch.full((batch,), ACTIVE, dtype=torch.int8, device=device)
+        residuals = torch.full((batch, 3), torch.inf, dtype=torch.float64, device=device)
+        if frozen is not None:
+            status.masked_fill_(frozen, int(Status.CONVERGED))
+            residuals.masked_fill_(frozen[:, None], 0.0)
+        counters = torch.zeros(batch, 5, dtype=torch.int32, device=device)
+        return cls(status, counters, residuals, _count_active(status))
+
+
+def _count_active(status: Tensor) -> Tensor:
+    return (status == ACTIVE).sum(dtype=torch.int32).reshape(1)
+
+
+class Outcome(NamedTuple):
+    """What one evaluation means for each row; bool [B] each."""
+
+    active: Tensor  # the row was active and its evaluation counts
+    going_on: Tensor  # and it still is: it takes another step
+    improved: Tensor  # its residual is the best so far
+    ended: Tensor  # it ended now, without converging: it returns its best iterate
+
+
+def row_sum(values: Tensor) -> Tensor:
+    """Sum over the last dimension in an order that depends on its length alone.
+
+    ``Tensor.sum`` splits a reduction over threads when there is a single output, so that a row
+    would depend on its batch-mates; blocks of fixed size do not.
+    """
+    padding = -values.shape[-1] % SUM_BLOCK
+    blocks = F.pad(values, (0, padding)).unflatten(-1, (-1, SUM_BLOCK))
+    return blocks.sum(-1).sum(-1)
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products over the last dimension, accumulated in float64."""
+    return row_sum(a.double() * b.double())
+
+
+def rms(sum_of_squares: Tensor, dim: int) -> Tensor:
+    return (sum_of_squares / max(dim, 1)).sqrt()
+
+
+def advance(
+    rows: Rows,
+    residual: Tensor,
+    scale: Tensor,
+    rtol: float,
+    atol: float,
+    patience: int,
+    max_steps: int,
+) -> tuple[Rows, Outcome]:
+    """Count one evaluation with rms(f(z) - z) = ``residual`` and rms(f(z)) = ``scale``, both [B]."""
+    active = rows.status == ACTIVE
+    steps = rows.counters[:, STEPS] + active.int()
+    finite = active & residual.isfinite() & scale.isfinite()
+    first = torch.where(active & (steps == 1), residual, rows.residuals[:, FIRST])
+
+    converged = finite & (residual <= atol + rtol * scale)
+    improved = converged | (finite & (residual < rows.residuals[:, BEST]))
+    best_step = torch.where(improved, steps, rows.counters[:, BEST_STEP])
+    best = torch.where(improved | (active & (best_step == 0)), residual, rows.residuals[:, BEST])
+
+    status = torch.where(active & (steps >= max_steps), int(Status.MAX_STEPS), rows.status)
+    stalled = finite & (steps - best_step >= patience)
+    status = torch.where(stalled, int(Status.STALLED), status)
+    status = torch.where(finite & (residual > DIVERGENCE * first), int(Status.DIVERGED), status)
+    status = torch.where(active & ~finite, int(Status.NONFINITE), status)
+    status = torch.where(converged, int(Status.CONVERGED), status).to(torch.int8)
+
+    latest = torch.where(active, residual, rows.residuals[:, LATEST])
+    counters = rows.counters.clone()
+    counters[:, STEPS] = steps
+    counters[:, BEST_STEP] = best_step
+    going_on = status == ACTIVE
+    outcome = Outcome(active, going_on, improved, active & ~going_on & ~converged)
+    residuals = torch.stack([latest, best, first], dim=1)
+    return Rows(status, counters, residuals, _count_active(status)), outcome

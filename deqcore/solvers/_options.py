@@ -1,0 +1,173 @@
+"""Options that all solvers share, validated when a solver is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+
+Damping = float | Callable[[int], float]
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def options(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass whose constructor names the option a typo was meant for."""
+    decorated = dataclass(frozen=True, kw_only=True)(cls)
+    fields = [field.name for field in dataclasses.fields(decorated)]  # type: ignore[arg-type]
+    generated = decorated.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args:
+            raise TypeError(f"{cls.__name__}: options are keywords, as in {cls.__name__}({fields[0]}=...)")
+        for name in kwargs:
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise TypeError(
+                    f"{cls.__name__}: unknown option {name!r}; {hint}Options: {', '.join(fields)}"
+                )
+        generated(self, **kwargs)
+
+    __init__.__wrapped__ = generated  # type: ignore[attr-defined]  # keeps help() and inspect useful
+    __init__.__doc__ = generated.__doc__
+    decorated.__init__ = __init__  # type: ignore[method-assign]
+    return decorated
+
+
+def require_int(owner: object, name: str, low: int, high: int | None = None) -> None:
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(_message(owner, name, "an integer", value))
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(_message(owner, name, f"an integer {bound}", value))
+
+
+def require_number(
+    owner: object, name: str, low: float, high: float = math.inf, *, above: bool = False
+) -> None:
+    """``low`` is allowed unless ``above``; ``high`` is allowed; NaN never."""
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(_message(owner, name, "a number", value))
+    if not (low < value if above else low <= value) or not value <= high:
+        bound = f"above {low:g}" if above else f"of at least {low:g}"
+        bound += f" and at most {high:g}" if high < math.inf else ""
+        raise ValueError(_message(owner, name, f"a number {bound}", value))
+
+
+def require_bool(owner: object, name: str) -> None:
+    value = getattr(owner, name)
+    if not isinstance(value, bool):
+        raise ValueError(_message(owner, name, "True or False", value))
+
+
+def require_damping(owner: object) -> None:
+    if not callable(getattr(owner, "damping")):  # noqa: B009  (not every options class has it)
+        require_number(owner, "damping", 0.0, 2.0, above=True)
+
+
+def _message(owner: object, name: str, expected: str, value: object) -> str:
+    return f"{type(owner).__name__}: {name} must be {expected}, got {value!r}"
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a step needs besides its state.
+
+    Attributes:
+        damping: float64 [T] on the state's device; the last entry holds for all later steps.
+        rtol, atol: tolerances on rms(f(z) - z).
+        step: 1 for the first evaluation.
+        dtype: of the state as f sees it.
+    """
+
+    damping: Tensor
+    rtol: float
+    atol: float
+    step: int
+    dtype: torch.dtype
+
+
+@options
+class SolverOptions:
+    """Options of every solver.
+
+    Args:
+        rtol: relative tolerance; a row has converged when
+            ``rms(f(z) - z) <= atol + rtol * rms(f(z))``. None: 1e-4, or the machine epsilon of the
+            state's dtype or of what f returns where that is larger (no bfloat16 state reaches 1e-4).
+        atol: absolute tolerance, in the units of the state.
+        max_steps: the most calls of f.
+        patience: a row has stalled when its best residual is this many steps old.
+        check_every: steps between two looks at whether all rows have ended; on a GPU the answer is
+            awaited one look late. 0: never look, run ``max_steps``.
+        record_trace: keep the residual after every step in ``Solution.trace``.
+    """
+
+    rtol: float | None = None
+    atol: float = 1e-6
+    max_steps: int = 50
+    patience: int = 25
+    check_every: int = 1
+    record_trace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rtol is not None:
+            require_number(self, "rtol", 0.0)
+        require_number(self, "atol", 0.0)
+        require_int(self, "max_steps", 1)
+        require_int(self, "patience", 1)
+        require_int(self, "check_every", 0)
+        require_bool(self, "record_trace")
+
+    def relative_tolerance(self, *dtypes: torch.dtype) -> float:
+        """``rtol``, or its default for a state and an f of these dtypes."""
+        if self.rtol is not None:
+            return self.rtol
+        return max([1e-4, *(torch.finfo(dtype).eps for dtype in dtypes)])
+
+    def damping_table(self, device: torch.device) -> Tensor:
+        """float64 [T]: one entry for a constant, ``max_steps`` for a function of the step."""
+        damping: Damping = getattr(self, "damping", 1.0)
+        if not callable(damping):
+            return torch.tensor([damping], dtype=torch.float64, device=device)
+        values = [float(damping(step)) for step in range(1, self.max_steps + 1)]
+        for step, value in enumerate(values, start=1):
+            if not 0 < value <= 2:
+                raise ValueError(
+                    f"{type(self).__name__}: damping({step}) must be above 0 and at most 2, "
+                    f"got {value!r}"
+                )
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    # What a solver implements; `state` is a NamedTuple of tensors with a field `rows`.
+
+    def init(self, x: Tensor, rows: Any, dtype: torch.dtype) -> Any:
+        """State for iterates like ``x`` [B, D], which f sees as ``dtype``."""
+        raise TypeError(f"{type(self).__name__} is not a solver: use Picard, Anderson or Broyden")
+
+    def step(self, state: Any, x: Tensor, f: Tensor, context: StepContext) -> tuple[Any, Tensor, Tensor]:
+        """(state, next iterate, next iterate in f's dtype); ``state`` is changed in place."""
+        raise TypeError(f"{type(self).__name__} is not a solver: use Picard, Anderson or Broyden")
+
+    def differentiable_step(
+        self, state: Any, x: Tensor, f: Tensor, context: StepContext
+    ) -> tuple[Any, Tensor]:
+        """(new state, next iterate) without mutation, by differentiable PyTorch operations."""
+        raise TypeError(f"{type(self).__name__} is not a solver: use Picard, Anderson or Broyden")
+
+
+def step_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Buffers for the next iterate, and for it as f sees it ([B, 0] where that is the same)."""
+    x_next = torch.empty_like(x)
+    same = dtype == x.dtype
+    z_next = x.new_empty((x.shape[0], 0)) if same else torch.empty_like(x, dtype=dtype)
+    return x_next, z_next

@@ -1,0 +1,152 @@
+"""Anderson acceleration: least-squares mixing of the last iterates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqcore.ops import anderson_step as op
+from deqcore.ops._rows import Rows
+from deqcore.ops.anderson_step import AndersonState
+from deqcore.solvers._options import (
+    Damping,
+    SolverOptions,
+    StepContext,
+    options,
+    require_damping,
+    require_int,
+    require_number,
+    step_outputs,
+)
+
+
+class MixingSolver(SolverOptions):
+    """The steps that Anderson and Picard share: one op, with or without mixing."""
+
+    def ring_size(self) -> int:
+        """Stored residuals."""
+        raise TypeError(f"{type(self).__name__} is not a solver: use Picard or Anderson")
+
+    def mixing(self) -> dict[str, Any]:
+        """The op's options on how iterates are mixed."""
+        raise TypeError(f"{type(self).__name__} is not a solver: use Picard or Anderson")
+
+    def init(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> AndersonState:
+        batch, dim = x.shape
+        memory = self.ring_size()
+        return AndersonState(
+            g_ring=x.new_empty(batch, memory, dim),
+            h_ring=x.new_empty(batch, memory, dim),
+            gram=x.new_zeros(batch, memory, memory, dtype=torch.float64),
+            best=x.new_empty(batch, 0),
+            rows=rows,
+        )
+
+    def step(
+        self, state: AndersonState, x: Tensor, f: Tensor, context: StepContext
+    ) -> tuple[AndersonState, Tensor, Tensor]:
+        state = _with_room_for_best(state, context.step)
+        x_next, z_next = step_outputs(x, context.dtype)
+        op.anderson_step(
+            x,
+            f,
+            context.damping,
+            state,
+            x_next,
+            z_next,
+            rtol=context.rtol,
+            atol=context.atol,
+            patience=self.patience,
+            max_steps=self.max_steps,
+            **self.mixing(),
+        )
+        return state, x_next, z_next if z_next.shape[1] else x_next
+
+    def differentiable_step(
+        self, state: AndersonState, x: Tensor, f: Tensor, context: StepContext
+    ) -> tuple[AndersonState, Tensor]:
+        state = _with_room_for_best(state, context.step)
+        return op.functional(
+            x,
+            f,
+            context.damping,
+            state,
+            context.rtol,
+            context.atol,
+            self.patience,
+            self.max_steps,
+            **self.mixing(),
+        )
+
+
+@options
+class Anderson(MixingSolver):
+    """Anderson acceleration, type II, row by row.
+
+    The next iterate is sum_i alpha_i (x_i + damping_i * g_i) over the last ``memory`` iterates, with
+    weights that sum to one and minimise |sum_i alpha_i g_i|, g = f(x) - x.
+
+    Args:
+        memory: stored residuals, 1 to 64; at least D + 1 solves a D-dimensional affine map exactly.
+        damping: in (0, 2]; a float, or a function of the step (1, 2, ...). Each stored iterate keeps
+            the damping of the step it was stored at.
+        ridge: added to the diagonal of the Gram matrix of residual differences after they are
+            scaled to unit norm, so its effect does not depend on the problem's scale.
+        start: plain steps before mixing; they leave no history.
+        restart: clear the history every this many steps; None: never.
+        safeguard: a mixed iterate whose residual is more than this times the best one is rejected:
+            the row takes a plain step from its best iterate with an empty history. At least 1; inf: off.
+        max_weight: larger mixing weights mean a degenerate history: the row then mixes only its
+            last two iterates, or takes a plain step.
+        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`SolverOptions`.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option out of range.
+
+    Source: Walker & Ni (2011), doi:10.1137/10078356X.
+    """
+
+    memory: int = 5
+    damping: Damping = 1.0
+    ridge: float = 1e-8
+    start: int = 0
+    restart: int | None = None
+    safeguard: float = 2.0
+    max_weight: float = 1e4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int(self, "memory", 1, op.MAX_MEMORY)
+        require_damping(self)
+        require_number(self, "ridge", 0.0)
+        require_int(self, "start", 0)
+        if self.restart is not None:
+            require_int(self, "restart", 1)
+        require_number(self, "safeguard", 1.0)
+        require_number(self, "max_weight", 1.0)
+
+    def ring_size(self) -> int:
+        return self.memory
+
+    def mixing(self) -> dict[str, Any]:
+        return {
+            "ridge": self.ridge,
+            "start": self.start,
+            "restart": self.restart or 0,
+            "safeguard": self.safeguard,
+            "max_weight": self.max_weight,
+        }
+
+
+def _with_room_for_best(state: AndersonState, step: int) -> AndersonState:
+    """Make room for best iterates that leave the ring: rarely needed, so not made until then."""
+    memory = state.g_ring.shape[1]
+    if step <= memory or state.best.shape[1]:
+        return state
+    # On the CPU it costs nothing to look; on a GPU it would wait for the device.
+    if state.g_ring.device.type == "cpu" and not op.evicts_best(state):
+        return state
+    return state._replace(best=torch.empty_like(state.g_ring[:, 0]))

@@ -1,0 +1,121 @@
+"""Broyden's method with limited memory and restarts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deqcore.ops import broyden_step as op
+from deqcore.ops._rows import HISTORY, STEPS, Rows
+from deqcore.ops.broyden_step import BroydenState
+from deqcore.solvers._options import (
+    Damping,
+    SolverOptions,
+    StepContext,
+    options,
+    require_damping,
+    require_int,
+    step_outputs,
+)
+
+FIRST_CAPACITY = 8
+
+
+@options
+class Broyden(SolverOptions):
+    """Good Broyden method on g(x) = f(x) - x, started from the inverse -I, row by row.
+
+    Args:
+        memory: stored steps, 1 to 64; a row that has filled it restarts from where it is.
+            Storage grows as steps are taken.
+        damping: in (0, 2]; a float, or a function of the step (1, 2, ...).
+        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`SolverOptions`.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option out of range.
+
+    Source: Broyden (1965); in the form that stores steps only, Kelley (1995), section 7.3.
+    """
+
+    memory: int = 30
+    damping: Damping = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int(self, "memory", 1, op.MAX_MEMORY)
+        require_damping(self)
+
+    def init(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> BroydenState:
+        batch, dim = x.shape
+        return BroydenState(
+            s_ring=x.new_empty(batch, min(FIRST_CAPACITY, self.memory), dim),
+            gram=x.new_zeros(batch, self.memory, self.memory, dtype=torch.float64),
+            best=torch.empty_like(x),
+            rows=rows,
+        )
+
+    def step(
+        self, state: BroydenState, x: Tensor, f: Tensor, context: StepContext
+    ) -> tuple[BroydenState, Tensor, Tensor]:
+        state = self._with_room(state, context.step)
+        x_next, z_next = step_outputs(x, context.dtype)
+        op.broyden_step(
+            x,
+            f,
+            context.damping,
+            state,
+            x_next,
+            z_next,
+            rtol=context.rtol,
+            atol=context.atol,
+            patience=self.patience,
+            max_steps=self.max_steps,
+            memory=self.memory,
+        )
+        return state, x_next, z_next if z_next.shape[1] else x_next
+
+    def differentiable_step(
+        self, state: BroydenState, x: Tensor, f: Tensor, context: StepContext
+    ) -> tuple[BroydenState, Tensor]:
+        state = self._with_room(state, context.step)
+        return op.functional(
+            x, f, context.damping, state, context.rtol, context.atol, self.patience,
+            self.max_steps, self.memory,
+        )  # fmt: skip
+
+    def _with_room(self, state: BroydenState, step: int) -> BroydenState:
+        """Grow the ring so that no row can run out: a row stores at most one step per step."""
+        capacity = state.s_ring.shape[1]
+        if min(step, self.memory) <= capacity:
+            return state
+        batch, _, dim = state.s_ring.shape
+        # Half as much again: the copies stay a small share of the traffic, and the peak low.
+        size = (batch, min(self.memory, capacity + capacity // 2), dim)
+        # Autograd multiplies even what `where` leaves out, so it must see finite memory.
+        grad = torch.is_grad_enabled()
+        grown = state.s_ring.new_zeros(size) if grad else state.s_ring.new_empty(size)
+        grown[:, :capacity] = state.s_ring
+        return state._replace(s_ring=grown)
+
+    def inverse_transpose(self, state: BroydenState, v: Tensor) -> Tensor:
+        """-H^T v for the inverse Jacobian H that the forward solve has built; v is [B, D].
+
+        Approximates (I - df/dz)^-T v, the adjoint's solution (SHINE, arXiv 2106.00553, eq. 3).
+        """
+        count = state.rows.counters[:, HISTORY].long()
+        steps = state.rows.counters[:, STEPS].long()
+        damping = self.damping_table(v.device)
+        out = v.double()
+        for j in reversed(range(state.s_ring.shape[1] - 1)):
+            complete = (j + 1 < count)[:, None]
+            s, s_next = (torch.where(complete, state.s_ring[:, i], 0).double() for i in (j, j + 1))
+            beta, beta_next = (_damping_at(damping, steps - count + i)[:, None] for i in (j, j + 1))
+            size = torch.where(complete, (s * s).sum(1, keepdim=True), 1)
+            u = (beta / beta_next * s_next + (beta - 1) * s) / size
+            out = out + s * (u * out).sum(1, keepdim=True)
+        return out.to(v.dtype)
+
+
+def _damping_at(table: Tensor, steps: Tensor) -> Tensor:
+    return table[(steps - 1).clamp(0, len(table) - 1)]
