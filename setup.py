@@ -55,7 +55,9 @@ def _remove_stale_extensions() -> None:
 
 choice = os.environ.get("DEQCORE_BUILD", "auto")
 if choice not in BUILD_CHOICES:
-    raise SystemExit(f"deqcore: DEQCORE_BUILD={choice!r} is unknown; use {', '.join(BUILD_CHOICES)}")
+    raise SystemExit(
+        f"deqcore: DEQCORE_BUILD={choice!r} is unknown; use {', '.join(BUILD_CHOICES)}"
+    )
 os.chdir(ROOT)
 plan = make_plan(choice) if BUILD_COMMANDS.intersection(sys.argv) else Plan()
 

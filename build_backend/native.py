@@ -17,9 +17,16 @@ from pathlib import Path
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
-from toolchain import Compiler, Cuda, Torch, Unavailable, python_include
+from toolchain import Compiler, Cuda, Torch, UnavailableError, python_include
 
-BUILD_CHOICES = ("auto", "cpu", "cuda", "none")
+# What each DEQCORE_BUILD does about each part.
+_POLICIES = {
+    "auto": {"cpu": "try", "cuda": "try"},
+    "cpu": {"cpu": "must", "cuda": "skip"},
+    "cuda": {"cpu": "must", "cuda": "must"},
+    "none": {"cpu": "skip", "cuda": "skip"},
+}
+BUILD_CHOICES = tuple(_POLICIES)
 
 # The oldest torch whose stable ABI the bindings use; the binary runs on any later one.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -73,24 +80,20 @@ class NativeExtension(Extension):
 def make_plan(choice: str) -> Plan:
     """Decide what to build for DEQCORE_BUILD=choice; SystemExit if what was asked for cannot be."""
     plan = Plan()
-    if choice == "none":
-        plan.left_out = {"cpu": "built with DEQCORE_BUILD=none"}
-        return plan
-    wanted = {"auto": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}[choice]
-    cuda_sources = _files("csrc/cuda", "*.cu", "*.cpp")
-    parts = {"cpu": _cpu_extension, "cuda": _cuda_extension}
-    if choice == "cpu" or (choice == "auto" and not cuda_sources):
-        del parts["cuda"]
-    for part, make in parts.items():
+    makers = {"cpu": _cpu_extension, "cuda": _cuda_extension}
+    for part, policy in _POLICIES[choice].items():
+        if part == "cuda" and policy != "must" and not _files("csrc/cuda", "*.cu"):
+            continue
+        if policy == "skip":
+            plan.left_out[part] = f"built with DEQCORE_BUILD={choice}"
+            continue
         try:
-            plan.extensions.append(make())
-        except Unavailable as reason:
-            if part in wanted:
+            plan.extensions.append(makers[part]())
+        except UnavailableError as reason:
+            if policy == "must":
                 raise SystemExit(f"deqcore: DEQCORE_BUILD={choice}, but {reason}") from None
             plan.left_out[part] = str(reason)
-    if plan.left_out:
-        reasons = "; ".join(f"{part} kernels: {why}" for part, why in plan.left_out.items())
-        print(f"deqcore: left out of this build: {reasons}", file=sys.stderr)
+            sys.stderr.write(f"deqcore: left out the {part} kernels: {reason}\n")
     return plan
 
 
@@ -115,7 +118,7 @@ def _cuda_extension() -> NativeExtension:
     sources = _files("csrc/cuda", "*.cu")
     bindings = _files("csrc/cuda", "*.cpp")
     if not sources:
-        raise Unavailable("this version has no CUDA kernels (csrc/cuda/*.cu)")
+        raise UnavailableError("this version has no CUDA kernels (csrc/cuda/*.cu)")
     torch = Torch.find()
     compiler, binding = _binding_command(torch)
     host = os.environ.get("CXX")
@@ -123,7 +126,12 @@ def _cuda_extension() -> NativeExtension:
     device += ["-ccbin", shlex.split(host)[-1]] if host else []
     cuda = Cuda.find(torch, device)
     binding += ["-DUSE_CUDA", f"-isystem{cuda.include}"]
-    device = [str(cuda.nvcc), *device, *cuda.architectures, *shlex.split(os.environ.get("NVCC_FLAGS", ""))]
+    device = [
+        str(cuda.nvcc),
+        *device,
+        *cuda.architectures,
+        *shlex.split(os.environ.get("NVCC_FLAGS", "")),
+    ]
 
     module = [*binding, "-DDEQCORE_CUDA_MODULE"]
     units = [_module_unit(module, "_cuda", shlex.join(device[1:]))]
@@ -171,7 +179,7 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: NativeExtension) -> None:
         folder = Path(self.build_temp)
-        jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
+        jobs = int(os.environ.get("MAX_JOBS", 0)) or _processors()
         with ThreadPoolExecutor(jobs) as pool:
             objects = list(pool.map(lambda unit: _compile(unit, folder), ext.units))
         target = Path(self.get_ext_fullpath(ext.name))
@@ -179,6 +187,12 @@ class BuildNative(build_ext):
         flags = ext.link.index("-shared" if "-shared" in ext.link else "-bundle")
         command = [*ext.link[:flags], *map(str, objects), *ext.link[flags:], "-o", str(target)]
         _run(command, f"link {target.name}")
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _compile(unit: Unit, folder: Path) -> Path:
@@ -207,7 +221,7 @@ def _is_fresh(unit: Unit, target: Path) -> bool:
 
 
 def _run(command: list[str], what: str) -> None:
-    print(f"deqcore: {what}", file=sys.stderr)
+    sys.stderr.write(f"deqcore: {what}\n")  # one write, since several threads say this
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     messages = (done.stdout + done.stderr).strip()
     if done.returncode != 0:

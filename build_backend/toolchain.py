@@ -17,7 +17,7 @@ from pathlib import Path
 _DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A part of the library cannot be built here; the message is the reason, in one line."""
 
 
@@ -35,10 +35,14 @@ class Torch:
         try:
             import torch
         except ImportError as error:
-            raise Unavailable(f"torch cannot be imported ({error}); install torch first") from error
+            raise UnavailableError(
+                f"torch cannot be imported ({error}); install torch first"
+            ) from error
         root = Path(torch.__file__).parent
         if not (root / "include/torch/csrc/stable/library.h").exists():
-            raise Unavailable(f"torch {torch.__version__} has no stable-ABI headers; 2.11 has them")
+            raise UnavailableError(
+                f"torch {torch.__version__} has no stable-ABI headers; 2.11 has them"
+            )
         return cls(torch.__version__, torch.version.cuda, root / "include", root / "lib")
 
 
@@ -52,12 +56,12 @@ class Compiler:
     def find(cls, flags: list[str]) -> Compiler:
         """Take $CXX, else the first of c++, g++, clang++; behind ccache when it is installed."""
         if sys.platform == "win32":
-            raise Unavailable("the kernels are not ported to Windows compilers")
+            raise UnavailableError("the kernels are not ported to Windows compilers")
         chosen = os.environ.get("CXX")
         names = [chosen] if chosen else ["c++", "g++", "clang++"]
         words = next((w for w in map(shlex.split, names) if w and shutil.which(w[0])), None)
         if words is None:
-            raise Unavailable(f"no C++ compiler found (looked for {', '.join(names)})")
+            raise UnavailableError(f"no C++ compiler found (looked for {', '.join(names)})")
         if shutil.which("ccache") and "ccache" not in Path(words[0]).name:
             words = ["ccache", *words]
         compiler = cls(tuple(words))
@@ -79,20 +83,21 @@ class Cuda:
     def find(cls, torch: Torch, flags: list[str]) -> Cuda:
         """Look for a toolkit; a GPU need not be present."""
         if torch.cuda_version is None:
-            raise Unavailable(f"torch {torch.version} is built without CUDA")
+            raise UnavailableError(f"torch {torch.version} is built without CUDA")
         root = _cuda_root()
         nvcc = root / "bin" / "nvcc"
         release = re.search(r"release (\d+)\.(\d+)", _output([str(nvcc), "--version"]))
         if release is None:
-            raise Unavailable(f"{nvcc} --version names no release")
+            raise UnavailableError(f"{nvcc} --version names no release")
         if release[1] != torch.cuda_version.split(".")[0]:
-            raise Unavailable(
+            raise UnavailableError(
                 f"nvcc is CUDA {release[1]}.{release[2]} but torch was built "
                 f"with CUDA {torch.cuda_version}"
             )
-        include = _first_existing("cuda_runtime.h", root / "include", *root.glob("targets/*/include"))
-        lib = _first_existing("libcudart.so", root / "lib64", root / "lib", *root.glob("targets/*/lib"))
-        _compile_probe([str(nvcc), *flags], "#include <cuda_runtime.h>\n__global__ void k() {}\n", ".cu")
+        include = _folder_with("cuda_runtime.h", root, "include", "targets/*/include")
+        lib = _folder_with("libcudart.so", root, "lib64", "lib", "targets/*/lib")
+        probe = "#include <cuda_runtime.h>\n__global__ void probe() {}\n"
+        _compile_probe([str(nvcc), *flags], probe, ".cu")
         return cls(nvcc, include, lib, tuple(architecture_flags()))
 
 
@@ -105,10 +110,10 @@ def _cuda_root() -> Path:
         nvcc = str(default) if default.exists() else None
     if nvcc is None or not Path(nvcc).exists():
         where = f"CUDA_HOME={home} has no bin/nvcc" if home else "nvcc is not on PATH"
-        raise Unavailable(f"no CUDA toolkit found ({where})")
+        raise UnavailableError(f"no CUDA toolkit found ({where})")
     top = re.search(r"^#\$ TOP=(.+)$", _output([nvcc, "-dryrun", "x.cu"]), re.MULTILINE)
     if top is None:
-        raise Unavailable(f"{nvcc} -dryrun does not say where its toolkit is")
+        raise UnavailableError(f"{nvcc} -dryrun does not say where its toolkit is")
     return Path(top[1].strip()).resolve()
 
 
@@ -119,7 +124,7 @@ def architecture_flags() -> list[str]:
     for name in listed.replace(" ", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
         if match is None:
-            raise Unavailable(f"TORCH_CUDA_ARCH_LIST: {name!r} is not like 8.0 or 9.0+PTX")
+            raise UnavailableError(f"TORCH_CUDA_ARCH_LIST: {name!r} is not like 8.0 or 9.0+PTX")
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
@@ -132,11 +137,12 @@ def python_include() -> list[str]:
     return list(dict.fromkeys([paths["include"], paths["platinclude"]]))
 
 
-def _first_existing(name: str, *folders: Path) -> Path:
-    for folder in folders:
-        if (folder / name).exists():
-            return folder
-    raise Unavailable(f"the CUDA toolkit has no {name} (looked in {', '.join(map(str, folders))})")
+def _folder_with(name: str, root: Path, *patterns: str) -> Path:
+    for pattern in patterns:
+        for folder in root.glob(pattern):
+            if (folder / name).exists():
+                return folder
+    raise UnavailableError(f"the CUDA toolkit in {root} has no {name}")
 
 
 def _output(command: list[str]) -> str:
@@ -155,4 +161,6 @@ def _compile_probe(command: list[str], source: str, suffix: str) -> None:
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
         reason = next((line for line in lines if "error" in line), lines[0])
-        raise Unavailable(f"{shlex.join(command[:2])} cannot compile a probe: {reason.strip()}")
+        raise UnavailableError(
+            f"{shlex.join(command[:2])} cannot compile a probe: {reason.strip()}"
+        )

@@ -46,7 +46,7 @@ def load() -> None:
         elif part == "cuda" and "cpu" in missing:
             missing[part] = "the CPU kernels are missing"
         elif importlib.util.find_spec(name) is None:
-            missing[part] = left_out.get(part, "not part of this build")
+            missing[part] = left_out.get(part, f"this version has no {part} kernels")
         else:
             _load_module(part, name)
     if KERNELS_MODE == "require":

@@ -37,11 +37,11 @@ const char* isa_name(Isa isa);
   }
 
 // Calls the function compiled for the chosen instruction set: DEQCORE_DISPATCH_ISA(axpy, n, x, y).
-#define DEQCORE_DISPATCH_ISA(function, ...)                                                \
-  (::deqcore::cpu::chosen_isa() == ::deqcore::cpu::Isa::avx512                             \
-       ? ::deqcore::cpu::avx512::function(__VA_ARGS__)                                     \
-   : ::deqcore::cpu::chosen_isa() == ::deqcore::cpu::Isa::avx2                             \
-       ? ::deqcore::cpu::avx2::function(__VA_ARGS__)                                       \
+#define DEQCORE_DISPATCH_ISA(function, ...)                    \
+  (::deqcore::cpu::chosen_isa() == ::deqcore::cpu::Isa::avx512 \
+       ? ::deqcore::cpu::avx512::function(__VA_ARGS__)         \
+   : ::deqcore::cpu::chosen_isa() == ::deqcore::cpu::Isa::avx2 \
+       ? ::deqcore::cpu::avx2::function(__VA_ARGS__)           \
        : ::deqcore::cpu::portable::function(__VA_ARGS__))
 
 #else

@@ -1,0 +1,58 @@
+# Everything a developer runs. `make setup` is a part of every target and does nothing when done.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+JOBS   ?= 2
+
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+PYTEST  := $(BIN)/python -m pytest
+SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
+
+.PHONY: setup demo test test-ref test-portable lint format bench wheel clean
+
+setup: $(STAMP)
+
+# torch first and only if there is none: the kernels are compiled against it. TORCH is what pip is
+# given, so another build of it is one variable away: make TORCH="torch==2.13.0 --index-url ...".
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable ".[lion,test,bench,dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/lion demo
+
+# The whole suite with the compiled kernels; then the solvers again on the pure-PyTorch references
+# and the ops again on the portable kernels, which a processor with AVX would never run.
+test: setup
+	$(PYTEST) -n $(JOBS) --dist loadfile tests
+	$(MAKE) test-ref test-portable
+
+test-ref: setup
+	DEQCORE_KERNELS=reference $(PYTEST) -n $(JOBS) --dist loadfile tests \
+	    --ignore=tests/build --ignore=tests/ops --ignore=tests/lion
+
+test-portable: setup
+	DEQCORE_CPU_ISA=portable $(PYTEST) -n $(JOBS) --dist loadfile tests/ops
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format -i
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+wheel: setup
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info deqcore/_built.json deqcore/_C.*.so deqcore/_cuda.*.so
+	rm -f $(STAMP)
