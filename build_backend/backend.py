@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
 import sys
-import sysconfig
 from typing import Any
 
 # The first setuptools that reads an SPDX licence expression. torch asks for the same.
@@ -19,11 +19,15 @@ _SETUPTOOLS = "setuptools>=77.0.3"
 
 
 def _see_target_environment() -> None:
-    """Append the site-packages of the environment being installed into."""
-    for key in ("purelib", "platlib"):
-        path = sysconfig.get_path(key)
-        if path not in sys.path:
-            sys.path.append(path)
+    """Append the paths on which the interpreter being installed into finds its packages.
+
+    Asked of a fresh one, since this process has been shown others: that also finds a torch seen
+    through --system-site-packages or a .pth file.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    command = [sys.executable, "-c", "import sys; print('\\n'.join(sys.path))"]
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    sys.path.extend(path for path in listed.stdout.splitlines() if path not in ["", *sys.path])
     importlib.invalidate_caches()
 
 
@@ -38,6 +42,8 @@ def _setuptools_is_recent() -> bool:
 def _prepare(needs_torch: bool) -> None:
     if importlib.util.find_spec("torch") is None or not _setuptools_is_recent():
         _see_target_environment()
+    if not _setuptools_is_recent():
+        raise SystemExit(f"deqcore: building needs {_SETUPTOOLS}: pip install '{_SETUPTOOLS}'")
     wanted = os.environ.get("DEQCORE_BUILD", "auto") != "none"
     if needs_torch and wanted and importlib.util.find_spec("torch") is None:
         raise SystemExit(
@@ -49,7 +55,7 @@ def _prepare(needs_torch: bool) -> None:
 
 
 def _requirements() -> list[str]:
-    _prepare(needs_torch=False)
+    _see_target_environment()
     return [] if _setuptools_is_recent() else [_SETUPTOOLS]
 
 

@@ -93,7 +93,7 @@ def make_plan(choice: str) -> Plan:
             if policy == "must":
                 raise SystemExit(f"deqcore: DEQCORE_BUILD={choice}, but {reason}") from None
             plan.left_out[part] = str(reason)
-            sys.stderr.write(f"deqcore: left out the {part} kernels: {reason}\n")
+            sys.stderr.write(f"deqcore: left out the {part.upper()} kernels: {reason}\n")
     return plan
 
 

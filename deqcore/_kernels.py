@@ -46,7 +46,7 @@ def load() -> None:
         elif part == "cuda" and "cpu" in missing:
             missing[part] = "the CPU kernels are missing"
         elif importlib.util.find_spec(name) is None:
-            missing[part] = left_out.get(part, f"this version has no {part} kernels")
+            missing[part] = left_out.get(part, f"this version has no {part.upper()} kernels")
         else:
             _load_module(part, name)
     if KERNELS_MODE == "require":
@@ -62,7 +62,7 @@ def _load_module(part: str, name: str) -> None:
         missing[part] = f"{name} is installed but does not load: {error}"
         if KERNELS_MODE == "auto":
             warnings.warn(
-                f"deqcore runs without its compiled {part} kernels, slowly: {missing[part]}. "
+                f"deqcore runs without its compiled {part.upper()} kernels, slowly: {missing[part]}. "
                 "Reinstall deqcore to build them for this torch.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -74,7 +74,7 @@ def _load_module(part: str, name: str) -> None:
 def _require(part: str) -> None:
     if part in missing:
         raise ImportError(
-            f"DEQCORE_KERNELS=require, but the {part} kernels are missing: {missing[part]}. "
+            f"DEQCORE_KERNELS=require, but the {part.upper()} kernels are missing: {missing[part]}. "
             f"Build them with: DEQCORE_BUILD={part} pip install . --no-build-isolation"
         )
 
