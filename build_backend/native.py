@@ -28,7 +28,8 @@ _POLICIES = {
 }
 BUILD_CHOICES = tuple(_POLICIES)
 
-# The oldest torch whose stable ABI the bindings use; the binary runs on any later one.
+# The oldest torch whose stable ABI the bindings use; the binary runs on any later one. Not for
+# module.cpp: the pybind11 that torch 2.11 ships refuses to be included when this is defined.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # One decision about contraction for all instruction sets: none, so that they agree; a kernel that
@@ -99,13 +100,14 @@ def make_plan(choice: str) -> Plan:
 
 def _cpu_extension() -> NativeExtension:
     torch = Torch.find()
-    compiler, binding = _binding_command(torch)
+    compiler, with_torch = _command_with_torch(torch)
+    binding = (*with_torch, _TORCH_TARGET)
     kernel = [*compiler.command, *_COMMON, *_WARNINGS, "-fopenmp-simd", "-Icsrc", *_user_flags()]
     kernels = _files("csrc/cpu", "*_kernel.cpp")
     others = [path for path in _files("csrc/cpu", "*.cpp") if path not in kernels]
 
-    units = [_module_unit(binding, "_C", shlex.join([*_COMMON, *_user_flags()]))]
-    units += [Unit(path, f"cpu/{path.stem}.o", tuple(binding)) for path in others]
+    units = [_module_unit(with_torch, "_C", shlex.join([*_COMMON, *_user_flags()]))]
+    units += [Unit(path, f"cpu/{path.stem}.o", binding) for path in others]
     # The order matters. An inline function of the standard library that two objects both emit is
     # kept from the first: portable code must come before code that only some processors can run.
     for isa, flags in isa_flags().items():
@@ -120,12 +122,12 @@ def _cuda_extension() -> NativeExtension:
     if not sources:
         raise UnavailableError("this version has no CUDA kernels (csrc/cuda/*.cu)")
     torch = Torch.find()
-    compiler, binding = _binding_command(torch)
+    compiler, with_torch = _command_with_torch(torch)
     host = os.environ.get("CXX")
     device = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     device += ["-ccbin", shlex.split(host)[-1]] if host else []
     cuda = Cuda.find(torch, device)
-    binding += ["-DUSE_CUDA", f"-isystem{cuda.include}"]
+    binding = (*with_torch, _TORCH_TARGET, "-DUSE_CUDA", f"-isystem{cuda.include}")
     device = [
         str(cuda.nvcc),
         *device,
@@ -133,28 +135,28 @@ def _cuda_extension() -> NativeExtension:
         *shlex.split(os.environ.get("NVCC_FLAGS", "")),
     ]
 
-    module = [*binding, "-DDEQCORE_CUDA_MODULE"]
+    module = [*with_torch, "-DDEQCORE_CUDA_MODULE"]
     units = [_module_unit(module, "_cuda", shlex.join(device[1:]))]
-    units += [Unit(path, f"cuda/{path.stem}.cpp.o", tuple(binding)) for path in bindings]
+    units += [Unit(path, f"cuda/{path.stem}.cpp.o", binding) for path in bindings]
     units += [Unit(path, f"cuda/{path.stem}.cu.o", tuple(device)) for path in sources]
     # No run path: torch has loaded its own libcudart by the time the extension is imported.
     libraries = [f"-L{cuda.lib}", "-ltorch_cuda", "-lc10_cuda", "-lcudart"]
     return NativeExtension("deqcore._cuda", units, _link_command(compiler, torch, libraries))
 
 
-def _binding_command(torch: Torch) -> tuple[Compiler, list[str]]:
+def _command_with_torch(torch: Torch) -> tuple[Compiler, list[str]]:
     """The command for a file that sees Python's and torch's headers."""
     system = [f"-isystem{path}" for path in [str(torch.include), *python_include()]]
-    flags = [*_COMMON, *_WARNINGS, "-Icsrc", _TORCH_TARGET, *system, *_user_flags()]
+    flags = [*_COMMON, *_WARNINGS, "-Icsrc", *system, *_user_flags()]
     compiler = Compiler.find(flags)
     return compiler, [*compiler.command, *flags]
 
 
-def _module_unit(binding: list[str], name: str, flags: str) -> Unit:
+def _module_unit(command: list[str], name: str, flags: str) -> Unit:
     isas = ",".join(isa_flags())
     facts = {"DEQCORE_MODULE": name, "DEQCORE_FLAGS": f'"{flags}"', "DEQCORE_ISAS": f'"{isas}"'}
     defines = [f"-D{key}={value}" for key, value in facts.items()]
-    return Unit(Path("csrc/module.cpp"), f"module.{name}.o", (*binding, *defines))
+    return Unit(Path("csrc/module.cpp"), f"module.{name}.o", (*command, *defines))
 
 
 def _link_command(compiler: Compiler, torch: Torch, libraries: list[str]) -> list[str]:
