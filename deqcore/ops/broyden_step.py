@@ -113,8 +113,8 @@ def functional(
     residual = _rows.rms(_rows.row_dot(g.detach(), g.detach()), dim)
     scale = _rows.rms(_rows.row_dot(f.detach(), f.detach()), dim)
     rows, outcome = _rows.advance(state.rows, residual, scale, rtol, atol, patience, max_steps)
-    best = torch.where((outcome.improved & ~outcome.ended)[:, None], x, state.best)
     going_on = outcome.going_on
+    best = torch.where((outcome.improved & going_on)[:, None], x, state.best)
     count = torch.where(going_on, state.rows.counters[:, HISTORY], 0)
     count = torch.where(count >= memory, 0, count)  # full: restart
     beta = _damping_at(damping, rows.counters[:, STEPS])

@@ -1,0 +1,26 @@
+// What the binding of anderson_step and its kernel share. No torch.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/step.h"
+#include "ops/anderson_step.h"
+
+namespace deqcore::cpu {
+
+struct AndersonDecision {
+  AndersonPlan plan;
+  double alpha[kAndersonMaxMemory];  // mixing weights by age, for AndersonMove::mix
+};
+
+// The three parts of a step. Items are chunks of rows, row * step_chunks(dim) + chunk, and parts is
+// [batch, chunks, memory + 1] for their sums.
+DEQCORE_DECLARE_KERNEL(void anderson_push(const AndersonArgs& args, StateType type, int64_t first,
+                                          int64_t last, double* parts))
+DEQCORE_DECLARE_KERNEL(void anderson_decide(const AndersonArgs& args, int64_t row,
+                                            const double* parts, AndersonDecision* decision))
+DEQCORE_DECLARE_KERNEL(void anderson_move(const AndersonArgs& args, StateType type, int64_t first,
+                                          int64_t last, const AndersonDecision* decisions))
+
+}  // namespace deqcore::cpu

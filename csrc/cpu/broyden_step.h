@@ -1,0 +1,26 @@
+// What the binding of broyden_step and its kernel share. No torch.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/step.h"
+#include "ops/broyden_step.h"
+
+namespace deqcore::cpu {
+
+struct BroydenDecision {
+  BroydenPlan plan;
+  double weights[kBroydenMaxMemory];  // of the stored steps in the new one
+};
+
+// The three parts of a step. Items are chunks of rows, row * step_chunks(dim) + chunk, and parts is
+// [batch, chunks, 2 * capacity + 2] for their sums.
+DEQCORE_DECLARE_KERNEL(void broyden_push(const BroydenArgs& args, StateType type, int64_t first,
+                                         int64_t last, double* parts))
+DEQCORE_DECLARE_KERNEL(void broyden_decide(const BroydenArgs& args, int64_t row,
+                                           const double* parts, BroydenDecision* decision))
+DEQCORE_DECLARE_KERNEL(void broyden_move(const BroydenArgs& args, StateType type, int64_t first,
+                                         int64_t last, const BroydenDecision* decisions))
+
+}  // namespace deqcore::cpu

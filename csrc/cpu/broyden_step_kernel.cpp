@@ -1,0 +1,137 @@
+// broyden_step on rows: inner products, plan, step. Compiled once per instruction set; no torch.
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/broyden_step.h"
+#include "cpu/lanes.h"
+
+namespace deqcore::cpu::DEQCORE_ISA {
+namespace {
+
+template <typename X, typename F>
+struct Row {
+  const X* x;
+  const F* f;
+  X* s_ring;
+  X* best;
+  X* x_next;
+  F* z_next;
+
+  Row(const BroydenArgs& args, int64_t row) {
+    const int64_t at = row * args.dim;
+    x = static_cast<const X*>(args.x) + at;
+    f = static_cast<const F*>(args.f) + at;
+    s_ring = static_cast<X*>(args.s_ring) + at * args.capacity;
+    best = static_cast<X*>(args.best) + at;
+    x_next = static_cast<X*>(args.x_next) + at;
+    z_next = args.z_next == nullptr ? nullptr : static_cast<F*>(args.z_next) + at;
+  }
+};
+
+// g = f - x, where f was evaluated at x as F.
+template <typename X, typename F>
+void residual_block(const X* __restrict x, const F* __restrict f, int count, X* __restrict g) {
+  for (int i = 0; i < count; ++i) g[i] = to_compute(f[i]) - to_compute(to_state<F>(x[i]));
+}
+
+template <typename T>
+void widen(const T* __restrict from, int count, double* __restrict to) {
+  for (int i = 0; i < count; ++i) to[i] = to_compute(from[i]);
+}
+
+// Phase 1 on [begin, end) of a row. sums: |g|^2, |f|^2, then s_j . g and s_j . s_newest for each j.
+template <typename X, typename F>
+void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, double* sums) {
+  const Row<X, F> at(args, row);
+  const int64_t stored = broyden_history(args, row);
+  alignas(64) double lanes[(2 * kBroydenMaxMemory + 2) * kLanes];
+  std::fill_n(lanes, (2 * stored + 2) * kLanes, 0.0);
+  alignas(64) double wide_g[kBlock], wide_f[kBlock], newest[kBlock];
+  alignas(64) X g[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
+    residual_block(at.x + first, at.f + first, count, g);
+    widen(g, count, wide_g);
+    widen(at.f + first, count, wide_f);
+    add_dot(wide_g, wide_g, count, lanes);
+    add_dot(wide_f, wide_f, count, lanes + kLanes);
+    if (stored > 0) widen(at.s_ring + (stored - 1) * args.dim + first, count, newest);
+    for (int64_t j = 0; j < stored; ++j) {
+      const X* s = at.s_ring + j * args.dim + first;
+      add_dot(s, wide_g, count, lanes + (2 + 2 * j) * kLanes);
+      add_dot(s, newest, count, lanes + (3 + 2 * j) * kLanes);
+    }
+  }
+  for (int64_t i = 0; i < 2 * stored + 2; ++i) sums[i] = sum_lanes(lanes + i * kLanes);
+}
+
+// Phase 2 on [begin, end) of a row.
+template <typename X, typename F>
+void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decision, int64_t begin,
+             int64_t end) {
+  const Row<X, F> at(args, row);
+  const BroydenPlan& plan = decision.plan;
+  X weights[kBroydenMaxMemory];
+  for (int j = 0; j < plan.count; ++j) weights[j] = static_cast<X>(decision.weights[j]);
+  const X g_weight = static_cast<X>(plan.g_weight);
+  alignas(64) X out[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
+    const X* x = at.x + first;
+    if (plan.move == BroydenMove::step) {
+      residual_block(x, at.f + first, count, out);
+      for (int i = 0; i < count; ++i) out[i] *= g_weight;
+      const X* from[kBroydenMaxMemory];
+      for (int j = 0; j < plan.count; ++j) from[j] = at.s_ring + j * args.dim + first;
+      add_combination(out, from, weights, plan.count, count);
+      std::copy_n(out, count, at.s_ring + plan.count * args.dim + first);
+      if (plan.improved) std::copy_n(x, count, at.best + first);
+      for (int i = 0; i < count; ++i) out[i] += x[i];
+    } else {
+      std::copy_n(plan.move == BroydenMove::copy_best ? at.best + first : x, count, out);
+    }
+    std::copy_n(out, count, at.x_next + first);
+    if (at.z_next != nullptr) {
+      for (int i = 0; i < count; ++i) at.z_next[first + i] = to_state<F>(out[i]);
+    }
+  }
+}
+
+}  // namespace
+
+void broyden_push(const BroydenArgs& args, StateType type, int64_t first, int64_t last,
+                  double* parts) {
+  with_state_type(type, [&]<typename X, typename F>() {
+    const int64_t chunks = step_chunks(args.dim);
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
+      if (args.rows.status[row] != kActive) continue;
+      push<X, F>(args, row, begin, std::min(begin + kStepChunk, args.dim),
+                 parts + item * (2 * args.capacity + 2));
+    }
+  });
+}
+
+void broyden_decide(const BroydenArgs& args, int64_t row, const double* parts,
+                    BroydenDecision* decision) {
+  decision->plan = {BroydenMove::copy_x, false, 0, 0.0};
+  if (args.rows.status[row] != kActive) return;
+  const int64_t chunks = step_chunks(args.dim), stride = 2 * args.capacity + 2;
+  const int count = static_cast<int>(broyden_history(args, row));
+  double sums[2 * kBroydenMaxMemory + 2], dots[kBroydenMaxMemory];
+  add_chunks(parts + row * chunks * stride, chunks, stride, 2 * count + 2, sums);
+  decision->plan = broyden_plan(args, row, count, sums, dots, decision->weights);
+}
+
+void broyden_move(const BroydenArgs& args, StateType type, int64_t first, int64_t last,
+                  const BroydenDecision* decisions) {
+  with_state_type(type, [&]<typename X, typename F>() {
+    const int64_t chunks = step_chunks(args.dim);
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
+      move_to<X, F>(args, row, decisions[row], begin, std::min(begin + kStepChunk, args.dim));
+    }
+  });
+}
+
+}  // namespace deqcore::cpu::DEQCORE_ISA

@@ -1,0 +1,108 @@
+// Arguments and small algebra of broyden_step, for host and device. Oracle, sources and meaning:
+// deqcore/ops/broyden_step.py.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/rows.h"
+
+namespace deqcore {
+
+constexpr int kBroydenMaxMemory = 64;
+// A rank-one update that would stretch the step by more than this is singular: restart.
+constexpr double kBroydenMaxGrowth = 1e4;
+
+// All contiguous. State-sized tensors are float or double ("X"), f and z_next may be half ("F").
+struct BroydenArgs {
+  const void* x;          // X [B, D]
+  const void* f;          // F [B, D]
+  const double* damping;  // [damping_length]
+  void* s_ring;           // X [B, C, D] steps, oldest first
+  double* gram;           // [B, L, L]
+  void* best;             // X [B, D]
+  void* x_next;           // X [B, D]
+  void* z_next;           // F [B, D], or null where F is X
+  Rows rows;
+  int64_t batch, dim, capacity, memory, damping_length;
+  RowLimits limits;
+};
+
+// What to write into x_next of one row.
+enum class BroydenMove {
+  copy_x,     // the row converged, ended on its best iterate, or is frozen
+  copy_best,  // it ended elsewhere
+  step,       // x + step; the step is stored
+};
+
+struct BroydenPlan {
+  BroydenMove move;
+  bool improved;    // x becomes the best iterate
+  int32_t count;    // stored steps that the new one combines; its own slot
+  double g_weight;  // of g in the new step
+};
+
+// Stored steps that the coming step may use: none once the history is full.
+DEQCORE_HD int64_t broyden_history(const BroydenArgs& args, int64_t row) {
+  const int64_t count = args.rows.counters[row * kCounters + kHistory];
+  return count < args.memory ? count : 0;
+}
+
+// -H g = g_weight * g + sum_j weights[j] s_j from dots[j] = s_j . g and the Gram matrix of the
+// `count` steps. Returns false where the newest rank-one update is singular.
+// `step` is the evaluation that g belongs to.
+DEQCORE_HD bool broyden_inverse(const BroydenArgs& args, const double* gram, const double* dots,
+                                int count, int64_t step, double* weights, double* g_weight) {
+  const int64_t stride = args.memory;
+  for (int j = 0; j < count; ++j) weights[j] = 0.0;
+  double w = 0.0;
+  for (int j = 0; j < count; ++j) {
+    const double size = gram[j * stride + j];
+    double product = dots[j];  // s_j . z_j, with z_j = g + sum_i weights_i s_i so far
+    for (int i = 0; i <= j; ++i) product += weights[i] * gram[j * stride + i];
+    w = size > 0 ? product / size : 0.0;
+    if (j + 1 == count) break;
+    const double beta = damping_at(args.damping, args.damping_length, step - count + j);
+    const double next = damping_at(args.damping, args.damping_length, step - count + j + 1);
+    weights[j] += (beta - 1) * w;
+    weights[j + 1] += beta / next * w;
+  }
+  *g_weight = 1.0;
+  if (count == 0) return true;
+  const double beta = damping_at(args.damping, args.damping_length, step - 1);
+  const double left = 1 - beta * w;
+  if (!(fabs(left) * kBroydenMaxGrowth >= 1)) return false;
+  *g_weight = 1 / left;
+  for (int j = 0; j < count; ++j) weights[j] /= left;
+  weights[count - 1] += (beta - 1) * w / left;
+  return true;
+}
+
+// Counts the evaluation, updates the Gram matrix and decides the row's move; weights[0 .. count).
+// sums: |g|^2, |f|^2, then for each of the `count` stored steps s_j . g and s_j . s_newest.
+DEQCORE_HD BroydenPlan broyden_plan(const BroydenArgs& args, int64_t row, int count,
+                                    const double* sums, double* dots, double* weights) {
+  int32_t* counters = args.rows.counters + row * kCounters;
+  const RowOutcome outcome = advance_row(args.rows, row, sums[0], sums[1], args.dim, args.limits);
+  if (!outcome.going_on) {
+    counters[kMixed] = 0;
+    const bool elsewhere = outcome.ended && !outcome.improved && counters[kBestStep] > 0;
+    return {elsewhere ? BroydenMove::copy_best : BroydenMove::copy_x, false, 0, 0.0};
+  }
+  double* gram = args.gram + row * args.memory * args.memory;
+  for (int j = 0; j < count; ++j) {
+    dots[j] = sums[2 + 2 * j];
+    gram[(count - 1) * args.memory + j] = gram[j * args.memory + count - 1] = sums[3 + 2 * j];
+  }
+  double g_weight;
+  if (!broyden_inverse(args, gram, dots, count, outcome.step, weights, &g_weight)) {
+    count = 0;
+    g_weight = 1.0;
+  }
+  const double beta = damping_at(args.damping, args.damping_length, outcome.step);
+  for (int j = 0; j < count; ++j) weights[j] *= beta;
+  counters[kMixed] = count;
+  counters[kHistory] = count + 1;
+  return {BroydenMove::step, outcome.improved, count, g_weight * beta};
+}
+
+}  // namespace deqcore
