@@ -1,0 +1,39 @@
+"""Settings and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **_COMMON)
+settings.register_profile("thorough", max_examples=400, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def _cuda_device() -> torch.device:
+    """The GPU; skips where there is none, and fails instead with REQUIRE_CUDA=1."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("REQUIRE_CUDA") == "1":
+        pytest.fail("REQUIRE_CUDA=1, but torch.cuda.is_available() is False")
+    pytest.skip("no GPU")
+
+
+@pytest.fixture
+def cuda_device() -> torch.device:
+    return _cuda_device()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device in turn. GPU runs of the suite: REQUIRE_CUDA=1 pytest -k cuda."""
+    return _cuda_device() if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_seed() -> None:
+    torch.manual_seed(0)
