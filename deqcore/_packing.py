@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,8 @@ class Packing:
                     f"{what}: expected shape {tuple(shape)}, that of z0, got {tuple(leaf.shape)}; "
                     "f must map a state to a state of the same shape"
                 )
+            if not leaf.dtype.is_floating_point:
+                raise TypeError(f"{what}: expected a floating-point tensor, got {leaf.dtype}")
             if leaf.device != self.device:
                 raise ValueError(f"{what}: expected device {self.device}, got {leaf.device}")
         if len(leaves) == 1:
@@ -89,10 +92,13 @@ class Packing:
         """The caller's structure; views of ``packed`` where the dtypes agree."""
         if len(self.shapes) == 1:
             return pytree.tree_unflatten([packed.reshape(self.shapes[0])], self.spec)
-        parts = packed.split(self.widths, dim=1)
+        # Not `split`: its views may not be changed in place under autograd.
+        ends = itertools.accumulate(self.widths)
         leaves = [
-            part.reshape(shape).to(dtype)
-            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+            packed[:, end - width : end].reshape(shape).to(dtype)
+            for width, end, shape, dtype in zip(
+                self.widths, ends, self.shapes, self.dtypes, strict=True
+            )
         ]
         return pytree.tree_unflatten(leaves, self.spec)
 

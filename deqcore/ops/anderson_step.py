@@ -161,9 +161,9 @@ def functional(
     x_new = torch.where(used, h_ring, 0).mul(alpha.to(x.dtype)[..., None]).sum(1)
     best_x, best_h = _best_pair(rows, g_ring, h_ring, best, table, steps)
     x_new = torch.where(fallback[:, None], best_h, x_new)
-    ended_value = torch.where(outcome.improved[:, None], x, best_x)
-    x_new = torch.where(outcome.ended[:, None], ended_value, x_new)
-    x_new = torch.where((outcome.going_on | outcome.ended)[:, None], x_new, x)
+    elsewhere = outcome.ended & ~outcome.improved & (rows.counters[:, BEST_STEP] > 0)
+    x_new = torch.where(elsewhere[:, None], best_x, x_new)
+    x_new = torch.where((outcome.going_on | elsewhere)[:, None], x_new, x)
 
     counters = rows.counters.clone()
     going_on = outcome.going_on

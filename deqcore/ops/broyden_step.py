@@ -134,11 +134,8 @@ def functional(
     write = (torch.arange(capacity, device=x.device) == count[:, None]) & going_on[:, None]
     s_ring = torch.where(write[..., None], step[:, None], state.s_ring)
     x_new = torch.where(going_on[:, None], x + step, x)
-    ended = outcome.ended & ~outcome.improved
-    x_new = torch.where(ended[:, None], best, x_new)
-    # No finite evaluation at all: nothing was measured, so the row returns where it started.
-    unmeasured = ended & (rows.counters[:, BEST_STEP] == 0)
-    x_new = torch.where(unmeasured[:, None], x, x_new)
+    elsewhere = outcome.ended & ~outcome.improved & (rows.counters[:, BEST_STEP] > 0)
+    x_new = torch.where(elsewhere[:, None], best, x_new)
 
     counters = rows.counters.clone()
     counters[:, MIXED] = count
