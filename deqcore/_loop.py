@@ -164,6 +164,7 @@ class _Run:
         rows = Rows.start(len(z0), z0.device, frozen)
         self.state = solver.init(self.x, rows, packing.dtype)
         self.traces: list[Tensor] = []
+        self.rtol: float | None = None
 
     @property
     def rows(self) -> Rows:
@@ -171,8 +172,9 @@ class _Run:
         return rows
 
     def context(self, step: int) -> StepContext:
-        rtol = self.solver.relative_tolerance(*self.problem.dtypes)
-        return StepContext(self.damping, rtol, self.solver.atol, step, self.packing.dtype)
+        if self.rtol is None:  # only now, after the first call, is it known what f returns
+            self.rtol = self.solver.relative_tolerance(*self.problem.dtypes)
+        return StepContext(self.damping, self.rtol, self.solver.atol, step, self.packing.dtype)
 
     def seen(self, z: Tensor) -> None:
         """Take over the next iterate as f will see it, and note the residual just measured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -30,15 +31,30 @@ class Packing:
     dtype: torch.dtype
     device: torch.device
 
-    @property
+    @functools.cached_property
     def dim(self) -> int:
         return sum(self.widths)
 
-    @property
+    @functools.cached_property
+    def is_tensor(self) -> bool:
+        """The state is one tensor and no container."""
+        return self.spec.is_leaf()
+
+    def _is_plain(self, state: Any) -> bool:
+        """The usual case, worth being quick about: one tensor that needs no conversion."""
+        return (
+            self.is_tensor
+            and isinstance(state, Tensor)
+            and state.dtype == self.dtype
+            and state.shape == self.shapes[0]
+            and state.device == self.device
+        )
+
+    @functools.cached_property
     def uniform(self) -> bool:
         return all(dtype == self.dtype for dtype in self.dtypes)
 
-    @property
+    @functools.cached_property
     def compute_dtype(self) -> torch.dtype:
         """Of the current iterate and the history: half-precision states are kept in float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -68,6 +84,9 @@ class Packing:
 
     def pack(self, state: Any, what: str = "f(z)") -> Tensor:
         """[batch, dim] in the packed dtype, contiguous; checks that ``state`` has z0's structure."""
+        if self._is_plain(state):
+            packed: Tensor = state.reshape(self.batch, self.dim)
+            return packed.contiguous()
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
             raise ValueError(f"{what}: expected the structure of z0, {self.spec}, got {spec}")
@@ -90,8 +109,8 @@ class Packing:
 
     def unpack(self, packed: Tensor) -> Any:
         """The caller's structure; views of ``packed`` where the dtypes agree."""
-        if len(self.shapes) == 1:
-            return pytree.tree_unflatten([packed.reshape(self.shapes[0])], self.spec)
+        if self.is_tensor:
+            return packed.view(self.shapes[0])
         # Not `split`: its views may not be changed in place under autograd.
         ends = itertools.accumulate(self.widths)
         leaves = [
@@ -104,7 +123,7 @@ class Packing:
 
     def cast(self, x: Tensor) -> Tensor:
         """The iterate as f will see it: rounded to the leaves' dtypes, in the packed dtype."""
-        z = x.to(self.dtype)
+        z = x if x.dtype == self.dtype else x.to(self.dtype)
         return z if self.uniform else self.pack(self.unpack(z), "z")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import define_step
+from deqcore.ops._library import call_step, define_step
 from deqcore.ops._rows import BEST, BEST_STEP, FALLBACK_STEP, HISTORY, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
@@ -69,8 +69,8 @@ def anderson_step(
     ``best`` may have no columns as long as no active row's best iterate sits in the slot that this
     step overwrites (see :func:`evicts_best`).
     """
-    torch.ops.deqcore.anderson_step(
-        x, f, damping, state.g_ring, state.h_ring, state.gram, state.best, *state.rows,
+    call_step(
+        torch.ops.deqcore.anderson_step.default, x, f, damping, state.g_ring, state.h_ring, state.gram, state.best, *state.rows,
         x_next, z_next, rtol, atol, patience, max_steps, ridge, start, restart, safeguard,
         max_weight,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import define_step
+from deqcore.ops._library import call_step, define_step
 from deqcore.ops._rows import BEST_STEP, HISTORY, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
@@ -64,8 +64,8 @@ def broyden_step(
 
     ``s_ring`` must have a free slot for every active row that has not yet stored ``memory`` steps.
     """
-    torch.ops.deqcore.broyden_step(
-        x, f, damping, state.s_ring, state.gram, state.best, *state.rows, x_next, z_next,
+    call_step(
+        torch.ops.deqcore.broyden_step.default, x, f, damping, state.s_ring, state.gram, state.best, *state.rows, x_next, z_next,
         rtol, atol, patience, max_steps, memory,
     )  # fmt: skip
 
