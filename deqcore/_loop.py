@@ -88,6 +88,7 @@ def solve(
             context = run.context(step)
             run.state, run.x, z = solver.step(run.state, run.x, f.detach(), context)
             run.seen(z)
+            del f, z  # no iterate but the current one is alive while f runs
     return run.solved()
 
 

@@ -165,8 +165,22 @@ class SolverOptions:
 
 
 def step_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Buffers for the next iterate, and for it as f sees it ([B, 0] where that is the same)."""
-    x_next = torch.empty_like(x)
+    """Buffers for the next iterate, and for it as f sees it ([B, 0] where that is the same).
+
+    The next iterate takes the place of ``x`` unless f, or whoever called the solver, still holds on
+    to its memory: an iterate that someone kept never changes.
+    """
+    x_next = x if _is_ours_alone(x) else torch.empty_like(x)
     same = dtype == x.dtype
     z_next = x.new_empty((x.shape[0], 0)) if same else torch.empty_like(x, dtype=dtype)
     return x_next, z_next
+
+
+def _is_ours_alone(x: Tensor) -> bool:
+    try:
+        storage = x.untyped_storage()
+        # One reference is x's, one that of `storage`. A view, a detached alias, a graph and a NumPy
+        # array each hold another.
+        return bool(torch._C._storage_Use_Count(storage._cdata) == 2)
+    except (AttributeError, RuntimeError, NotImplementedError):  # a tensor without storage (vmap)
+        return False
