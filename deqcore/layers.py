@@ -52,9 +52,7 @@ class ImplicitLayer(nn.Module):
         """The solution, shaped like ``z0``; from zeros shaped like ``x`` unless ``z0`` is given."""
         if z0 is None:
             z0 = pytree.tree_map(_zeros, x)
-        solution = fixed_point(
-            self.cell, z0, x, *args, solver=self.solver, adjoint=self.adjoint
-        )
+        solution = fixed_point(self.cell, z0, x, *args, solver=self.solver, adjoint=self.adjoint)
         self.report = solution.report()
         return solution.value
 

@@ -12,7 +12,7 @@ problem scales the iterates and changes nothing else; columns that depend on new
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ def reference(
     remaining: Tensor,
     x_next: Tensor,
     z_next: Tensor,
-    *options: float,
+    *options: Any,
 ) -> None:
     """The op in pure PyTorch, on any device."""
     state = AndersonState(g_ring, h_ring, gram, best, Rows(status, counters, residuals, remaining))
@@ -231,9 +231,7 @@ def _best_pair(
     return torch.where(kept, rebuilt, best), torch.where(kept, h, best)
 
 
-def _weights(
-    gram: Tensor, age: Tensor, history: Tensor, ridge: float, max_weight: float
-) -> Tensor:
+def _weights(gram: Tensor, age: Tensor, history: Tensor, ridge: float, max_weight: float) -> Tensor:
     """Mixing weights of the ring slots, float64 [B, M]; they sum to one, unused slots get 0.
 
     Minimises |g_0 - sum_i gamma_i c_i| over differences c_i = g_i - g_{i+1} of consecutive

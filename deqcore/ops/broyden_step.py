@@ -15,7 +15,7 @@ its current iterate with H = -I: overwriting the oldest pair instead makes the m
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def reference(
     remaining: Tensor,
     x_next: Tensor,
     z_next: Tensor,
-    *options: float,
+    *options: Any,
 ) -> None:
     """The op in pure PyTorch, on any device."""
     state = BroydenState(s_ring, gram, best, Rows(status, counters, residuals, remaining))

@@ -7,10 +7,11 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 Damping = float | Callable[[int], float]
 T = TypeVar("T")
@@ -25,7 +26,9 @@ def options(cls: type[T]) -> type[T]:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if args:
-            raise TypeError(f"{cls.__name__}: options are keywords, as in {cls.__name__}({fields[0]}=...)")
+            raise TypeError(
+                f"{cls.__name__}: options are keywords, as in {cls.__name__}({fields[0]}=...)"
+            )
         for name in kwargs:
             if name not in fields:
                 close = difflib.get_close_matches(name, fields, n=1)
@@ -144,7 +147,9 @@ class SolverOptions:
                 )
         return torch.tensor(values, dtype=torch.float64, device=device)
 
-    def context(self, x: Tensor, dtype: torch.dtype, output_dtypes: Iterable[torch.dtype]) -> StepContext:
+    def context(
+        self, x: Tensor, dtype: torch.dtype, output_dtypes: Iterable[torch.dtype]
+    ) -> StepContext:
         """For iterates like ``x``, which f sees as ``dtype`` and answers in ``output_dtypes``."""
         rtol = self.relative_tolerance(dtype, *output_dtypes)
         limits = (rtol, self.atol, self.patience, self.max_steps)

@@ -21,7 +21,6 @@ from deqcore.solvers._options import (
     step_outputs,
 )
 
-
 LARGE = 1 << 17  # elements of a state
 
 
