@@ -35,7 +35,7 @@ class Implicit(Adjoint):
             until backward.
 
     Raises:
-        RuntimeError: in backward, when f's parameters or inputs were changed in place after forward.
+        RuntimeError: in backward, if f's parameters or inputs were changed in place since forward.
     """
 
     solver: SolverOptions = Anderson()
