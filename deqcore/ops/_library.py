@@ -33,8 +33,8 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(
                 f"deqcore::{name} changes solver state in place and has no derivative; call it "
-                "under torch.no_grad(), or differentiate the solve with an adjoint (deqcore.Implicit, "
-                "Phantom or Unrolled)"
+                "under torch.no_grad(), or differentiate the solve with an adjoint "
+                "(deqcore.Implicit, Phantom or Unrolled)"
             )
         op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
