@@ -141,10 +141,18 @@ def test_activation_checkpointing_around_a_solve_gives_the_same_gradient(adjoint
     assert equal(got, expected)
 
 
-@pytest.mark.parametrize("kind", [Picard, Anderson, Broyden])
+# Not Anderson unrolled: its weights are fitted to residuals that are bfloat16 rounding here, and
+# the gradient of such weights is noise.
+@pytest.mark.parametrize(
+    ("kind", "adjoint"),
+    [
+        (kind, adjoint)
+        for kind in (Picard, Anderson, Broyden)
+        for adjoint in (Implicit(), Phantom(), Unrolled(), Unrolled(checkpoint_every=2))
+        if not (kind is Anderson and isinstance(adjoint, Unrolled))
+    ],
+)
 def test_gradients_under_autocast_are_near_those_without(adjoint, kind):
-    if kind is Anderson and isinstance(adjoint, Unrolled):
-        pytest.skip("the gradient of mixing weights fitted to rounding noise is noise itself")
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 16)
     torch.nn.init.orthogonal_(layer.weight, gain=0.5)
