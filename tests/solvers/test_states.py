@@ -168,6 +168,23 @@ def test_rows_of_a_pytree_end_by_the_whole_state(kind):
     )
 
 
+@pytest.mark.parametrize("max_steps", [2, 5, 50])
+def test_residual_of_leaves_of_different_dtypes_is_measured_at_the_rounded_value(kind, max_steps):
+    z0 = {"wide": torch.zeros(3, 4), "half": torch.zeros(3, 5).bfloat16()}
+    shift = torch.linspace(0.1, 1, 5).bfloat16()
+
+    def f(z):
+        return {"wide": 0.5 * z["wide"] + 1, "half": 0.7 * z["half"].flip(1) + shift}
+
+    with torch.no_grad():
+        solution = deqcore.fixed_point(f, z0, solver=kind(damping=0.9, max_steps=max_steps))
+    image = f(solution.value)
+    gap = [image[name].double() - solution.value[name].double() for name in z0]
+    torch.testing.assert_close(
+        solution.residual.double(), rms(torch.cat(gap, dim=1)), rtol=1e-5, atol=1e-7
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [1.0, 100.0])
 def test_half_precision_converges_on_long_rows_without_overflow(kind, dtype, size):
