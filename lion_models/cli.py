@@ -116,7 +116,7 @@ def train(
 ) -> None:
     """Train one method; writes RUNS/NAME."""
     set_up(threads, device)
-    config = config_of(ctx)
+    config = config_of(ctx).resolved()
     folder = runs / (name or f"{Path(data).name}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
@@ -269,7 +269,7 @@ def demo(
 ) -> None:
     """Few-shot MNIST on the embedded tiny ViT: linear probe, VPT-deep and LION."""
     set_up(threads, "cpu")
-    base = RunConfig(data="mnist5k", shots=20, epochs=60)
+    base = RunConfig(data="mnist5k", shots=20, epochs=100)
     _compare(runs / "demo", base, list(METHODS), [42], [], overwrite, "cpu")
 
 

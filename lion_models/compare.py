@@ -60,7 +60,7 @@ def run_comparison(
         for method in methods:
             best: tuple[float, Path] | None = None
             for lr in rates or (base.lr,):
-                config = replace(base, method=method, seed=seed, lr=lr)
+                config = replace(base, method=method, seed=seed, lr=lr).resolved()
                 name = f"{method}-s{seed}" + (f"-lr{lr:g}" if rates else "")
                 _prepare_cell(folder / name, config, overwrite)
 

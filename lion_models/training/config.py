@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import deqcore
@@ -92,7 +92,7 @@ class RunConfig:
     augment: str | None = None
     sides: str = "both"
     hidden: int = 8
-    strength: float = 0.1
+    strength: float = 1.0
     solver: str = "anderson"
     rtol: float | None = None
     max_steps: int = 50
@@ -140,6 +140,10 @@ class RunConfig:
             default.weight_decay if self.weight_decay is None else self.weight_decay,
             default.augment if self.augment is None else self.augment,
         )
+
+    def resolved(self) -> RunConfig:
+        """The same run with its recipe written out, so that later defaults do not change it."""
+        return replace(self, **self.recipe._asdict())
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
