@@ -7,7 +7,9 @@ from deqcore._version import __version__
 from deqcore.adjoints import Implicit, Phantom, Unrolled
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
+from deqcore.ops.masked_linear import masked_linear
 from deqcore.solvers import Anderson, Broyden, Picard
+from deqcore.sparsity import SparsityPattern
 
 _kernels.load()
 
@@ -21,10 +23,12 @@ __all__ = [
     "Picard",
     "Solution",
     "SolveReport",
+    "SparsityPattern",
     "Status",
     "Unrolled",
     "__version__",
     "build_info",
     "fixed_point",
+    "masked_linear",
     "root",
 ]
