@@ -7,7 +7,9 @@ from deqcore._version import __version__
 from deqcore.adjoints import Implicit, Phantom, Unrolled
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
+from deqcore.masked import MaskedLinear
 from deqcore.ops.masked_linear import masked_linear
+from deqcore.pruning import prune_layer, restore_pruned
 from deqcore.solvers import Anderson, Broyden, Picard
 from deqcore.sparsity import SparsityPattern
 
@@ -19,6 +21,7 @@ __all__ = [
     "ConvergenceError",
     "Implicit",
     "ImplicitLayer",
+    "MaskedLinear",
     "Phantom",
     "Picard",
     "Solution",
@@ -30,5 +33,7 @@ __all__ = [
     "build_info",
     "fixed_point",
     "masked_linear",
+    "prune_layer",
+    "restore_pruned",
     "root",
 ]

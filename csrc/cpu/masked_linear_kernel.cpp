@@ -23,36 +23,6 @@ constexpr int kTileVectors = 6;
 constexpr int kTileRows = 1;
 #endif
 
-// Fetches a matrix into the cache line by line, spread over other work.
-class Ahead {
- public:
-  Ahead(const void* from, int64_t rows, int64_t row_bytes, int64_t stride_bytes, int64_t calls)
-      : line_(static_cast<const char*>(from)),
-        skip_(stride_bytes - row_bytes),
-        row_bytes_(row_bytes),
-        row_end_(line_ + row_bytes),
-        end_(rows > 0 ? line_ + (rows - 1) * stride_bytes + row_bytes : line_),
-        lines_(calls > 0 ? (rows * (row_bytes / 64 + 1) + calls - 1) / calls : 0) {}
-
-  template <bool kToWrite>
-  [[gnu::always_inline]] void fetch() {
-    for (int64_t i = 0; i < lines_ && line_ < end_; ++i) {
-      __builtin_prefetch(line_, kToWrite);
-      line_ += 64;
-      if (line_ >= row_end_) {
-        line_ = row_end_ + skip_;
-        row_end_ = line_ + row_bytes_;
-      }
-    }
-  }
-
- private:
-  const char* line_;
-  int64_t skip_, row_bytes_;
-  const char *row_end_, *end_;
-  int64_t lines_;  // at each call
-};
-
 // sums += the entries begin[r] to end[r] of R rows, each times its column of the tile.
 template <typename T, int N, int V, int R>
 [[gnu::always_inline]] inline void add_entries(const T* values, const int32_t* columns,
@@ -67,16 +37,21 @@ template <typename T, int N, int V, int R>
       sums[r][v] = fma<T, N>(weight, load<T, N>(column + v * N), sums[r][v]);
     }
   };
+  int64_t entry[R];
   int32_t common = end[0] - begin[0];
 #pragma GCC unroll 4
-  for (int r = 1; r < R; ++r) common = end[r] - begin[r] < common ? end[r] - begin[r] : common;
-  for (int32_t i = 0; i < common; ++i) {
+  for (int r = 0; r < R; ++r) {
+    entry[r] = begin[r];
+    common = end[r] - begin[r] < common ? end[r] - begin[r] : common;
+  }
+  const int64_t stop = entry[0] + common;
+  while (entry[0] < stop) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) add(r, begin[r] + i);
+    for (int r = 0; r < R; ++r) add(r, entry[r]++);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    for (int32_t entry = begin[r] + common; entry < end[r]; ++entry) add(r, entry);
+    for (; entry[r] < end[r]; ++entry[r]) add(r, entry[r]);
   }
 }
 

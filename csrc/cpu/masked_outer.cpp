@@ -16,7 +16,7 @@ void outer_by_tiles(MaskedOuterArgs args, ValueType type, int64_t threads) {
   const int64_t tile = DEQCORE_DISPATCH_ISA(masked_outer_tile, type);
   const int64_t size = sum_size(type);
   const int64_t step = columns_at_a_time(entries, tile * size, /*first_cache=*/32 << 10,
-                                         /*entries_per_row=*/16);
+                                         /*entries_per_row=*/24);
   const std::vector<int32_t> starts = find_starts(entries, step);
   args.blocks = {starts.data(), step};
 
@@ -41,8 +41,9 @@ void outer_by_tiles(MaskedOuterArgs args, ValueType type, int64_t threads) {
     });
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i) {
+        const int64_t token = (first + i) * tile;
         DEQCORE_DISPATCH_ISA(masked_outer, args, type, lefts + i * left_bytes,
-                             rights + i * right_bytes, (first + i) * tile, bounds[begin],
+                             rights + i * right_bytes, token, token + batch * tile, bounds[begin],
                              bounds[end]);
       }
     });

@@ -24,10 +24,11 @@ DEQCORE_DECLARE_KERNEL(void masked_outer_transpose(const void* source, ValueType
                                                    int64_t tokens, int64_t columns, int64_t token,
                                                    void* out))
 
-// Adds one tile to the values of rows first to last; token 0 overwrites them.
+// Adds one tile to the values of rows first to last; token 0 overwrites them. Meanwhile it fetches
+// its share of the tile from token `next` on into the cache.
 DEQCORE_DECLARE_KERNEL(void masked_outer(const MaskedOuterArgs& args, ValueType type,
                                          const void* left_tile, const void* right_tile,
-                                         int64_t token, int64_t first, int64_t last))
+                                         int64_t token, int64_t next, int64_t first, int64_t last))
 
 // All tokens, for entries in blocks: rows of blocks begin to end.
 DEQCORE_DECLARE_KERNEL(void masked_outer_blocks(const MaskedOuterArgs& args, ValueType type,

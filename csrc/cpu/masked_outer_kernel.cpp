@@ -9,7 +9,7 @@ namespace deqcore::cpu::DEQCORE_ISA {
 namespace masked {
 namespace {
 
-constexpr int kTileVectors = 8;
+constexpr int kTileVectors = 6;
 constexpr int kEntries = 4;
 
 template <typename T>
@@ -37,20 +37,43 @@ template <typename T>
   }
   T totals[kEntries];
   add_lanes<T, N>(sums, totals);
-  for (int i = 0; i < count; ++i) values[i] = fresh ? totals[i] : values[i] + totals[i];
+  if (count == kEntries) {
+    for (int i = 0; i < kEntries; ++i) values[i] = fresh ? totals[i] : values[i] + totals[i];
+  } else {
+    for (int i = 0; i < count; ++i) values[i] = fresh ? totals[i] : values[i] + totals[i];
+  }
 }
 
-template <typename T>
-void add_tile(const MaskedOuterArgs& args, const T* left_tile, const T* right_tile, bool fresh,
-              int64_t first, int64_t last) {
+// This caller's share of the rows of a tile that will be transposed later.
+template <typename S>
+Ahead next_tile(const void* source, const MaskedOuterArgs& args, int64_t columns, int64_t token,
+                int64_t first, int64_t last, int64_t calls) {
+  const int64_t left = args.tokens - token;
+  const int64_t tokens = left < 0 ? 0 : left < kTile<Sum<S>> ? left : kTile<Sum<S>>;
+  const int64_t begin = tokens * first / args.entries.rows, end = tokens * last / args.entries.rows;
+  return Ahead(static_cast<const S*>(source) + (token + begin) * columns, end - begin,
+               columns * sizeof(S), columns * sizeof(S), calls);
+}
+
+template <typename S>
+void add_tile(const MaskedOuterArgs& args, const Sum<S>* left_tile, const Sum<S>* right_tile,
+              int64_t token, int64_t next, int64_t first, int64_t last) {
+  typedef Sum<S> T;
   constexpr int N = kLanes<T>;
   const SparseRows& entries = args.entries;
+  const bool fresh = token == 0;
+  const int64_t calls =
+      (last - first) * ((entries.width + args.blocks.columns - 1) / args.blocks.columns);
+  Ahead lefts = next_tile<S>(args.left, args, entries.rows, next, first, last, calls);
+  Ahead rights = next_tile<S>(args.right, args, entries.width, next, first, last, calls);
   T* values = static_cast<T*>(args.values);
   const int64_t step = args.blocks.columns;
   for (int64_t block = 0; block * step < entries.width; ++block) {
     const int32_t* starts = args.blocks.starts + block * entries.rows;
     const int32_t* ends = starts + entries.rows;
     for (int64_t row = first; row < last; ++row) {
+      lefts.fetch<false>();
+      rights.fetch<false>();
       if (starts[row] == ends[row]) continue;
       Vector<T, N> left[kTileVectors];
 #pragma GCC unroll 8
@@ -87,14 +110,13 @@ void masked_outer_transpose(const void* source, ValueType type, int64_t tokens, 
 }
 
 void masked_outer(const MaskedOuterArgs& args, ValueType type, const void* left_tile,
-                  const void* right_tile, int64_t token, int64_t first, int64_t last) {
-  if (type == ValueType::f64) {
-    masked::add_tile<double>(args, static_cast<const double*>(left_tile),
-                             static_cast<const double*>(right_tile), token == 0, first, last);
-  } else {
-    masked::add_tile<float>(args, static_cast<const float*>(left_tile),
-                            static_cast<const float*>(right_tile), token == 0, first, last);
-  }
+                  const void* right_tile, int64_t token, int64_t next, int64_t first,
+                  int64_t last) {
+  masked::with_value_type(type, [&]<typename S>() {
+    typedef masked::Sum<S> T;
+    masked::add_tile<S>(args, static_cast<const T*>(left_tile), static_cast<const T*>(right_tile),
+                        token, next, first, last);
+  });
 }
 
 void masked_outer_round(const void* sums, ValueType type, void* out, int64_t begin, int64_t end) {

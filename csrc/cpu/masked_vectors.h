@@ -233,29 +233,38 @@ template <typename T, int N>
   }
 }
 
-// Adds up the lanes of each of four vectors.
+template <typename T, int N, int... I>
+[[gnu::always_inline]] inline Vector<T, N / 2> add_halves(Vector<T, N> a,
+                                                          std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, a, I...) + __builtin_shufflevector(a, a, (I + N / 2)...);
+}
+
+template <typename T, int N>
+[[gnu::always_inline]] inline void add_quarters(Vector<T, N> a, T* totals) {
+  if constexpr (N == 4) {
+    store<T, 4>(totals, a);
+  } else {
+    const auto halved = add_halves<T, N>(a, std::make_integer_sequence<int, N / 2>());
+    add_quarters<T, N / 2>(halved, totals);
+  }
+}
+
+// The sum of the lanes of each of four vectors.
 template <typename T, int N>
 [[gnu::always_inline]] inline void add_lanes(const Vector<T, N> (&sums)[4], T (&totals)[4]) {
   constexpr std::make_integer_sequence<int, N> kIndices;
-  if constexpr (N >= 4) {
-    // Twice: halves of a pair of vectors, added and interleaved, become one vector.
-    const auto a = interleave_low<T, N>(sums[0], sums[2], kIndices) +
-                   interleave_high<T, N>(sums[0], sums[2], kIndices);
-    const auto b = interleave_low<T, N>(sums[1], sums[3], kIndices) +
-                   interleave_high<T, N>(sums[1], sums[3], kIndices);
-    const auto c = interleave_low<T, N>(a, b, kIndices) + interleave_high<T, N>(a, b, kIndices);
-    // Lane i now belongs to vector i % 4.
-    T lanes[N];
-    store<T, N>(lanes, c);
-    for (int half = N / 2; half >= 4; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    for (int i = 0; i < 4; ++i) totals[i] = lanes[i];
+  if constexpr (N == 2) {
+    for (int i = 0; i < 4; ++i) totals[i] = sums[i][0] + sums[i][1];
   } else {
-    for (int i = 0; i < 4; ++i) {
-      totals[i] = 0;
-      for (int lane = 0; lane < N; ++lane) totals[i] += sums[i][lane];
-    }
+    // Twice, the halves of two vectors are added and interleaved into one; then lane i belongs to
+    // vector i % 4.
+    const auto even = interleave_low<T, N>(sums[0], sums[2], kIndices) +
+                      interleave_high<T, N>(sums[0], sums[2], kIndices);
+    const auto odd = interleave_low<T, N>(sums[1], sums[3], kIndices) +
+                     interleave_high<T, N>(sums[1], sums[3], kIndices);
+    add_quarters<T, N>(interleave_low<T, N>(even, odd, kIndices) +
+                           interleave_high<T, N>(even, odd, kIndices),
+                       totals);
   }
 }
 
@@ -273,6 +282,36 @@ class Scratch {
  private:
   static constexpr std::align_val_t kAlignment{64};
   T* data_;
+};
+
+// Fetches a matrix into the cache line by line, spread over other work.
+class Ahead {
+ public:
+  Ahead(const void* from, int64_t rows, int64_t row_bytes, int64_t stride_bytes, int64_t calls)
+      : line_(static_cast<const char*>(from)),
+        skip_(stride_bytes - row_bytes),
+        row_bytes_(row_bytes),
+        row_end_(line_ + row_bytes),
+        end_(rows > 0 ? line_ + (rows - 1) * stride_bytes + row_bytes : line_),
+        lines_(calls > 0 ? (rows * (row_bytes / 64 + 1) + calls - 1) / calls : 0) {}
+
+  template <bool kToWrite>
+  [[gnu::always_inline]] void fetch() {
+    for (int64_t i = 0; i < lines_ && line_ < end_; ++i) {
+      __builtin_prefetch(line_, kToWrite);
+      line_ += 64;
+      if (line_ >= row_end_) {
+        line_ = row_end_ + skip_;
+        row_end_ = line_ + row_bytes_;
+      }
+    }
+  }
+
+ private:
+  const char* line_;
+  int64_t skip_, row_bytes_;
+  const char *row_end_, *end_;
+  int64_t lines_;  // at each call
 };
 
 // out [columns, W] = source [tokens, stride], columns first to last; missing tokens become zero.
