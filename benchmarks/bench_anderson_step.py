@@ -13,7 +13,13 @@ from deqcore.ops._rows import Rows
 
 MEMORY = 5
 STEPS = 30
-STEP_GATES = {(1, 4096): 25.0, (16, 4096): 6.0, (256, 1024): 6.0, (256, 4096): 6.0, (32, 151296): 6.0}
+STEP_GATES = {
+    (1, 4096): 25.0,
+    (16, 4096): 6.0,
+    (256, 1024): 6.0,
+    (256, 4096): 6.0,
+    (32, 151296): 6.0,
+}
 SOLVE_GATES = {(1, 4096): 15.0, (16, 4096): 6.0, (256, 1024): 5.0, (32, 151296): 6.0}
 NEVER = 10**6
 
@@ -39,17 +45,14 @@ def our_step(batch: int, dim: int):  # type: ignore[no-untyped-def]
     """A call of the op with a full history, as the loop makes it."""
     f = free_function(batch, dim)
     x = torch.randn(batch, dim)
-    solver = deqcore.Anderson(memory=MEMORY, max_steps=NEVER, patience=NEVER)
-    state = solver.init(x, Rows.start(batch, x.device), x.dtype)
+    solver = deqcore.Anderson(memory=MEMORY, max_steps=NEVER, patience=NEVER, rtol=0.0, atol=0.0)
+    state = solver.init(x, Rows.start(batch, x.device))
     state = state._replace(best=torch.empty_like(x))
-    damping = solver.damping_table(x.device)
-    x_next, z_next = torch.empty_like(x), x.new_empty(batch, 0)
+    context = solver.context(x, x.dtype, ())
+    x_next, z_next = torch.empty_like(x), x.new_empty(0)
 
     def step() -> None:
-        op.anderson_step(
-            x, f(x), damping, state, x_next, z_next, rtol=0.0, atol=0.0, patience=NEVER,
-            max_steps=NEVER, **solver.mixing(),
-        )  # fmt: skip
+        op.anderson_step(x, f(x), context.damping, state, x_next, z_next, *context.options)
 
     for _ in range(MEMORY + 1):
         step()

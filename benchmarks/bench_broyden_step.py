@@ -44,7 +44,7 @@ def our_step(batch: int, dim: int, stored: int):  # type: ignore[no-untyped-def]
     gram += torch.eye(stored + 1, dtype=torch.float64) * dim
     state = BroydenState(s_ring, gram, torch.empty_like(x), rows)
     damping = torch.ones(1, dtype=torch.float64)
-    x_next, z_next = torch.empty_like(x), x.new_empty(batch, 0)
+    x_next, z_next = torch.empty_like(x), x.new_empty(0)
     at_start = rows.counters.clone()
     at_start[:, HISTORY], at_start[:, STEPS], at_start[:, BEST_STEP] = stored, stored + 1, 1
 

@@ -10,6 +10,7 @@ from deqcore.layers import ImplicitLayer
 from deqcore.masked import MaskedLinear
 from deqcore.ops.masked_linear import masked_linear
 from deqcore.pruning import prune_layer, restore_pruned
+from deqcore.regularizers import jacobian_penalty, spectral_radius
 from deqcore.solvers import Anderson, Broyden, Picard
 from deqcore.sparsity import SparsityPattern
 
@@ -35,5 +36,7 @@ __all__ = [
     "masked_linear",
     "prune_layer",
     "restore_pruned",
+    "jacobian_penalty",
     "root",
+    "spectral_radius",
 ]

@@ -12,7 +12,7 @@ problem scales the iterates and changes nothing else; columns that depend on new
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from deqcore.ops._library import call_step, define_step
 from deqcore.ops._rows import BEST, BEST_STEP, FALLBACK_STEP, HISTORY, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
-# Below this share of the two squared residuals, a squared difference is rounding of the Gram matrix.
+# A squared difference below this share of the two squared residuals is rounding.
 NOISE = 1e-14
 PIVOT = 1e-14  # a pivot of the unit-diagonal Gram matrix below this: a dependent column
 
@@ -30,10 +30,12 @@ define_step(
     "anderson_step",
     "(Tensor x, Tensor f, Tensor damping, Tensor(a!) g_ring, Tensor(b!) h_ring, Tensor(c!) gram, "
     "Tensor(d!) best, Tensor(e!) status, Tensor(f!) counters, Tensor(g!) residuals, "
-    "Tensor(h!) remaining, Tensor(i!) x_next, Tensor(j!) z_next, float rtol, float atol, int patience, int max_steps, "
+    "Tensor(h!) remaining, Tensor(i!) x_next, Tensor(j!) z_next, float rtol, float atol, "
+    "int patience, int max_steps, "
     "float ridge, int start, int restart, float safeguard, float max_weight) -> ()",
     lambda *args: reference(*args),
 )
+_OP = torch.ops.deqcore.anderson_step.default
 
 
 class AndersonState(NamedTuple):
@@ -51,9 +53,8 @@ def anderson_step(
     f: Tensor,  # [B, D] f at x as cast to f's dtype: float64, float32, bfloat16 or float16
     damping: Tensor,  # float64 [T] damping of step 1, 2, ...; the last one holds for later steps
     state: AndersonState,  # changed in place
-    x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended
-    z_next: Tensor,  # [B, D] out: x_next in f's dtype; [B, 0] where that is x's own dtype
-    *,
+    x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended; may be x
+    z_next: Tensor,  # [B, D] out: x_next in f's dtype; empty where that is x's own dtype
     rtol: float,
     atol: float,
     patience: int,
@@ -70,14 +71,13 @@ def anderson_step(
     step overwrites (see :func:`evicts_best`).
     """
     call_step(
-        torch.ops.deqcore.anderson_step.default, x, f, damping, state.g_ring, state.h_ring, state.gram, state.best, *state.rows,
-        x_next, z_next, rtol, atol, patience, max_steps, ridge, start, restart, safeguard,
-        max_weight,
+        _OP, x, f, damping, *state[:4], *state.rows, x_next, z_next,
+        rtol, atol, patience, max_steps, ridge, start, restart, safeguard, max_weight,
     )  # fmt: skip
 
 
 def evicts_best(state: AndersonState) -> bool:
-    """Whether the next step overwrites the slot of an active row's best iterate (reads the device)."""
+    """Whether the next step overwrites an active row's best iterate (reads the device)."""
     counters = state.rows.counters
     age = counters[:, STEPS] + 1 - counters[:, BEST_STEP]
     doomed = (age == state.g_ring.shape[1]) & (counters[:, BEST_STEP] > 0)
@@ -98,7 +98,7 @@ def reference(
     remaining: Tensor,
     x_next: Tensor,
     z_next: Tensor,
-    *options: float,
+    *options: Any,
 ) -> None:
     """The op in pure PyTorch, on any device."""
     state = AndersonState(g_ring, h_ring, gram, best, Rows(status, counters, residuals, remaining))
@@ -106,7 +106,7 @@ def reference(
     for old, value in zip((*state[:4], *state.rows), (*new[:4], *new.rows), strict=True):
         old.copy_(value)
     x_next.copy_(x_new)
-    if z_next.shape[1] or not x.shape[1]:
+    if z_next.shape == x_next.shape:
         z_next.copy_(x_new)
 
 
@@ -232,9 +232,7 @@ def _best_pair(
     return torch.where(kept, rebuilt, best), torch.where(kept, h, best)
 
 
-def _weights(
-    gram: Tensor, age: Tensor, history: Tensor, ridge: float, max_weight: float
-) -> Tensor:
+def _weights(gram: Tensor, age: Tensor, history: Tensor, ridge: float, max_weight: float) -> Tensor:
     """Mixing weights of the ring slots, float64 [B, M]; they sum to one, unused slots get 0.
 
     Minimises |g_0 - sum_i gamma_i c_i| over differences c_i = g_i - g_{i+1} of consecutive

@@ -15,7 +15,7 @@ its current iterate with H = -I: overwriting the oldest pair instead makes the m
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +32,11 @@ define_step(
     "broyden_step",
     "(Tensor x, Tensor f, Tensor damping, Tensor(a!) s_ring, Tensor(b!) gram, Tensor(c!) best, "
     "Tensor(d!) status, Tensor(e!) counters, Tensor(f!) residuals, Tensor(g!) remaining, "
-    "Tensor(h!) x_next, Tensor(i!) z_next, float rtol, float atol, int patience, int max_steps, int memory) -> ()",
+    "Tensor(h!) x_next, Tensor(i!) z_next, float rtol, float atol, "
+    "int patience, int max_steps, int memory) -> ()",
     lambda *args: reference(*args),
 )
+_OP = torch.ops.deqcore.broyden_step.default
 
 
 class BroydenState(NamedTuple):
@@ -51,9 +53,8 @@ def broyden_step(
     f: Tensor,  # [B, D] f at x as cast to f's dtype: float64, float32, bfloat16 or float16
     damping: Tensor,  # float64 [T] damping of step 1, 2, ...; the last one holds for later steps
     state: BroydenState,  # changed in place
-    x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended
-    z_next: Tensor,  # [B, D] out: x_next in f's dtype; [B, 0] where that is x's own dtype
-    *,
+    x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended; may be x
+    z_next: Tensor,  # [B, D] out: x_next in f's dtype; empty where that is x's own dtype
     rtol: float,
     atol: float,
     patience: int,
@@ -65,7 +66,7 @@ def broyden_step(
     ``s_ring`` must have a free slot for every active row that has not yet stored ``memory`` steps.
     """
     call_step(
-        torch.ops.deqcore.broyden_step.default, x, f, damping, state.s_ring, state.gram, state.best, *state.rows, x_next, z_next,
+        _OP, x, f, damping, *state[:3], *state.rows, x_next, z_next,
         rtol, atol, patience, max_steps, memory,
     )  # fmt: skip
 
@@ -83,7 +84,7 @@ def reference(
     remaining: Tensor,
     x_next: Tensor,
     z_next: Tensor,
-    *options: float,
+    *options: Any,
 ) -> None:
     """The op in pure PyTorch, on any device."""
     state = BroydenState(s_ring, gram, best, Rows(status, counters, residuals, remaining))
@@ -91,7 +92,7 @@ def reference(
     for old, value in zip((*state[:3], *state.rows), (*new[:3], *new.rows), strict=True):
         old.copy_(value)
     x_next.copy_(x_new)
-    if z_next.shape[1] or not x.shape[1]:
+    if z_next.shape == x_next.shape:
         z_next.copy_(x_new)
 
 

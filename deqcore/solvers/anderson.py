@@ -21,6 +21,8 @@ from deqcore.solvers._options import (
     step_outputs,
 )
 
+LARGE = 1 << 17  # elements of a state
+
 
 class MixingSolver(SolverOptions):
     """The steps that Anderson and Picard share: one op, with or without mixing."""
@@ -29,11 +31,7 @@ class MixingSolver(SolverOptions):
         """Stored residuals."""
         raise TypeError(f"{type(self).__name__} is not a solver: use Picard or Anderson")
 
-    def mixing(self) -> dict[str, Any]:
-        """The op's options on how iterates are mixed."""
-        raise TypeError(f"{type(self).__name__} is not a solver: use Picard or Anderson")
-
-    def init(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> AndersonState:
+    def init(self, x: Tensor, rows: Rows) -> AndersonState:
         batch, dim = x.shape
         memory = self.ring_size()
         return AndersonState(
@@ -45,59 +43,38 @@ class MixingSolver(SolverOptions):
         )
 
     def step(
-        self, state: AndersonState, x: Tensor, f: Tensor, context: StepContext
+        self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[AndersonState, Tensor, Tensor]:
-        state = _with_room_for_best(state, context.step)
+        state = _with_room_for_best(state, step)
         x_next, z_next = step_outputs(x, context.dtype)
-        op.anderson_step(
-            x,
-            f,
-            context.damping,
-            state,
-            x_next,
-            z_next,
-            rtol=context.rtol,
-            atol=context.atol,
-            patience=self.patience,
-            max_steps=self.max_steps,
-            **self.mixing(),
-        )
-        return state, x_next, z_next if z_next.shape[1] else x_next
+        op.anderson_step(x, f, context.damping, state, x_next, z_next, *context.options)
+        return state, x_next, x_next if context.dtype == x.dtype else z_next
 
     def differentiable_step(
-        self, state: AndersonState, x: Tensor, f: Tensor, context: StepContext
+        self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[AndersonState, Tensor]:
-        state = _with_room_for_best(state, context.step)
-        return op.functional(
-            x,
-            f,
-            context.damping,
-            state,
-            context.rtol,
-            context.atol,
-            self.patience,
-            self.max_steps,
-            **self.mixing(),
-        )
+        state = _with_room_for_best(state, step)
+        return op.functional(x, f, context.damping, state, *context.options)
 
 
 @options
 class Anderson(MixingSolver):
     """Anderson acceleration, type II, row by row.
 
-    The next iterate is sum_i alpha_i (x_i + damping_i * g_i) over the last ``memory`` iterates, with
-    weights that sum to one and minimise |sum_i alpha_i g_i|, g = f(x) - x.
+    The next iterate is sum_i alpha_i (x_i + damping_i * g_i) over the last ``memory`` iterates,
+    with weights that sum to one and minimise |sum_i alpha_i g_i|, g = f(x) - x.
 
     Args:
-        memory: stored residuals, 1 to 64; at least D + 1 solves a D-dimensional affine map exactly.
-        damping: in (0, 2]; a float, or a function of the step (1, 2, ...). Each stored iterate keeps
-            the damping of the step it was stored at.
+        memory: stored residuals, 1 to 64; D + 1 of them solve a D-dimensional affine map exactly.
+        damping: in (0, 2]; a float, or a function of the step (1, 2, ...). Each stored iterate
+            keeps the damping of the step it was stored at.
         ridge: added to the diagonal of the Gram matrix of residual differences after they are
             scaled to unit norm, so that its effect does not depend on the problem's scale.
         start: plain steps before mixing; only the last of them stays in the history.
         restart: clear the history every this many steps; None: never.
         safeguard: a mixed iterate whose residual is more than this times the best one is rejected:
-            the row takes a plain step from its best iterate with an empty history. At least 1; inf: off.
+            the row takes a plain step from its best iterate with an empty history. At least 1;
+            inf: off.
         max_weight: larger mixing weights mean a degenerate history: the row then mixes only its
             last two iterates, or takes a plain step.
         rtol, atol, max_steps, patience, check_every, record_trace: see :class:`SolverOptions`.
@@ -131,14 +108,8 @@ class Anderson(MixingSolver):
     def ring_size(self) -> int:
         return self.memory
 
-    def mixing(self) -> dict[str, Any]:
-        return {
-            "ridge": self.ridge,
-            "start": self.start,
-            "restart": self.restart or 0,
-            "safeguard": self.safeguard,
-            "max_weight": self.max_weight,
-        }
+    def own_options(self) -> tuple[Any, ...]:
+        return self.ridge, self.start, self.restart or 0, self.safeguard, self.max_weight
 
 
 def _with_room_for_best(state: AndersonState, step: int) -> AndersonState:
@@ -146,7 +117,9 @@ def _with_room_for_best(state: AndersonState, step: int) -> AndersonState:
     memory = state.g_ring.shape[1]
     if step <= memory or state.best.shape[1]:
         return state
-    # On the CPU it costs nothing to look; on a GPU it would wait for the device.
-    if state.g_ring.device.type == "cpu" and not op.evicts_best(state):
+    # Looking is worth it for large states; on a GPU it would wait for the device.
+    batch, _, dim = state.g_ring.shape
+    large = batch * dim > LARGE and state.g_ring.device.type == "cpu"
+    if large and not op.evicts_best(state):
         return state
-    return state._replace(best=torch.empty_like(state.g_ring[:, 0]))
+    return state._replace(best=state.g_ring.new_empty(batch, dim))
