@@ -33,10 +33,10 @@ __all__ = [
     "__version__",
     "build_info",
     "fixed_point",
+    "jacobian_penalty",
     "masked_linear",
     "prune_layer",
     "restore_pruned",
-    "jacobian_penalty",
     "root",
     "spectral_radius",
 ]

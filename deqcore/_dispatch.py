@@ -2,8 +2,8 @@
 
 A table has, for each kind of processor, dtype, op and block size, the least sparsity from which the
 kernels for kept entries beat a dense product, at some numbers of tokens. The one that comes with
-deqcore is in ``_crossovers.py``; ``python -m deqcore.tune`` measures one for this machine and keeps it
-in the user's cache directory, where it takes precedence.
+deqcore is in ``_crossovers.py``; ``python -m deqcore.tune`` measures one for this machine and keeps
+it in the user's cache directory, where it takes precedence.
 """
 
 from __future__ import annotations

@@ -250,8 +250,8 @@ def _check_mask_has(mask: Tensor, structure: Structure) -> None:
         crowded = int((mask.view(rows, -1, 4).sum(-1) > 2).sum()) if mask.numel() else 0
         if crowded:
             raise ValueError(
-                f"mask: 2:4 keeps at most two of each four consecutive entries of a row; {crowded} "
-                "groups keep more; SparsityPattern.from_scores(scores, 0.5, structure='2:4') chooses"
+                f"mask: 2:4 keeps at most two of four consecutive entries of a row; {crowded} "
+                "groups keep more; from_scores(scores, 0.5, structure='2:4') chooses them"
             )
     elif isinstance(structure, int):
         _check_divides(structure, f"blocks of {structure}", rows=rows, columns=columns)
@@ -296,7 +296,7 @@ def _keep_blocks(scores: Tensor, sparsity: float, size: int) -> Tensor:
 def _keep_two_of_four(scores: Tensor) -> Tensor:
     _check_divides(4, "2:4", columns=scores.shape[1])
     groups = scores.reshape(scores.shape[0], -1, 4)
-    order = groups.argsort(-1, descending=True, stable=True)
+    order = groups.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, order[..., :2], True)
     return mask.view(scores.shape)
 

@@ -1,7 +1,7 @@
-"""`python -m deqcore.tune`: measure where sparse matmuls begin to beat dense ones on this machine.
+"""`python -m deqcore.tune`: measure where sparse matmuls begin to beat dense ones here.
 
-The table goes into the user's cache directory, and `masked_linear(..., backend="auto")` uses it from
-the next start of Python on.
+The table goes into the user's cache directory, where `masked_linear(..., backend="auto")` finds it
+from the next start of Python on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deqcore import _dispatch, _kernels
+from deqcore._crossovers import CROSSOVERS
 from deqcore.ops.masked_linear import masked_linear
 from deqcore.sparsity import SparsityPattern
 
@@ -32,7 +33,7 @@ MARGIN = 1.03  # sparse must win by this much, so that noise in a measurement co
 
 
 def measure(seconds: float, say: Callable[[str], None]) -> dict[str, _dispatch.Line]:
-    """Crossovers of this processor's kind, by line name; ``seconds`` is spent on each comparison."""
+    """Crossovers of this processor, by line name; ``seconds`` is spent on each comparison."""
     lines: dict[str, _dispatch.Line] = {}
     for dtype in DTYPES:
         for block in BLOCKS:
@@ -116,7 +117,7 @@ def _write_json(path: Path, kind: str, lines: dict[str, _dispatch.Line]) -> None
 
 
 def _write_default(kind: str, lines: dict[str, _dispatch.Line]) -> None:
-    table = dict(sorted((_dispatch.CROSSOVERS | {kind: lines}).items()))
+    table = dict(sorted((CROSSOVERS | {kind: lines}).items()))
     path = Path(_dispatch.__file__).with_name("_crossovers.py")
     head = path.read_text().split("CROSSOVERS:")[0]
     rows = []

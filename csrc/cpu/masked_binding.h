@@ -62,9 +62,9 @@ inline SparseRows read_pattern(const Tensor& pattern, int64_t kept, int64_t rows
 
 inline void check_matrix(const Tensor& tensor, const char* name, ScalarType dtype,
                          int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, name,
-                  ": expected (tokens, ", columns, "), got ", tensor.dim(),
-                  " dimensions, the last of ", tensor.dim() ? tensor.size(-1) : 0);
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, name, ": expected (tokens, ",
+                  columns, "), got ", tensor.dim(), " dimensions, the last of ",
+                  tensor.dim() ? tensor.size(-1) : 0);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected the values' dtype");
 }
 

@@ -53,8 +53,7 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
                         bool transposed, bool /*dense_outer: of the derivative*/) {
   const ValueType type = value_type(values, "values");
   STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
-  const SparseRows weight =
-      read_pattern(pattern, values.size(0), rows, columns, block, transposed);
+  const SparseRows weight = read_pattern(pattern, values.size(0), rows, columns, block, transposed);
   check_matrix(x, "x", values.scalar_type(), weight.width);
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.rows &&
@@ -74,7 +73,8 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
   const int64_t column_bytes = std::min(tokens, tile) * sum_size(type);
   const int64_t step = columns_at_a_time(weight, column_bytes, /*first_cache=*/32 << 10,
                                          /*entries_per_row=*/24);
-  const std::vector<int32_t> starts = by_blocks ? std::vector<int32_t>{} : find_starts(weight, step);
+  const std::vector<int32_t> starts =
+      by_blocks ? std::vector<int32_t>{} : find_starts(weight, step);
 
   const int64_t tiles = (tokens + tile - 1) / tile;
   const int64_t work = weight.kept * tokens + x.numel() + y.numel();
@@ -91,14 +91,14 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
       .row_chunks = row_chunks,
   };
   const int64_t total = tiles * row_chunks;
-  torch::stable::parallel_for(0, total, (total + tasks - 1) / tasks,
-                              [&](int64_t begin, int64_t end) {
-                                if (by_blocks) {
-                                  DEQCORE_DISPATCH_ISA(masked_linear_blocks, args, type, begin, end);
-                                } else {
-                                  DEQCORE_DISPATCH_ISA(masked_linear, args, type, begin, end);
-                                }
-                              });
+  torch::stable::parallel_for(
+      0, total, (total + tasks - 1) / tasks, [&](int64_t begin, int64_t end) {
+        if (by_blocks) {
+          DEQCORE_DISPATCH_ISA(masked_linear_blocks, args, type, begin, end);
+        } else {
+          DEQCORE_DISPATCH_ISA(masked_linear, args, type, begin, end);
+        }
+      });
   return y;
 }
 

@@ -57,8 +57,8 @@ template <typename T, int N, int V, int R>
 
 // One block of columns for R rows from `row` on: sums [R, N * V].
 template <typename T, int N, int V, int R>
-[[gnu::always_inline]] inline void add_rows(const MaskedLinearArgs& args, int64_t block, int64_t row,
-                                            const T* tile, T* sums) {
+[[gnu::always_inline]] inline void add_rows(const MaskedLinearArgs& args, int64_t block,
+                                            int64_t row, const T* tile, T* sums) {
   const int32_t* starts = args.blocks.starts + block * args.weight.rows + row;
   const T* bias = static_cast<const T*>(args.bias);
   Vector<T, N> registers[R][V];

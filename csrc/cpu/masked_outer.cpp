@@ -13,38 +13,49 @@ namespace {
 // Tiles are transposed a few at a time, one for each thread, into memory that stays in the caches.
 void outer_by_tiles(MaskedOuterArgs args, ValueType type, int64_t threads) {
   const SparseRows& entries = args.entries;
-  const int64_t tile = DEQCORE_DISPATCH_ISA(masked_outer_tile, type);
+  const int64_t width = DEQCORE_DISPATCH_ISA(masked_outer_tile, type, args.tokens);
   const int64_t size = sum_size(type);
-  const int64_t step = columns_at_a_time(entries, tile * size, /*first_cache=*/32 << 10,
+  const int64_t step = columns_at_a_time(entries, width * size, /*first_cache=*/32 << 10,
                                          /*entries_per_row=*/24);
   const std::vector<int32_t> starts = find_starts(entries, step);
   args.blocks = {starts.data(), step};
 
-  const int64_t tiles = (args.tokens + tile - 1) / tile;
+  const int64_t tiles = (args.tokens + width - 1) / width;
   const int64_t batch = std::min(threads, tiles);
-  const int64_t left_bytes = entries.rows * tile * size, right_bytes = entries.width * tile * size;
+  const int64_t left_bytes = entries.rows * width * size,
+                right_bytes = entries.width * width * size;
   const auto memory = uninitialised(batch * (left_bytes + right_bytes) + 64);
   char* lefts = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
   char* rights = lefts + batch * left_bytes;
   const std::vector<int64_t> bounds = balance_rows(entries, entries.rows, threads);
+  const int64_t stored = type == ValueType::f64 ? 8 : type == ValueType::f32 ? 4 : 2;
 
   for (int64_t first = 0; first < tiles; first += batch) {
     const int64_t count = std::min(batch, tiles - first);
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t token = (first + i) * tile;
-        DEQCORE_DISPATCH_ISA(masked_outer_transpose, args.left, type, args.tokens, entries.rows,
-                             token, lefts + i * left_bytes);
-        DEQCORE_DISPATCH_ISA(masked_outer_transpose, args.right, type, args.tokens, entries.width,
-                             token, rights + i * right_bytes);
+        const int64_t token = (first + i) * width;
+        const auto transpose = [&](const void* source, int64_t columns, char* out) {
+          const void* from = static_cast<const char*>(source) + token * columns * stored;
+          DEQCORE_DISPATCH_ISA(masked_outer_transpose, from, type, args.tokens - token, columns,
+                               width, out);
+        };
+        transpose(args.left, entries.rows, lefts + i * left_bytes);
+        transpose(args.right, entries.width, rights + i * right_bytes);
       }
     });
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t token = (first + i) * tile;
-        DEQCORE_DISPATCH_ISA(masked_outer, args, type, lefts + i * left_bytes,
-                             rights + i * right_bytes, token, token + batch * tile, bounds[begin],
-                             bounds[end]);
+        const OuterTile tile{
+            .left = lefts + i * left_bytes,
+            .right = rights + i * right_bytes,
+            .width = width,
+            .next = (first + i + batch) * width,
+            .first = bounds[begin],
+            .last = bounds[end],
+            .fresh = first + i == 0,
+        };
+        DEQCORE_DISPATCH_ISA(masked_outer, args, type, tile);
       }
     });
   }
@@ -76,8 +87,7 @@ Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pa
       .tokens = tokens,
   };
   const int64_t work = kept * tokens + left.numel() + right.numel();
-  const int64_t threads =
-      std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / (1 << 15));
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / (1 << 15));
   if (block > 1) {
     const std::vector<int64_t> bounds = balance_rows(entries, rows / block, threads);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

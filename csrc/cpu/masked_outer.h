@@ -16,19 +16,27 @@ struct MaskedOuterArgs {
   int64_t tokens;
 };
 
-// How many tokens are transposed together.
-DEQCORE_DECLARE_KERNEL(int64_t masked_outer_tile(ValueType type))
+// A tile of tokens, transposed, and the rows of entries that one caller adds up.
+struct OuterTile {
+  const void* left;   // [rows, width]
+  const void* right;  // [columns, width]
+  int64_t width;      // tokens, zeros after the last one
+  int64_t next;       // a later tile's first token: a share of it is fetched into the cache
+  int64_t first, last;
+  bool fresh;  // overwrite the values
+};
 
-// Transposes one tile from `token` on: out [columns, tile] of source [tokens, columns].
+// How many tokens are transposed together.
+DEQCORE_DECLARE_KERNEL(int64_t masked_outer_tile(ValueType type, int64_t tokens))
+
+// Transposes one tile: out [columns, width] of source [tokens, columns].
 DEQCORE_DECLARE_KERNEL(void masked_outer_transpose(const void* source, ValueType type,
-                                                   int64_t tokens, int64_t columns, int64_t token,
+                                                   int64_t tokens, int64_t columns, int64_t width,
                                                    void* out))
 
-// Adds one tile to the values of rows first to last; token 0 overwrites them. Meanwhile it fetches
-// its share of the tile from token `next` on into the cache.
+// Adds one tile to the values of its rows.
 DEQCORE_DECLARE_KERNEL(void masked_outer(const MaskedOuterArgs& args, ValueType type,
-                                         const void* left_tile, const void* right_tile,
-                                         int64_t token, int64_t next, int64_t first, int64_t last))
+                                         const OuterTile& tile))
 
 // All tokens, for entries in blocks: rows of blocks begin to end.
 DEQCORE_DECLARE_KERNEL(void masked_outer_blocks(const MaskedOuterArgs& args, ValueType type,

@@ -9,27 +9,23 @@ namespace deqcore::cpu::DEQCORE_ISA {
 namespace masked {
 namespace {
 
-constexpr int kTileVectors = 6;
-constexpr int kEntries = 4;
-
-template <typename T>
-constexpr int kTile = kTileVectors * kLanes<T>;
+constexpr int kTileVectors = 6;  // in the widest tile
+constexpr int kEntries = 4;      // taken together
 
 // values[0..count) += the dot products of `left` with up to four columns of the tile.
-template <typename T>
-[[gnu::always_inline]] inline void add_dots(const Vector<T, kLanes<T>> (&left)[kTileVectors],
-                                            const T* tile, const int32_t* columns, int64_t count,
-                                            bool fresh, T* values) {
-  constexpr int N = kLanes<T>;
+template <typename T, int N, int V>
+[[gnu::always_inline]] inline void add_dots(const Vector<T, N> (&left)[V], const T* tile,
+                                            const int32_t* columns, int64_t count, bool fresh,
+                                            T* values) {
   const T* column[kEntries];
 #pragma GCC unroll 4
   for (int i = 0; i < kEntries; ++i) {
-    column[i] = tile + static_cast<int64_t>(columns[i < count ? i : 0]) * kTile<T>;
-    asm("" : "+r"(column[i]));
+    column[i] = tile + static_cast<int64_t>(columns[i < count ? i : 0]) * (N * V);
+    asm("" : "+r"(column[i]));  // or the compiler keeps V addresses instead of one and V offsets
   }
   Vector<T, N> sums[kEntries] = {};
 #pragma GCC unroll 8
-  for (int v = 0; v < kTileVectors; ++v) {
+  for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 4
     for (int i = 0; i < kEntries; ++i) {
       sums[i] = fma<T, N>(left[v], load<T, N>(column[i] + v * N), sums[i]);
@@ -46,76 +42,92 @@ template <typename T>
 
 // This caller's share of the rows of a tile that will be transposed later.
 template <typename S>
-Ahead next_tile(const void* source, const MaskedOuterArgs& args, int64_t columns, int64_t token,
-                int64_t first, int64_t last, int64_t calls) {
-  const int64_t left = args.tokens - token;
-  const int64_t tokens = left < 0 ? 0 : left < kTile<Sum<S>> ? left : kTile<Sum<S>>;
-  const int64_t begin = tokens * first / args.entries.rows, end = tokens * last / args.entries.rows;
-  return Ahead(static_cast<const S*>(source) + (token + begin) * columns, end - begin,
+Ahead next_tile(const void* source, const MaskedOuterArgs& args, const OuterTile& tile,
+                int64_t columns, int64_t calls) {
+  const int64_t left = args.tokens - tile.next;
+  const int64_t tokens = left < 0 ? 0 : left < tile.width ? left : tile.width;
+  const int64_t begin = tokens * tile.first / args.entries.rows;
+  const int64_t end = tokens * tile.last / args.entries.rows;
+  return Ahead(static_cast<const S*>(source) + (tile.next + begin) * columns, end - begin,
                columns * sizeof(S), columns * sizeof(S), calls);
 }
 
-template <typename S>
-void add_tile(const MaskedOuterArgs& args, const Sum<S>* left_tile, const Sum<S>* right_tile,
-              int64_t token, int64_t next, int64_t first, int64_t last) {
+template <typename S, int N, int V>
+void add_tile(const MaskedOuterArgs& args, const OuterTile& tile) {
   typedef Sum<S> T;
-  constexpr int N = kLanes<T>;
   const SparseRows& entries = args.entries;
-  const bool fresh = token == 0;
-  const int64_t calls =
-      (last - first) * ((entries.width + args.blocks.columns - 1) / args.blocks.columns);
-  Ahead lefts = next_tile<S>(args.left, args, entries.rows, next, first, last, calls);
-  Ahead rights = next_tile<S>(args.right, args, entries.width, next, first, last, calls);
+  const T* left_tile = static_cast<const T*>(tile.left);
+  const T* right_tile = static_cast<const T*>(tile.right);
   T* values = static_cast<T*>(args.values);
   const int64_t step = args.blocks.columns;
+  const int64_t calls = (tile.last - tile.first) * ((entries.width + step - 1) / step);
+  Ahead lefts = next_tile<S>(args.left, args, tile, entries.rows, calls);
+  Ahead rights = next_tile<S>(args.right, args, tile, entries.width, calls);
   for (int64_t block = 0; block * step < entries.width; ++block) {
     const int32_t* starts = args.blocks.starts + block * entries.rows;
     const int32_t* ends = starts + entries.rows;
-    for (int64_t row = first; row < last; ++row) {
+    for (int64_t row = tile.first; row < tile.last; ++row) {
       lefts.fetch<false>();
       rights.fetch<false>();
       if (starts[row] == ends[row]) continue;
-      Vector<T, N> left[kTileVectors];
+      Vector<T, N> left[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) {
-        left[v] = load<T, N>(left_tile + row * kTile<T> + v * N);
-      }
+      for (int v = 0; v < V; ++v) left[v] = load<T, N>(left_tile + (row * V + v) * N);
       int64_t entry = starts[row];
       for (; entry + kEntries <= ends[row]; entry += kEntries) {
-        add_dots<T>(left, right_tile, entries.columns + entry, kEntries, fresh, values + entry);
+        add_dots<T, N, V>(left, right_tile, entries.columns + entry, kEntries, tile.fresh,
+                          values + entry);
       }
       if (entry < ends[row]) {
-        add_dots<T>(left, right_tile, entries.columns + entry, ends[row] - entry, fresh,
-                    values + entry);
+        add_dots<T, N, V>(left, right_tile, entries.columns + entry, ends[row] - entry, tile.fresh,
+                          values + entry);
       }
     }
   }
 }
 
+// Calls run.operator()<N, V>() for tiles of `width` tokens: V vectors of N.
+template <typename T, typename Run>
+void with_tile(int64_t width, const Run& run) {
+  constexpr int N = kLanes<T>;
+  if constexpr (N >= 16) {
+    if (width == N / 4) return run.template operator()<N / 4, 1>();
+  }
+  if constexpr (N >= 8) {
+    if (width == N / 2) return run.template operator()<N / 2, 1>();
+  }
+  if (width == N) return run.template operator()<N, 1>();
+  if (width == 2 * N) return run.template operator()<N, 2>();
+  run.template operator()<N, kTileVectors>();
+}
+
 }  // namespace
 }  // namespace masked
 
-int64_t masked_outer_tile(ValueType type) {
-  return type == ValueType::f64 ? masked::kTile<double> : masked::kTile<float>;
+int64_t masked_outer_tile(ValueType type, int64_t tokens) {
+  const int64_t lanes = masked::kVectorBytes / (type == ValueType::f64 ? 8 : 4);
+  if (lanes >= 16 && tokens <= lanes / 4) return lanes / 4;
+  if (lanes >= 8 && tokens <= lanes / 2) return lanes / 2;
+  if (tokens <= lanes) return lanes;
+  if (tokens <= 2 * lanes) return 2 * lanes;
+  return masked::kTileVectors * lanes;
 }
 
 void masked_outer_transpose(const void* source, ValueType type, int64_t tokens, int64_t columns,
-                            int64_t token, void* out) {
+                            int64_t width, void* out) {
   masked::with_value_type(type, [&]<typename S>() {
     typedef masked::Sum<S> T;
-    masked::transpose_in<S, masked::kLanes<T>, masked::kTile<T>>(
-        static_cast<const S*>(source) + token * columns, columns, tokens - token, columns,
-        static_cast<T*>(out));
+    masked::with_tile<T>(width, [&]<int N, int V>() {
+      masked::transpose_in<S, N, N * V>(static_cast<const S*>(source), columns, tokens, columns,
+                                        static_cast<T*>(out));
+    });
   });
 }
 
-void masked_outer(const MaskedOuterArgs& args, ValueType type, const void* left_tile,
-                  const void* right_tile, int64_t token, int64_t next, int64_t first,
-                  int64_t last) {
+void masked_outer(const MaskedOuterArgs& args, ValueType type, const OuterTile& tile) {
   masked::with_value_type(type, [&]<typename S>() {
-    typedef masked::Sum<S> T;
-    masked::add_tile<S>(args, static_cast<const T*>(left_tile), static_cast<const T*>(right_tile),
-                        token, next, first, last);
+    masked::with_tile<masked::Sum<S>>(
+        tile.width, [&]<int N, int V>() { masked::add_tile<S, N, V>(args, tile); });
   });
 }
 
@@ -129,7 +141,8 @@ void masked_outer_round(const void* sums, ValueType type, void* out, int64_t beg
     for (; i + N <= end; i += N) {
       masked::store_sum<S, N>(to + i, masked::load<T, N>(from + i));
     }
-    if (i < end) masked::store_part<S, N>(to + i, masked::load_part<T, N>(from + i, end - i), end - i);
+    if (i < end)
+      masked::store_part<S, N>(to + i, masked::load_part<T, N>(from + i, end - i), end - i);
   });
 }
 

@@ -262,9 +262,9 @@ template <typename T, int N>
                       interleave_high<T, N>(sums[0], sums[2], kIndices);
     const auto odd = interleave_low<T, N>(sums[1], sums[3], kIndices) +
                      interleave_high<T, N>(sums[1], sums[3], kIndices);
-    add_quarters<T, N>(interleave_low<T, N>(even, odd, kIndices) +
-                           interleave_high<T, N>(even, odd, kIndices),
-                       totals);
+    add_quarters<T, N>(
+        interleave_low<T, N>(even, odd, kIndices) + interleave_high<T, N>(even, odd, kIndices),
+        totals);
   }
 }
 

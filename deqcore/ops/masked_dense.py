@@ -12,17 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore.ops._library import LIBRARY
-
-
-def define_pure(name: str, schema: str, reference: Any, fake: Any, setup: Any, backward: Any) -> None:
-    """Register an op without side effects, with its pure-PyTorch reference and its derivative."""
-    LIBRARY.define(f"{name}{schema}")
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"deqcore::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd(
-        f"deqcore::{name}", backward, setup_context=setup, lib=LIBRARY
-    )
+from deqcore.ops._library import define_pure
 
 
 def entry_columns(pattern: Tensor, rows: int, columns: int, kept: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""y = x W^T + bias for a weight of which only some entries are kept (SpMM): API, oracle, derivative.
+"""y = x W^T + bias for a weight with few kept entries (SpMM): API, oracle, derivative.
 
 The input gradient is the same op over the transposed pattern, the values' gradient is
 ``masked_outer``; both are differentiable, so derivatives of any order exist.
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from deqcore import _dispatch
 from deqcore.ops import masked_outer as _masked_outer  # noqa: F401  (registers the derivative)
-from deqcore.ops.masked_dense import define_pure, to_dense_reference
+from deqcore.ops._library import call_pure, define_pure
+from deqcore.ops.masked_dense import to_dense_reference
 from deqcore.sparsity import SparsityPattern
 
 Backend = Literal["auto", "sparse", "dense"]
@@ -68,7 +69,8 @@ def masked_linear(
         return F.linear(x, pattern.to_dense(values), bias)
     if backend != "sparse":
         raise ValueError(f"backend: expected 'auto', 'sparse' or 'dense', got {backend!r}")
-    y = torch.ops.deqcore.masked_linear(
+    y = call_pure(
+        torch.ops.deqcore.masked_linear,
         x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0),
         values, pattern.indices, bias, rows, columns, pattern.block, False, dense_outer,
     )  # fmt: skip
@@ -148,7 +150,7 @@ def _fake(
 
 
 def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-    x, values, pattern, bias, rows, columns, ctx.block, ctx.transposed, ctx.dense_outer = inputs
+    x, values, pattern, _, rows, columns, ctx.block, ctx.transposed, ctx.dense_outer = inputs
     ctx.shape = (rows, columns)
     needs = ctx.needs_input_grad
     # What the other operand's gradient needs, and no more.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore.ops.masked_dense import define_pure, from_dense_reference, kept_entries
+from deqcore.ops._library import define_pure
+from deqcore.ops.masked_dense import from_dense_reference, kept_entries
 
 
 def reference(
