@@ -204,7 +204,8 @@ class SparsityPattern:
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError("a SparsityPattern cannot be changed; build another one")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError("a SparsityPattern cannot be changed; build another one")
 
     def __copy__(self) -> SparsityPattern:
         return self

@@ -36,7 +36,12 @@ class Case:
 
 
 def make(
-    rows: int, columns: int, tokens: int, sparsity: float, structure: int | None = None, seed: int = 0
+    rows: int,
+    columns: int,
+    tokens: int,
+    sparsity: float,
+    structure: int | None = None,
+    seed: int = 0,
 ) -> Case:
     g = torch.Generator().manual_seed(seed)
     scores = torch.rand(rows, columns, generator=g)
