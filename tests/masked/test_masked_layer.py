@@ -124,7 +124,7 @@ def test_state_dict_without_or_with_a_damaged_pattern_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"pattern: packed: damaged"):
         masked.load_state_dict(damaged)
     del state["pattern"]
-    with pytest.raises(RuntimeError, match='Missing key.*"pattern"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"pattern"'):
         masked.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"weight is dense.*deqcore\.prune_layer"):
         masked.load_state_dict(nn.Linear(64, 32).state_dict())
