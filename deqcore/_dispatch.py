@@ -84,7 +84,7 @@ def read_table(path: Path) -> Table:
 def _lines() -> dict[str, Line]:
     kind = processor_kind()
     measured = read_table(cache_file()).get(kind)
-    return measured if measured is not None else CROSSOVERS.get(kind, {})
+    return dict(CROSSOVERS.get(kind, {})) if measured is None else measured
 
 
 # Read once, at import: a traced function must not read files.

@@ -2,8 +2,8 @@
 
 A multilayer perceptron as the cell of a DEQ, pruned by magnitude. The peer is
 `torch.nn.utils.prune`, which multiplies each weight by its mask whenever the layer runs and then
-multiplies by all of it. A step is the forward solve, the loss, and the backward solve; the gradients
-of both layers are compared before they are timed.
+multiplies by all of it. A step is the forward solve, the loss, and the backward solve; the
+gradients of both layers are compared before they are timed.
 
     python examples/pruned_deq.py [--tokens 1576] [--width 768] [--structure 16]
 """
