@@ -7,8 +7,12 @@ from deqcore._version import __version__
 from deqcore.adjoints import Implicit, Phantom, Unrolled
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
+from deqcore.masked import MaskedLinear
+from deqcore.ops.masked_linear import masked_linear
+from deqcore.pruning import prune_layer, restore_pruned
 from deqcore.regularizers import jacobian_penalty, spectral_radius
 from deqcore.solvers import Anderson, Broyden, Picard
+from deqcore.sparsity import SparsityPattern
 
 _kernels.load()
 
@@ -18,16 +22,21 @@ __all__ = [
     "ConvergenceError",
     "Implicit",
     "ImplicitLayer",
+    "MaskedLinear",
     "Phantom",
     "Picard",
     "Solution",
     "SolveReport",
+    "SparsityPattern",
     "Status",
     "Unrolled",
     "__version__",
     "build_info",
     "fixed_point",
     "jacobian_penalty",
+    "masked_linear",
+    "prune_layer",
+    "restore_pruned",
     "root",
     "spectral_radius",
 ]
