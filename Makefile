@@ -6,7 +6,8 @@ JOBS   ?= 2
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
-PYTEST  := $(BIN)/python -m pytest
+# One thread a worker, so that two workers share two cores; tests of threads ask for two themselves.
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
 .PHONY: setup demo test test-ref test-portable lint format bench wheel clean
@@ -27,15 +28,15 @@ demo: setup
 # The whole suite with the compiled kernels; then the solvers again on the pure-PyTorch references
 # and the ops again on the portable kernels, which a processor with AVX would never run.
 test: setup
-	$(PYTEST) -n $(JOBS) --dist loadfile tests
+	$(PYTEST) tests
 	$(MAKE) test-ref test-portable
 
 test-ref: setup
-	DEQCORE_KERNELS=reference $(PYTEST) -n $(JOBS) --dist loadfile tests \
+	DEQCORE_KERNELS=reference $(PYTEST) tests \
 	    --ignore=tests/build --ignore=tests/ops --ignore=tests/lion
 
 test-portable: setup
-	DEQCORE_CPU_ISA=portable $(PYTEST) -n $(JOBS) --dist loadfile tests/ops
+	DEQCORE_CPU_ISA=portable $(PYTEST) tests/ops
 
 lint: setup
 	$(BIN)/ruff check .

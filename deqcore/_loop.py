@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +34,13 @@ class Problem:
 
     def __call__(self, z: Tensor) -> Tensor:  # [B, D] -> [B, D], in the packed dtype
         self.calls += 1
+        version = None if z.is_inference() else z._version
         value = self.f(self.packing.unpack(z), *self.args)
+        if version is not None and z._version != version:
+            raise RuntimeError(
+                "f changed its argument in place, which is the solver's own iterate; return a new "
+                "tensor (z * 0.5, not z.mul_(0.5)), or start f with z = z.clone()"
+            )
         packed = self.packing.pack(value)
         if self.calls == 1:
             leaves = pytree.tree_leaves(value)
@@ -76,6 +83,8 @@ def solve(
             if watch.all_ended():
                 break
             f = problem(run.z)
+            if step == 1:
+                _refuse_forward_mode(f)
             context = run.context(step)
             run.state, run.x, z = solver.step(run.state, run.x, f.detach(), context)
             run.seen(z)
@@ -132,6 +141,13 @@ def _finite(state: Any) -> Any:
     return state._replace(**zeros)
 
 
+def _refuse_forward_mode(f: Tensor) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(f).tangent is not None:
+        raise RuntimeError(
+            "forward-mode differentiation (jvp) of a solve: only adjoint=deqcore.Unrolled() has it"
+        )
+
+
 class _Run:
     """The mutable part of one solve."""
 
@@ -141,11 +157,14 @@ class _Run:
         packing = problem.packing
         self.problem, self.solver, self.packing = problem, solver, packing
         self.x = z0.to(packing.compute_dtype).contiguous()  # the current iterate
+        if torch.is_inference_mode_enabled():  # no version counter tells that f changed z0 in place
+            self.x = self.x.clone()
         self.z = packing.cast(self.x)  # the same as f sees it
         self.damping = solver.damping_table(z0.device)
         rows = Rows.start(len(z0), z0.device, frozen)
         self.state = solver.init(self.x, rows, packing.dtype)
         self.traces: list[Tensor] = []
+        self.rtol: float | None = None
 
     @property
     def rows(self) -> Rows:
@@ -153,8 +172,9 @@ class _Run:
         return rows
 
     def context(self, step: int) -> StepContext:
-        rtol = self.solver.relative_tolerance(*self.problem.dtypes)
-        return StepContext(self.damping, rtol, self.solver.atol, step, self.packing.dtype)
+        if self.rtol is None:  # only now, after the first call, is it known what f returns
+            self.rtol = self.solver.relative_tolerance(*self.problem.dtypes)
+        return StepContext(self.damping, self.rtol, self.solver.atol, step, self.packing.dtype)
 
     def seen(self, z: Tensor) -> None:
         """Take over the next iterate as f will see it, and note the residual just measured."""

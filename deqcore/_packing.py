@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -29,15 +31,30 @@ class Packing:
     dtype: torch.dtype
     device: torch.device
 
-    @property
+    @functools.cached_property
     def dim(self) -> int:
         return sum(self.widths)
 
-    @property
+    @functools.cached_property
+    def is_tensor(self) -> bool:
+        """The state is one tensor and no container."""
+        return self.spec.is_leaf()
+
+    def _is_plain(self, state: Any) -> bool:
+        """The usual case, worth being quick about: one tensor that needs no conversion."""
+        return (
+            self.is_tensor
+            and isinstance(state, Tensor)
+            and state.dtype == self.dtype
+            and state.shape == self.shapes[0]
+            and state.device == self.device
+        )
+
+    @functools.cached_property
     def uniform(self) -> bool:
         return all(dtype == self.dtype for dtype in self.dtypes)
 
-    @property
+    @functools.cached_property
     def compute_dtype(self) -> torch.dtype:
         """Of the current iterate and the history: half-precision states are kept in float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -67,6 +84,9 @@ class Packing:
 
     def pack(self, state: Any, what: str = "f(z)") -> Tensor:
         """[batch, dim] in the packed dtype, contiguous; checks that ``state`` has z0's structure."""
+        if self._is_plain(state):
+            packed: Tensor = state.reshape(self.batch, self.dim)
+            return packed.contiguous()
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
             raise ValueError(f"{what}: expected the structure of z0, {self.spec}, got {spec}")
@@ -78,6 +98,8 @@ class Packing:
                     f"{what}: expected shape {tuple(shape)}, that of z0, got {tuple(leaf.shape)}; "
                     "f must map a state to a state of the same shape"
                 )
+            if not leaf.dtype.is_floating_point:
+                raise TypeError(f"{what}: expected a floating-point tensor, got {leaf.dtype}")
             if leaf.device != self.device:
                 raise ValueError(f"{what}: expected device {self.device}, got {leaf.device}")
         if len(leaves) == 1:
@@ -87,18 +109,21 @@ class Packing:
 
     def unpack(self, packed: Tensor) -> Any:
         """The caller's structure; views of ``packed`` where the dtypes agree."""
-        if len(self.shapes) == 1:
-            return pytree.tree_unflatten([packed.reshape(self.shapes[0])], self.spec)
-        parts = packed.split(self.widths, dim=1)
+        if self.is_tensor:
+            return packed.view(self.shapes[0])
+        # Not `split`: its views may not be changed in place under autograd.
+        ends = itertools.accumulate(self.widths)
         leaves = [
-            part.reshape(shape).to(dtype)
-            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+            packed[:, end - width : end].reshape(shape).to(dtype)
+            for width, end, shape, dtype in zip(
+                self.widths, ends, self.shapes, self.dtypes, strict=True
+            )
         ]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def cast(self, x: Tensor) -> Tensor:
         """The iterate as f will see it: rounded to the leaves' dtypes, in the packed dtype."""
-        z = x.to(self.dtype)
+        z = x if x.dtype == self.dtype else x.to(self.dtype)
         return z if self.uniform else self.pack(self.unpack(z), "z")
 
 

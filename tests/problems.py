@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from deqcore import Anderson, Broyden, Picard
 from hypothesis import strategies as st
 from torch import Tensor
+
+from deqcore import Anderson, Broyden, Picard
 
 
 def generator(seed: int) -> torch.Generator:

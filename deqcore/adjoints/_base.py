@@ -23,11 +23,14 @@ class Adjoint:
 
 
 class ValueWithGradientOf(torch.autograd.Function):
-    """``value`` in forward; in backward the gradient goes to ``source`` instead."""
+    """``solved.value`` in forward; in backward the gradient goes to ``source`` instead.
+
+    The value is not an input, so that what is returned is no view and may be changed in place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+    def forward(ctx: Any, source: Tensor, solved: Solved) -> Tensor:
+        return solved.value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

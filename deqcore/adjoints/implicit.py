@@ -63,12 +63,12 @@ class Implicit(Adjoint):
         if self.reuse_forward and isinstance(solver, Broyden):
             guess = functools.partial(solver.inverse_transpose, solved.state)
         solved.state = None  # the history is not needed any more, and f's graph is yet to come
-        z = solved.value.detach().requires_grad_()
+        z = solved.value.clone().requires_grad_()  # the caller may change the value in place
         f = problem(z)
-        if not f.requires_grad:
+        if not _depends_on_others(f, z):
             return solved.value, solved
         linear = _LinearProblem(z, f, problem.packing, self.solver, guess, record)
-        return _ImplicitGradient.apply(f, solved.value, linear), solved
+        return _ImplicitGradient.apply(f, solved, linear), solved
 
 
 @dataclass(eq=False)
@@ -84,14 +84,14 @@ class _LinearProblem:
 
     def solve(self, grad: Tensor) -> Tensor:
         """u for an incoming gradient [B, D], row by row at unit scale."""
-        scale = _power_of_two_near_rms(grad)
-        unit = (grad / scale).to(grad.dtype)
+        exponent = _binary_exponent(grad)
+        unit = (grad.double() * _power_of_two(-exponent)).to(grad.dtype)
         zero = (grad == 0).all(1)
         problem = Problem(lambda u: unit + self._vjp(u), (), Packing.of(unit))
         u0 = unit if self.guess is None else self.guess(unit)
         solved = solve(problem, u0, self.solver, frozen=zero)
         self.record.report = SolveReport(**solved.report(problem))
-        return (solved.value * scale).to(grad.dtype)
+        return (solved.value.double() * _power_of_two(exponent)).to(grad.dtype)
 
     def _vjp(self, u: Tensor) -> Tensor:
         (product,) = torch.autograd.grad(
@@ -104,9 +104,9 @@ class _ImplicitGradient(torch.autograd.Function):
     """The solution in forward; in backward u goes to the graph of f at the solution."""
 
     @staticmethod
-    def forward(ctx: Any, f: Tensor, value: Tensor, linear: _LinearProblem) -> Tensor:
+    def forward(ctx: Any, f: Tensor, solved: Solved, linear: _LinearProblem) -> Tensor:
         ctx.linear = linear
-        return value.view_as(value)
+        return solved.value  # not an input, hence no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -131,11 +131,36 @@ class _NotTwice(torch.autograd.Function):
         )
 
 
-def _power_of_two_near_rms(grad: Tensor) -> Tensor:
-    """[B, 1] in the compute dtype; 1 for rows that are zero or not finite."""
+def _depends_on_others(f: Tensor, z: Tensor) -> bool:
+    """Whether the graph of f reaches a leaf other than z."""
+    nodes, seen = [f.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of an AccumulateGrad node
+        if leaf is not None and leaf is not z:
+            return True
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _binary_exponent(grad: Tensor) -> Tensor:
+    """[B, 1]: 2 to this is each row's rms, up to a factor of 2; 0 for a row that is not finite.
+
+    Exactly covariant: a gradient times 2^k has an exponent larger by k, at any k.
+    """
     wide = grad.double()
-    size = _rows.rms(_rows.row_dot(wide, wide), grad.shape[1])
-    exponent = size.log2().round()
-    usable = exponent.isfinite()
-    scale = torch.where(usable, exponent, 0).exp2()
-    return scale[:, None].to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
+    if not wide.shape[1]:
+        return torch.zeros_like(wide.sum(1, keepdim=True))
+    _, largest = torch.frexp(wide.abs().amax(1, keepdim=True))
+    wide = wide * _power_of_two(-largest)
+    _, exponent = torch.frexp(_rows.rms(_rows.row_dot(wide, wide), grad.shape[1])[:, None])
+    finite = wide.isfinite().all(1, keepdim=True)
+    return torch.where(finite, largest + exponent, 0)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 ** exponent as float64, from its bits: torch.ldexp and exp2 go through float32 or round."""
+    return ((exponent.long().clamp(-1022, 1023) + 1023) << 52).view(torch.float64)

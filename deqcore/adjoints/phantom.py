@@ -39,7 +39,7 @@ class Phantom(Adjoint):
         solved = solve(problem, z0, solver)
         if not torch.is_grad_enabled():
             return solved.value, solved
-        z = solved.value
+        z = solved.value.clone()  # the caller may change the value in place
         for _ in range(self.steps):
             z = torch.lerp(z, problem(z), self.damping) if self.damping < 1 else problem(z)
-        return ValueWithGradientOf.apply(z, solved.value), solved
+        return ValueWithGradientOf.apply(z, solved), solved

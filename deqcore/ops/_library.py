@@ -9,6 +9,15 @@ import torch
 LIBRARY = torch.library.Library("deqcore", "DEF")
 
 
+def call_step(op: Callable[..., None], *args: object) -> None:
+    """Call a step op; without grad mode past autograd, whose Python kernel would double its cost."""
+    if torch.is_grad_enabled():
+        op(*args)
+        return
+    with torch._C._AutoDispatchBelowAutograd():
+        op(*args)
+
+
 def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
     """Register an op that advances solver state in place.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import define_step
+from deqcore.ops._library import call_step, define_step
 from deqcore.ops._rows import BEST, BEST_STEP, FALLBACK_STEP, HISTORY, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
@@ -69,8 +69,8 @@ def anderson_step(
     ``best`` may have no columns as long as no active row's best iterate sits in the slot that this
     step overwrites (see :func:`evicts_best`).
     """
-    torch.ops.deqcore.anderson_step(
-        x, f, damping, state.g_ring, state.h_ring, state.gram, state.best, *state.rows,
+    call_step(
+        torch.ops.deqcore.anderson_step.default, x, f, damping, state.g_ring, state.h_ring, state.gram, state.best, *state.rows,
         x_next, z_next, rtol, atol, patience, max_steps, ridge, start, restart, safeguard,
         max_weight,
     )  # fmt: skip
@@ -161,9 +161,9 @@ def functional(
     x_new = torch.where(used, h_ring, 0).mul(alpha.to(x.dtype)[..., None]).sum(1)
     best_x, best_h = _best_pair(rows, g_ring, h_ring, best, table, steps)
     x_new = torch.where(fallback[:, None], best_h, x_new)
-    ended_value = torch.where(outcome.improved[:, None], x, best_x)
-    x_new = torch.where(outcome.ended[:, None], ended_value, x_new)
-    x_new = torch.where((outcome.going_on | outcome.ended)[:, None], x_new, x)
+    elsewhere = outcome.ended & ~outcome.improved & (rows.counters[:, BEST_STEP] > 0)
+    x_new = torch.where(elsewhere[:, None], best_x, x_new)
+    x_new = torch.where((outcome.going_on | elsewhere)[:, None], x_new, x)
 
     counters = rows.counters.clone()
     going_on = outcome.going_on

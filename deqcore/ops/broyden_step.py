@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import define_step
+from deqcore.ops._library import call_step, define_step
 from deqcore.ops._rows import BEST_STEP, HISTORY, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
@@ -64,8 +64,8 @@ def broyden_step(
 
     ``s_ring`` must have a free slot for every active row that has not yet stored ``memory`` steps.
     """
-    torch.ops.deqcore.broyden_step(
-        x, f, damping, state.s_ring, state.gram, state.best, *state.rows, x_next, z_next,
+    call_step(
+        torch.ops.deqcore.broyden_step.default, x, f, damping, state.s_ring, state.gram, state.best, *state.rows, x_next, z_next,
         rtol, atol, patience, max_steps, memory,
     )  # fmt: skip
 
@@ -134,11 +134,8 @@ def functional(
     write = (torch.arange(capacity, device=x.device) == count[:, None]) & going_on[:, None]
     s_ring = torch.where(write[..., None], step[:, None], state.s_ring)
     x_new = torch.where(going_on[:, None], x + step, x)
-    ended = outcome.ended & ~outcome.improved
-    x_new = torch.where(ended[:, None], best, x_new)
-    # No finite evaluation at all: nothing was measured, so the row returns where it started.
-    unmeasured = ended & (rows.counters[:, BEST_STEP] == 0)
-    x_new = torch.where(unmeasured[:, None], x, x_new)
+    elsewhere = outcome.ended & ~outcome.improved & (rows.counters[:, BEST_STEP] > 0)
+    x_new = torch.where(elsewhere[:, None], best, x_new)
 
     counters = rows.counters.clone()
     counters[:, MIXED] = count

@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -78,8 +78,7 @@ def _message(owner: object, name: str, expected: str, value: object) -> str:
     return f"{type(owner).__name__}: {name} must be {expected}, got {value!r}"
 
 
-@dataclass(frozen=True)
-class StepContext:
+class StepContext(NamedTuple):
     """What a step needs besides its state.
 
     Attributes:

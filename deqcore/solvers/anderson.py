@@ -93,8 +93,8 @@ class Anderson(MixingSolver):
         damping: in (0, 2]; a float, or a function of the step (1, 2, ...). Each stored iterate keeps
             the damping of the step it was stored at.
         ridge: added to the diagonal of the Gram matrix of residual differences after they are
-            scaled to unit norm, so its effect does not depend on the problem's scale.
-        start: plain steps before mixing; they leave no history.
+            scaled to unit norm, so that its effect does not depend on the problem's scale.
+        start: plain steps before mixing; only the last of them stays in the history.
         restart: clear the history every this many steps; None: never.
         safeguard: a mixed iterate whose residual is more than this times the best one is rejected:
             the row takes a plain step from its best iterate with an empty history. At least 1; inf: off.
@@ -121,7 +121,7 @@ class Anderson(MixingSolver):
         super().__post_init__()
         require_int(self, "memory", 1, op.MAX_MEMORY)
         require_damping(self)
-        require_number(self, "ridge", 0.0)
+        require_number(self, "ridge", 0.0, 1.0)
         require_int(self, "start", 0)
         if self.restart is not None:
             require_int(self, "restart", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -67,10 +68,16 @@ class Environment:
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sdist")
-    done = run(
-        sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, ROOT, cwd=ROOT
-    )
+    """Made in a copy: setuptools writes into the tree, where other tests may be building too."""
+    copy, folder = tmp_path_factory.mktemp("copy") / "deqcore", tmp_path_factory.mktemp("sdist")
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    for name in ("csrc", "deqcore", "lion_models", "build_backend", "tests", "docs"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
+    for path in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy2(path, copy)
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, copy]
+    done = run(*command, cwd=copy)
     assert done.returncode == 0, done.stdout
     return next(folder.glob("deqcore-*.tar.gz"))
 

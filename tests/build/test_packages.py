@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import sysconfig
 import tarfile
@@ -86,6 +87,18 @@ def test_rebuild_compiles_only_what_changed(tree, wheel):
     compiled = [line for line in done.stdout.splitlines() if "deqcore: compile" in line]
     assert len(compiled) == 1, done.stdout
     assert "cpu/isa.o" in compiled[0]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
+def test_kernels_share_no_function_between_instruction_sets(tree, wheel):
+    """The linker keeps one copy of a plain inline function: the portable one, which is slow."""
+    objects = list(tree.glob("build/temp*/cpu/*_kernel.*.o"))
+    assert objects
+    for path in objects:
+        isa = path.suffixes[0].removeprefix(".")
+        lines = run("nm", "-C", "--defined-only", path, cwd=tree).stdout.splitlines()
+        shared = [line for line in lines if " W deqcore::" in line and f"::{isa}::" not in line]
+        assert shared == [], f"{path.name}: make these static, or templates in the ISA's namespace"
 
 
 def test_build_without_torch_says_to_install_it_first(tmp_path):

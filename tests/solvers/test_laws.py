@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import deqcore
 import pytest
 import torch
-from deqcore import Anderson, Status
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from problems import Counted, affine, equal, rms, solvers, wave, wave_batch
+
+import deqcore
+from deqcore import Anderson, Status
 
 SEEDS = st.integers(0, 10_000)
 BATCHES = st.integers(1, 7)

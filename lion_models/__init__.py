@@ -1,0 +1,27 @@
+"""Implicit vision prompt tuning (LION) on frozen backbones, built on `deqcore`."""
+
+from lion_models.backbones import FrozenBackbone, load_backbone
+from lion_models.baselines import LinearProbe, VPTDeep
+from lion_models.classifier import count_parameters
+from lion_models.data import make_task, open_source
+from lion_models.errors import UserError
+from lion_models.implicit_prompt import ImplicitPrompt
+from lion_models.lion import Lion
+from lion_models.training import RunConfig, build_model, fit, load_run
+
+__all__ = [
+    "FrozenBackbone",
+    "ImplicitPrompt",
+    "LinearProbe",
+    "Lion",
+    "RunConfig",
+    "UserError",
+    "VPTDeep",
+    "build_model",
+    "count_parameters",
+    "fit",
+    "load_backbone",
+    "load_run",
+    "make_task",
+    "open_source",
+]

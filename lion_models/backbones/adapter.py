@@ -1,0 +1,78 @@
+"""The small protocol between a frozen backbone and the methods that tune around it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrozenBackbone", "fingerprint"]
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a state dict, in sorted order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FrozenBackbone(nn.Module):
+    """Any network as two functions: `embed` (images to tokens) and `encode` (tokens to a feature).
+
+    Its parameters get `requires_grad=False` and it stays in eval mode whatever `train()` says, so
+    that neither a weight nor a running statistic of it changes.
+
+    Args:
+        module: the network; holds the weights.
+        embed: images (B, C, S, S), pixels in [0, 1], to tokens (B, T, D); normalises the pixels.
+        encode: tokens (B, T, D) to features (B, F), without a head.
+        name: how the user calls it.
+        channels: C, 1 or 3.
+        image_size: S in pixels.
+        token_dim: D.
+        feature_dim: F.
+        blocks: the transformer blocks, (B, T, D) to (B, T, D) each; what deep prompts need, with
+            `pool`. Left out where there are none.
+        pool: what follows the blocks, (B, T, D) to (B, F).
+        normalisation: (mean, std) that `embed` applies, for the checkpoint's metadata.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        embed: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Tensor],
+        name: str,
+        channels: int,
+        image_size: int,
+        token_dim: int,
+        feature_dim: int,
+        blocks: Sequence[nn.Module] = (),
+        pool: Callable[[Tensor], Tensor] | None = None,
+        normalisation: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False).eval()
+        self.embed = embed
+        self.encode = encode
+        self.name = name
+        self.channels = channels
+        self.image_size = image_size
+        self.token_dim = token_dim
+        self.feature_dim = feature_dim
+        self.blocks = tuple(blocks)
+        self.pool = pool
+        self.normalisation = normalisation
+        self.fingerprint = fingerprint(module.state_dict())
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Stay in eval mode; see the class."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) -> (B, F)
+        return self.encode(self.embed(images))

@@ -1,0 +1,476 @@
+"""The `lion` command."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from typer.core import TyperGroup
+
+from lion_models.backbones import load_backbone, read_vit, tiny_vit_path
+from lion_models.compare import comparison_table, run_comparison
+from lion_models.errors import UserError, choose
+from lion_models.predict import evaluate_on, format_predictions, gather_images, predict
+from lion_models.training import (
+    FitState,
+    RunConfig,
+    load_run,
+    measure_run,
+    prepare_folder,
+    train_run,
+)
+from lion_models.training.config import METHODS, OPTIMIZERS, SOLVERS
+from lion_models.training.runs import read_config
+
+__all__ = ["app", "main"]
+
+out = Console()
+err = Console(stderr=True, soft_wrap=True)
+
+
+class _Commands(TyperGroup):
+    """Shows what the user can put right as one message, with exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            err.print(
+                "interrupted; the same command continues with --resume "
+                "(compare and demo continue by themselves)"
+            )
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune a frozen vision backbone with implicit prompts (LION).",
+)
+
+# Options that several commands share.
+Data = Annotated[
+    str, typer.Option(help="mnist5k, digits, or a folder with one sub-folder of images per class.")
+]
+Backbone = Annotated[str, typer.Option(help="tiny-vit, or a file of lion_models.pretrain.")]
+Shots = Annotated[str, typer.Option(help="Training images per class, or 'all'.")]
+ValidationShots = Annotated[
+    int | None, typer.Option(help="Validation images per class.", show_default="as many as --shots")
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
+Batch = Annotated[int, typer.Option(help="Images per step.")]
+Optimizer = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
+Sides = Annotated[str, typer.Option(help="lion: both, input or output.")]
+Hidden = Annotated[int, typer.Option(help="lion: bottleneck width.")]
+Strength = Annotated[float, typer.Option(help="lion: initial lambda of both layers.")]
+SolverName = Annotated[str, typer.Option(help=f"lion: one of {', '.join(SOLVERS)}.")]
+Rtol = Annotated[
+    float | None,
+    typer.Option(help="lion: relative tolerance of the solver.", show_default="deqcore's, 1e-4"),
+]
+MaxSteps = Annotated[int, typer.Option(help="lion: most evaluations of the cell per solve.")]
+Iterations = Annotated[
+    int | None,
+    typer.Option(
+        help="lion: this many explicit layers instead of an equilibrium.",
+        show_default="equilibrium",
+    ),
+]
+Prompts = Annotated[int, typer.Option(help="vpt-deep: prompt tokens per block.")]
+Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    data: Data,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "lion",
+    name: Annotated[str | None, typer.Option(show_default="DATA-METHOD-sSEED")] = None,
+    backbone: Backbone = "tiny-vit",
+    shots: Shots = "20",
+    validation_shots: ValidationShots = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 42,
+    epochs: Epochs = 100,
+    batch: Batch = 64,
+    optimizer: Optimizer = "adamw",
+    lr: Annotated[float | None, typer.Option(show_default="the method's")] = None,
+    weight_decay: Annotated[float | None, typer.Option(show_default="the method's")] = None,
+    sides: Sides = "both",
+    hidden: Hidden = RunConfig.hidden,
+    strength: Strength = RunConfig.strength,
+    solver: SolverName = "anderson",
+    rtol: Rtol = None,
+    max_steps: MaxSteps = 50,
+    iterations: Iterations = None,
+    prompts: Prompts = RunConfig.prompts,
+    runs: Runs = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+    test: Annotated[bool, typer.Option(help="Read the test set at the end.")] = True,
+    threads: Threads = 0,
+    device: Device = "cpu",
+) -> None:
+    """Train one method; writes RUNS/NAME."""
+    _set_up(threads, device)
+    config = RunConfig(
+        data=data,
+        method=method,
+        backbone=backbone,
+        shots=_shots(shots),
+        validation_shots=validation_shots,
+        seed=seed,
+        epochs=epochs,
+        batch=batch,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        sides=sides,
+        hidden=hidden,
+        strength=strength,
+        solver=solver,
+        rtol=rtol,
+        max_steps=max_steps,
+        iterations=iterations,
+        prompts=prompts,
+    )
+    folder = runs / (name or f"{Path(data).name}-{method}-s{seed}")
+    if resume and (folder / "config.json").is_file():
+        config = _resumed(ctx, read_config(folder), config)
+    _check_data(config)
+    prepare_folder(folder, config, resume, overwrite)
+    with _Bars() as bars:
+        result = train_run(
+            folder,
+            config,
+            test=test,
+            device=device,
+            on_epoch=lambda state: bars.update(config, state),
+        )
+    counts = result["parameters"]
+    out.print(
+        f"chosen epoch {result['best_epoch']}: validation accuracy "
+        f"{100 * result['validation_accuracy']:.1f}%"
+    )
+    if "test" in result:
+        out.print(
+            f"test accuracy {100 * result['test']['accuracy']:.1f}% "
+            f"({result['test']['images']} images, read once)"
+        )
+    out.print(
+        f"trained {counts['trained']:,} parameters ({counts['without_head']:,} without the "
+        f"head), frozen {counts['frozen']:,}; {result['seconds']:.1f} s"
+    )
+    out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its checkpoint with --data.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Other data with the same classes; every image of it is used.",
+            show_default="the run's own test set, read once",
+        ),
+    ] = None,
+    threads: Threads = 0,
+    device: Device = "cpu",
+) -> None:
+    """Accuracy of a run: on its own test set (measured once, then remembered) or on other data."""
+    _set_up(threads, device)
+    if data is None:
+        if not run.is_dir():
+            load_run(run)
+            raise UserError(f"{run}: is a checkpoint file; name the run's folder, or add --data")
+        figures = measure_run(run, device=device)["test"]
+        where = "the run's test set"
+    else:
+        loaded = load_run(run)
+        loaded.model.to(device)
+        figures = evaluate_on(loaded, data)
+        where = data
+    out.print(
+        f"accuracy {100 * figures['accuracy']:.2f}%, cross-entropy {figures['loss']:.4f} "
+        f"nats over {figures['images']} images of {where}",
+        highlight=False,
+    )
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder or checkpoint.")],
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    form: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+    output: Annotated[Path | None, typer.Option("--output", help="Write csv or json here.")] = None,
+    threads: Threads = 0,
+    device: Device = "cpu",
+) -> None:
+    """Class and probability of images."""
+    _set_up(threads, device)
+    choose("--format", form, ["table", "csv", "json"])
+    if output is not None and not output.resolve().parent.is_dir():
+        raise UserError(f"--output: folder {output.parent} does not exist; create it first")
+    images = gather_images(paths)
+    loaded = load_run(run)
+    loaded.model.to(device)
+    rows = predict(loaded, images)
+    if output is not None:
+        kind = "json" if form == "json" or output.suffix == ".json" else "csv"
+        output.write_text(format_predictions(rows, kind) + "\n")
+        out.print(f"wrote {len(rows)} predictions to {output}")
+    elif form == "table":
+        table = Table("file", "class", "probability")
+        for row in rows:
+            table.add_row(_escape(row["file"]), _escape(row["class"]), f"{row['probability']:.3f}")
+        out.print(table)
+    else:
+        typer.echo(format_predictions(rows, form))
+
+
+@app.command()
+def compare(
+    data: Data,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "42,44,82,100,800",
+    lrs: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated learning rates; validation chooses one per run.",
+            show_default="each method's",
+        ),
+    ] = "",
+    name: Annotated[str | None, typer.Option(show_default="compare-DATA-SHOTS")] = None,
+    backbone: Backbone = "tiny-vit",
+    shots: Shots = "20",
+    validation_shots: ValidationShots = None,
+    epochs: Epochs = 100,
+    batch: Batch = 64,
+    optimizer: Optimizer = "adamw",
+    sides: Sides = "both",
+    hidden: Hidden = RunConfig.hidden,
+    strength: Strength = RunConfig.strength,
+    solver: SolverName = "anderson",
+    rtol: Rtol = None,
+    max_steps: MaxSteps = 50,
+    iterations: Iterations = None,
+    prompts: Prompts = RunConfig.prompts,
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+    threads: Threads = 0,
+    device: Device = "cpu",
+) -> None:
+    """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
+    _set_up(threads, device)
+    names = [choose("--methods", part.strip(), METHODS) for part in methods.split(",")]
+    base = RunConfig(
+        data=data,
+        backbone=backbone,
+        shots=_shots(shots),
+        validation_shots=validation_shots,
+        epochs=epochs,
+        batch=batch,
+        optimizer=optimizer,
+        sides=sides,
+        hidden=hidden,
+        strength=strength,
+        solver=solver,
+        rtol=rtol,
+        max_steps=max_steps,
+        iterations=iterations,
+        prompts=prompts,
+    )
+    folder = runs / (name or f"compare-{Path(data).name}-{shots}")
+    _compare(
+        folder,
+        base,
+        names,
+        _numbers("--seeds", seeds, int),
+        _numbers("--lrs", lrs, float) if lrs else [],
+        overwrite,
+        device,
+    )
+
+
+@app.command()
+def demo(
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+    threads: Threads = 0,
+) -> None:
+    """Few-shot MNIST on the embedded tiny ViT: linear probe, VPT-deep and LION."""
+    _set_up(threads, "cpu")
+    base = RunConfig(data="mnist5k", shots=20, epochs=60)
+    _compare(runs / "demo", base, list(METHODS), [42], [], overwrite, "cpu")
+
+
+@app.command()
+def info(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A run's folder or checkpoint.", show_default="the embedded backbone"),
+    ] = None,
+) -> None:
+    """What a run or the embedded backbone is: parameters, fingerprint, figures."""
+    if run is None:
+        backbone = load_backbone("tiny-vit")
+        training = read_vit(tiny_vit_path())[1]["training"]
+        facts: dict[str, Any] = {
+            "backbone": backbone.name,
+            "sha256": backbone.fingerprint,
+            "parameters": sum(p.numel() for p in backbone.parameters()),
+            **training,
+        }
+    else:
+        loaded = load_run(run)
+        result = run / "result.json"
+        facts = {
+            "classes": ", ".join(loaded.classes),
+            "weights sha256": loaded.weights,
+            **loaded.config.to_dict(),
+        }
+        if result.is_file():
+            figures = json.loads(result.read_text())
+            facts |= figures["parameters"] | {
+                key: figures.get(key) for key in ("best_epoch", "validation_accuracy", "test")
+            }
+    table = Table("", "", show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, _escape(str(value)))
+    out.print(table)
+
+
+def _compare(
+    folder: Path,
+    base: RunConfig,
+    methods: list[str],
+    seeds: list[int],
+    rates: list[float],
+    overwrite: bool,
+    device: str,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with _Bars() as bars:
+        result = run_comparison(
+            folder,
+            base,
+            methods,
+            seeds,
+            rates,
+            overwrite=overwrite,
+            device=device,
+            on_epoch=bars.update,
+        )
+    shots = f"{base.shots} images a class" if base.shots else "all images"
+    seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
+    out.print(comparison_table(result["summary"], f"{base.data}, {shots}, {seed_text}"))
+    out.print(f"wrote {folder}/compare.json and {folder}/compare.png")
+
+
+class _Bars:
+    """One progress bar per run, with loss, validation accuracy and solver steps."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._config: RunConfig | None = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, config: RunConfig, state: FitState) -> None:
+        row = state.history[-1]
+        if config != self._config or self._bar is None:
+            self.__exit__()
+            self._config = config
+            self._bar = tqdm(
+                total=config.epochs,
+                initial=row["epoch"] - 1,
+                unit="epoch",
+                desc=f"{config.method} seed {config.seed}",
+            )
+        steps = "/".join(f"{figures['steps']:.0f}" for figures in row["solver"].values())
+        shown = {"loss": f"{row['loss']:.3f}", "val": f"{100 * row['validation_accuracy']:.1f}%"}
+        self._bar.set_postfix(shown | ({"steps": steps} if steps else {}), refresh=False)
+        self._bar.update()
+
+
+def _set_up(threads: int, device: str) -> None:
+    choose("--device", device, ["cpu", "cuda"])
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no GPU; use --device cpu")
+    if threads < 0:
+        raise UserError(f"--threads: expected 1 or more, got {threads}")
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+def _shots(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdigit():
+        raise UserError(f"--shots: expected a whole number or 'all', got '{text}'")
+    return int(text)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: expected numbers separated by commas, got '{text}'") from None
+
+
+def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConfig:
+    """The stored configuration, with what the user wrote out again (so that it is compared)."""
+    given = {
+        key: value
+        for key, value in asked.to_dict().items()
+        if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"
+    }
+    return RunConfig.from_dict(stored.to_dict() | given)
+
+
+def _check_data(config: RunConfig) -> None:
+    """Fail on bad data before a folder is made."""
+    from lion_models.data import open_source, split_rows
+
+    backbone = load_backbone(config.backbone)
+    source = open_source(config.data, backbone.channels, backbone.image_size)
+    split_rows(
+        source.labels,
+        source.classes,
+        config.seed,
+        config.shots,
+        config.validation_shots,
+        config.test_cap,
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def main() -> None:
+    """Entry point of the `lion` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
