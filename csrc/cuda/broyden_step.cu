@@ -2,7 +2,7 @@
 //
 // Traffic of a step over k stored ones, in state-sized vectors: push reads x, f and the k steps;
 // move reads them again and writes the new step, the iterate and, where it improved, the best.
-// 2 k + 7 in all; more than kSlots steps take further passes over x, f and the newest step, which
+// 2 k + 7 in all; more than 8 steps take further passes over x, f and the newest step, which
 // the cache still has.
 #include "cuda/broyden_step.h"
 
@@ -12,7 +12,9 @@
 namespace deqcore::cuda {
 namespace {
 
-constexpr int kSlots = 8;  // stored steps that are in flight at once
+// Stored steps that are in flight at once, as many as registers hold.
+template <bool kAligned>
+constexpr int kSlotsOf = kAligned ? 8 : 4;
 
 // What a team keeps in shared memory.
 template <typename X>
@@ -101,7 +103,7 @@ template <typename X, typename F, bool kAligned, bool kFirst>
 DEQCORE_DEVICE void push_pass(const Team& team, const BroydenArgs& args, const Row<X, F>& row,
                               int first, int history, int64_t begin, int64_t end,
                               const Scratch<X>& scratch) {
-  constexpr int kWidth = kPackWidth<X>;
+  constexpr int kWidth = kPackWidth<X>, kSlots = kSlotsOf<kAligned>;
   const int slots = history - first < kSlots ? history - first : kSlots;
   const int newest = history - 1 - first;  // among the slots of this pass, if it is there
   const X* const steps = row.s_ring + first * args.dim;
@@ -157,6 +159,7 @@ template <typename X, typename F, bool kAligned>
 DEQCORE_DEVICE void push(const Team& team, const BroydenArgs& args, const Row<X, F>& row,
                          int history, int64_t begin, int64_t end, const Scratch<X>& scratch) {
   push_pass<X, F, kAligned, true>(team, args, row, 0, history, begin, end, scratch);
+  constexpr int kSlots = kSlotsOf<kAligned>;
 #pragma unroll 1
   for (int first = kSlots; first < history; first += kSlots) {
     push_pass<X, F, kAligned, false>(team, args, row, first, history, begin, end, scratch);
@@ -267,7 +270,7 @@ DEQCORE_DEVICE void decide(int lane, const BroydenArgs& args, int64_t row, bool 
 template <typename X, typename F, bool kAligned>
 DEQCORE_DEVICE void move(const Team& team, const BroydenArgs& args, const Row<X, F>& row,
                          int64_t begin, int64_t end, const Scratch<X>& scratch) {
-  constexpr int kWidth = kPackWidth<X>;
+  constexpr int kWidth = kPackWidth<X>, kSlots = kSlotsOf<kAligned>;
   const BroydenPlan plan = *scratch.plan;
   const bool steps = plan.move == BroydenMove::step;
   if (plan.move == BroydenMove::copy_x && row.x_next == row.x && row.z_next == nullptr) return;
