@@ -28,9 +28,12 @@ def cuda_device() -> torch.device:
     return _cuda_device()
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+_WITH_CUDA = torch.cuda.is_available() or os.environ.get("REQUIRE_CUDA") == "1"
+
+
+@pytest.fixture(params=["cpu", "cuda"] if _WITH_CUDA else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device in turn. GPU runs of the suite: REQUIRE_CUDA=1 pytest -k cuda."""
+    """Each device there is, in turn. A run on a GPU: REQUIRE_CUDA=1 pytest -k cuda."""
     return _cuda_device() if request.param == "cuda" else torch.device("cpu")
 
 

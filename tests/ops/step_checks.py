@@ -1,0 +1,130 @@
+"""What is asserted about a step of either solver."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import equal, generator
+from step_cases import StepCase
+from torch import Tensor
+
+from deqcore import _kernels
+from deqcore.ops._rows import ACTIVE
+
+# A kernel's error may be twice that of the reference in the same dtype, and this many units in the
+# last place of the row's largest number on top (its sums are taken in another order).
+FLOOR_ULPS = 16
+
+
+def require_kernels(device: torch.device) -> None:
+    if not (_kernels.CUDA_KERNELS if device.type == "cuda" else _kernels.CPU_KERNELS):
+        pytest.skip(f"no {device.type} kernels: {_kernels.missing}")
+
+
+def check_kernel_against_float64(case: StepCase, device: torch.device) -> None:
+    """Every result of the op, against the reference in float64 and in the state's own dtype."""
+    kernel = {n: t.cpu() for n, t in case.to(device).run(case.op).items()}
+    same = case.run(case.reference)
+    exact = case.in_float64().run(case.reference)
+    for name in ("status", "counters", "remaining"):
+        assert torch.equal(kernel[name], same[name]), f"{name}: {kernel[name]} and {same[name]}"
+    others = [same] if case.tensors["x"].dtype != torch.float64 else _reordered(case)
+    check_frozen_rows_untouched(case, kernel)
+
+    going_on = kernel["status"] == ACTIVE
+    active = case.tensors["status"] == ACTIVE
+    _compare("residuals", kernel, others, exact, active)
+    _compare("x_next", kernel, others, exact, active)
+    for ring in ("g_ring", "h_ring"):
+        if ring in kernel:
+            _compare(ring, kernel, others, exact, active)
+    if "s_ring" in kernel:
+        _compare("s_ring", kernel, others, exact, going_on)
+        _compare("best", kernel, others, exact, going_on)
+    elif kernel["best"].shape[1]:
+        _compare("best", kernel, others, exact, active)
+    used = case.used_gram(kernel)
+    gram = [torch.where(used, result["gram"], 0.0) for result in (kernel, exact, *others)]
+    kernel_gram, exact_gram, *other_grams = [{"gram": g} for g in gram]
+    _compare("gram", kernel_gram, other_grams, exact_gram, going_on)
+    if kernel["z_next"].shape[1]:
+        assert equal(kernel["z_next"], kernel["x_next"].to(kernel["z_next"].dtype))
+
+
+def check_frozen_rows_untouched(case: StepCase, after: dict[str, Tensor]) -> None:
+    frozen = case.tensors["status"] != ACTIVE
+    for name, before in case.tensors.items():
+        if name not in ("damping", "remaining", "x_next", "z_next"):
+            assert equal(after[name][frozen], before[frozen]), name
+    x = case.tensors["x"][frozen]
+    assert equal(after["x_next"][frozen], x)
+    if after["z_next"].shape[1]:
+        assert equal(after["z_next"][frozen], x.to(after["z_next"].dtype))
+
+
+def _reordered(case: StepCase) -> list[dict[str, Tensor]]:
+    """A float64 reference has no better oracle: other orders of summation show its error."""
+    results = []
+    dim = case.tensors["x"].shape[1]
+    for seed in range(4):
+        order = torch.randperm(dim, generator=generator(seed))
+        inverse = order.argsort()
+        permuted = case.with_columns(order)
+        result = _moved_back(permuted.run(case.reference), inverse)
+        results.append(result)
+    return results
+
+
+def _moved_back(result: dict[str, Tensor], inverse: Tensor) -> dict[str, Tensor]:
+    wide = {"g_ring", "h_ring", "s_ring", "best", "x_next"}
+    return {
+        n: t[..., inverse] if n in wide and t.shape[-1] == len(inverse) else t
+        for n, t in result.items()
+    }
+
+
+def _compare(
+    name: str,
+    kernel: dict[str, Tensor],
+    references: list[dict[str, Tensor]],
+    exact: dict[str, Tensor],
+    rows: Tensor,
+) -> None:
+    truth = exact[name][rows].double().flatten(1)
+    got = kernel[name][rows].flatten(1)
+    if not truth.numel():
+        return
+    assert torch.equal(got.isnan(), truth.isnan()), f"{name}: NaN elsewhere"
+    eps = torch.finfo(got.dtype).eps
+    largest = truth.where(truth.isfinite(), 0).abs().amax(1)
+    bound = FLOOR_ULPS * eps * largest.clamp_min(1e-3)
+    worst = torch.zeros_like(bound)
+    for reference in references:
+        worst = torch.maximum(worst, _error(reference[name][rows].flatten(1), truth))
+    error = _error(got, truth)
+    assert (error <= 2 * worst + bound).all(), (
+        f"{name}: error {error.tolist()}, reference {worst.tolist()}, floor {bound.tolist()}"
+    )
+
+
+def _error(got: Tensor, truth: Tensor) -> Tensor:
+    difference = (got.double() - truth).abs()
+    same = (got.double() == truth) | truth.isnan()
+    return difference.where(~same, 0).amax(1)
+
+
+def check_opcheck(case: StepCase) -> None:
+    torch.library.opcheck(case.op.default, case.args)
+
+
+def check_refuses_autograd(case: StepCase) -> None:
+    """A tensor that requires grad, in grad mode, whichever it is; and none of them without."""
+    for name in ("x", "f"):
+        tensors = {n: t.clone() for n, t in case.tensors.items()}
+        tensors[name].requires_grad_()
+        args = (*tensors.values(), *case.options.values())
+        with pytest.raises(RuntimeError, match="has no derivative"):
+            case.op(*args)
+        with torch.no_grad():
+            case.op(*args)
+        assert not tensors["x_next"].isnan().all()
