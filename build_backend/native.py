@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,10 +73,13 @@ class Plan:
 class NativeExtension(Extension):
     """An extension whose objects and link command are decided here, not by distutils."""
 
-    def __init__(self, name: str, units: list[Unit], link: list[str]) -> None:
+    def __init__(
+        self, name: str, units: list[Unit], linker: tuple[str, ...], libraries: list[str]
+    ) -> None:
         super().__init__(name, sources=sorted({str(unit.source) for unit in units}))
         self.units = units
-        self.link = link
+        self.linker = linker
+        self.link_flags = libraries
 
 
 def make_plan(choice: str) -> Plan:
@@ -113,7 +117,7 @@ def _cpu_extension() -> NativeExtension:
     for isa, flags in isa_flags().items():
         command = (*kernel, *flags, f"-DDEQCORE_ISA={isa}")
         units += [Unit(path, f"cpu/{path.stem}.{isa}.o", command) for path in kernels]
-    return NativeExtension("deqcore._C", units, _link_command(compiler, torch, []))
+    return NativeExtension("deqcore._C", units, compiler.driver, _link_flags(torch))
 
 
 def _cuda_extension() -> NativeExtension:
@@ -123,17 +127,13 @@ def _cuda_extension() -> NativeExtension:
         raise UnavailableError("this version has no CUDA kernels (csrc/cuda/*.cu)")
     torch = Torch.find()
     compiler, with_torch = _command_with_torch(torch)
-    host = os.environ.get("CXX")
     device = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    device += ["-ccbin", shlex.split(host)[-1]] if host else []
+    if "CXX" in os.environ:
+        device += ["-ccbin", compiler.driver[0]]
     cuda = Cuda.find(torch, device)
     binding = (*with_torch, _TORCH_TARGET, "-DUSE_CUDA", f"-isystem{cuda.include}")
-    device = [
-        str(cuda.nvcc),
-        *device,
-        *cuda.architectures,
-        *shlex.split(os.environ.get("NVCC_FLAGS", "")),
-    ]
+    user = shlex.split(os.environ.get("NVCC_FLAGS", ""))
+    device = [str(cuda.nvcc), *device, *cuda.architectures, *user]
 
     module = [*with_torch, "-DDEQCORE_CUDA_MODULE"]
     units = [_module_unit(module, "_cuda", shlex.join(device[1:]))]
@@ -141,7 +141,7 @@ def _cuda_extension() -> NativeExtension:
     units += [Unit(path, f"cuda/{path.stem}.cu.o", tuple(device)) for path in sources]
     # No run path: torch has loaded its own libcudart by the time the extension is imported.
     libraries = [f"-L{cuda.lib}", "-ltorch_cuda", "-lc10_cuda", "-lcudart"]
-    return NativeExtension("deqcore._cuda", units, _link_command(compiler, torch, libraries))
+    return NativeExtension("deqcore._cuda", units, compiler.driver, _link_flags(torch, *libraries))
 
 
 def _command_with_torch(torch: Torch) -> tuple[Compiler, list[str]]:
@@ -159,13 +159,12 @@ def _module_unit(command: list[str], name: str, flags: str) -> Unit:
     return Unit(Path("csrc/module.cpp"), f"module.{name}.o", (*command, *defines))
 
 
-def _link_command(compiler: Compiler, torch: Torch, libraries: list[str]) -> list[str]:
+def _link_flags(torch: Torch, *libraries: str) -> list[str]:
     shared = ["-shared", "-Wl,-s"]
     if sys.platform == "darwin":
         shared = ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-x"]
-    words = [word for word in compiler.command if Path(word).name != "ccache"]
     extra = shlex.split(os.environ.get("LDFLAGS", ""))
-    return [*words, *shared, f"-L{torch.lib}", *libraries, "-ltorch_cpu", "-lc10", *extra]
+    return [*shared, f"-L{torch.lib}", *libraries, "-ltorch_cpu", "-lc10", *extra]
 
 
 def _user_flags() -> list[str]:
@@ -180,14 +179,14 @@ class BuildNative(build_ext):
     """Compile what changed, several files at a time, then link."""
 
     def build_extension(self, ext: NativeExtension) -> None:
-        folder = Path(self.build_temp)
+        # Not self.build_temp: an editable install gives a folder that is thrown away.
+        folder = Path("build", f"native.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
         jobs = int(os.environ.get("MAX_JOBS", 0)) or _processors()
         with ThreadPoolExecutor(jobs) as pool:
             objects = list(pool.map(lambda unit: _compile(unit, folder), ext.units))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        flags = ext.link.index("-shared" if "-shared" in ext.link else "-bundle")
-        command = [*ext.link[:flags], *map(str, objects), *ext.link[flags:], "-o", str(target)]
+        command = [*ext.linker, *map(str, objects), *ext.link_flags, "-o", str(target)]
         _run(command, f"link {target.name}")
 
 
@@ -204,7 +203,8 @@ def _compile(unit: Unit, folder: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     record = target.with_suffix(".cmd")
     record.unlink(missing_ok=True)
-    command = [*unit.command, "-MMD", "-MF", str(target.with_suffix(".d"))]
+    # -MD, not -MMD: another torch or compiler in the same place must be noticed too.
+    command = [*unit.command, "-MD", "-MF", str(target.with_suffix(".d"))]
     _run([*command, "-c", str(unit.source), "-o", str(target)], f"compile {unit.name}")
     record.write_text(shlex.join(unit.command))
     return target

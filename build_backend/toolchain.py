@@ -50,7 +50,12 @@ class Torch:
 class Compiler:
     """A C++ compiler that has been seen to compile a file with the headers we need."""
 
-    command: tuple[str, ...]
+    driver: tuple[str, ...]
+    launcher: tuple[str, ...] = ()  # ccache
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (*self.launcher, *self.driver)
 
     @classmethod
     def find(cls, flags: list[str]) -> Compiler:
@@ -62,9 +67,10 @@ class Compiler:
         words = next((w for w in map(shlex.split, names) if w and shutil.which(w[0])), None)
         if words is None:
             raise UnavailableError(f"no C++ compiler found (looked for {', '.join(names)})")
-        if shutil.which("ccache") and "ccache" not in Path(words[0]).name:
-            words = ["ccache", *words]
-        compiler = cls(tuple(words))
+        if "ccache" in Path(words[0]).name and len(words) > 1:
+            compiler = cls(tuple(words[1:]), launcher=(words[0],))
+        else:
+            compiler = cls(tuple(words), launcher=("ccache",) if shutil.which("ccache") else ())
         probe = "#include <Python.h>\n#include <torch/headeronly/version.h>\nint probe;\n"
         _compile_probe([*compiler.command, *flags], probe, ".cpp")
         return compiler

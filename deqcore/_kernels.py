@@ -62,7 +62,7 @@ def _load_module(part: str, name: str) -> None:
         missing[part] = f"{name} is installed but does not load: {error}"
         if KERNELS_MODE == "auto":
             warnings.warn(
-                f"deqcore runs without its compiled {part.upper()} kernels, slowly: {missing[part]}. "
+                f"deqcore runs slowly, without its {part.upper()} kernels: {missing[part]}. "
                 "Reinstall deqcore to build them for this torch.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -74,8 +74,8 @@ def _load_module(part: str, name: str) -> None:
 def _require(part: str) -> None:
     if part in missing:
         raise ImportError(
-            f"DEQCORE_KERNELS=require, but the {part.upper()} kernels are missing: {missing[part]}. "
-            f"Build them with: DEQCORE_BUILD={part} pip install . --no-build-isolation"
+            f"DEQCORE_KERNELS=require, but the {part.upper()} kernels are missing: "
+            f"{missing[part]}. Build them with: DEQCORE_BUILD={part} pip install ."
         )
 
 

@@ -24,13 +24,13 @@ class Problem:
 
     Attributes:
         calls: evaluations so far.
-        dtypes: of the state and of what f returned (under autocast they differ).
+        output_dtypes: of what f returned; under autocast they are not the state's.
     """
 
     def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], packing: Packing) -> None:
         self.f, self.args, self.packing = f, args, packing
         self.calls = 0
-        self.dtypes: tuple[torch.dtype, ...] = packing.dtypes
+        self.output_dtypes: tuple[torch.dtype, ...] = ()
 
     def __call__(self, z: Tensor) -> Tensor:  # [B, D] -> [B, D], in the packed dtype
         self.calls += 1
@@ -44,7 +44,7 @@ class Problem:
         packed = self.packing.pack(value)
         if self.calls == 1:
             leaves = pytree.tree_leaves(value)
-            self.dtypes += tuple(leaf.dtype for leaf in leaves if leaf.dtype.is_floating_point)
+            self.output_dtypes = tuple(leaf.dtype for leaf in leaves)
         return packed
 
 
@@ -85,9 +85,10 @@ def solve(
             f = problem(run.z)
             if step == 1:
                 _refuse_forward_mode(f)
-            context = run.context(step)
-            run.state, run.x, z = solver.step(run.state, run.x, f.detach(), context)
+                context = run.context()
+            run.state, run.x, z = solver.step(run.state, run.x, f, step, context)
             run.seen(z)
+            del f, z  # no iterate but the current one is alive while f runs
     return run.solved()
 
 
@@ -114,7 +115,8 @@ def _differentiable_steps(run: _Run, steps: range) -> None:
         if run.solver.check_every and not run.rows.remaining.item():
             return
         f = run.problem(run.z)
-        run.state, run.x = run.solver.differentiable_step(run.state, run.x, f, run.context(step))
+        context = run.context()
+        run.state, run.x = run.solver.differentiable_step(run.state, run.x, f, step, context)
         run.seen(run.x.to(run.packing.dtype))
 
 
@@ -156,25 +158,23 @@ class _Run:
     ) -> None:
         packing = problem.packing
         self.problem, self.solver, self.packing = problem, solver, packing
-        self.x = z0.to(packing.compute_dtype).contiguous()  # the current iterate
+        # The current iterate; a tensor of its own, so that z0's memory is seen to be shared.
+        self.x = z0.to(packing.compute_dtype).contiguous().view(z0.shape)
         if torch.is_inference_mode_enabled():  # no version counter tells that f changed z0 in place
             self.x = self.x.clone()
         self.z = packing.cast(self.x)  # the same as f sees it
-        self.damping = solver.damping_table(z0.device)
         rows = Rows.start(len(z0), z0.device, frozen)
-        self.state = solver.init(self.x, rows, packing.dtype)
+        self.state = solver.init(self.x, rows)
         self.traces: list[Tensor] = []
-        self.rtol: float | None = None
 
     @property
     def rows(self) -> Rows:
         rows: Rows = self.state.rows
         return rows
 
-    def context(self, step: int) -> StepContext:
-        if self.rtol is None:  # only now, after the first call, is it known what f returns
-            self.rtol = self.solver.relative_tolerance(*self.problem.dtypes)
-        return StepContext(self.damping, self.rtol, self.solver.atol, step, self.packing.dtype)
+    def context(self) -> StepContext:
+        """After the first call of f: only then is it known what f returns."""
+        return self.solver.context(self.x, self.packing.dtype, self.problem.output_dtypes)
 
     def seen(self, z: Tensor) -> None:
         """Take over the next iterate as f will see it, and note the residual just measured."""

@@ -85,7 +85,7 @@ class Packing:
     def pack(self, state: Any, what: str = "f(z)") -> Tensor:
         """[batch, dim] in the packed dtype, contiguous; checks that ``state`` has z0's structure."""
         if self._is_plain(state):
-            packed: Tensor = state.reshape(self.batch, self.dim)
+            packed: Tensor = state if state.dim() == 2 else state.reshape(self.batch, self.dim)
             return packed.contiguous()
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:

@@ -52,7 +52,7 @@ class ImplicitPrompt(nn.Module):
         dim: D, width of x.
         hidden: h, width of the bottleneck; D * (2h + 1) + 2h + 1 parameters in all.
         strength: initial value of the learned scalar lambda.
-        solver: how z* is found; None means Anderson with its defaults.
+        solver: for z* and for the backward solve; None means Anderson with its defaults.
         iterations: None for the equilibrium; k replaces it by k explicit applications of f from
             zero with ordinary backpropagation (an ablation: k layers that share their weights).
     """
@@ -67,7 +67,9 @@ class ImplicitPrompt(nn.Module):
     ) -> None:
         super().__init__()
         solver = deqcore.Anderson() if solver is None else solver
-        self.layer = deqcore.ImplicitLayer(BottleneckCell(dim, hidden), solver=solver)
+        self.layer = deqcore.ImplicitLayer(
+            BottleneckCell(dim, hidden), solver=solver, adjoint=deqcore.Implicit(solver=solver)
+        )
         self.strength = nn.Parameter(torch.tensor(float(strength)))
         self.iterations = iterations
 

@@ -3,9 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
-#include <vector>
-
 #include "cpu/step_binding.h"
 
 namespace deqcore::cpu {
@@ -52,19 +49,16 @@ void anderson_step(const Tensor& x, const Tensor& f, const Tensor& damping, cons
       .limits = {rtol, atol, patience, max_steps},
       .options = {ridge, start, restart, safeguard, max_weight},
   };
-  std::vector<double> parts(batch * step_chunks(dim) * (memory + 1));
-  const auto decisions = std::make_unique_for_overwrite<AndersonDecision[]>(batch);
-  const int64_t elements = (dim < kStepChunk ? dim : kStepChunk) * (2 * memory + 4);
-  run_step(
-      batch, dim, elements + 1,
-      [&](int64_t first, int64_t last) {
-        DEQCORE_DISPATCH_ISA(anderson_push, args, type, first, last, parts.data());
+  run_step<AndersonDecision>(
+      batch, dim, memory + 1, 2 * memory + 4,
+      [&](int64_t first, int64_t last, double* parts) {
+        DEQCORE_DISPATCH_ISA(anderson_push, args, type, first, last, parts);
       },
-      [&](int64_t row) {
-        DEQCORE_DISPATCH_ISA(anderson_decide, args, row, parts.data(), &decisions[row]);
+      [&](int64_t row, const double* parts, AndersonDecision* decision) {
+        DEQCORE_DISPATCH_ISA(anderson_decide, args, row, parts, decision);
       },
-      [&](int64_t first, int64_t last) {
-        DEQCORE_DISPATCH_ISA(anderson_move, args, type, first, last, decisions.get());
+      [&](int64_t first, int64_t last, const AndersonDecision* decisions) {
+        DEQCORE_DISPATCH_ISA(anderson_move, args, type, first, last, decisions);
       });
   count_remaining(args.rows, batch);
 }

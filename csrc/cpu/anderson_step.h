@@ -14,8 +14,8 @@ struct AndersonDecision {
   double alpha[kAndersonMaxMemory];  // mixing weights by age, for AndersonMove::mix
 };
 
-// The three parts of a step. Items are chunks of rows, row * step_chunks(dim) + chunk, and parts is
-// [batch, chunks, memory + 1] for their sums.
+// The three parts of a step. Items are chunks of rows, row * step_chunks(dim) + chunk; parts,
+// memory + 1 numbers an item, begins with the first item's, and decisions with its row's.
 DEQCORE_DECLARE_KERNEL(void anderson_push(const AndersonArgs& args, StateType type, int64_t first,
                                           int64_t last, double* parts))
 DEQCORE_DECLARE_KERNEL(void anderson_decide(const AndersonArgs& args, int64_t row,

@@ -173,7 +173,7 @@ void anderson_push(const AndersonArgs& args, StateType type, int64_t first, int6
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
       if (args.rows.status[row] != kActive) continue;
       push<X, F>(args, row, begin, std::min(begin + kStepChunk, args.dim),
-                 parts + item * (args.memory + 1));
+                 parts + (item - first) * (args.memory + 1));
     }
   });
 }
@@ -184,7 +184,7 @@ void anderson_decide(const AndersonArgs& args, int64_t row, const double* parts,
   if (args.rows.status[row] != kActive) return;
   double sums[kAndersonMaxMemory + 1];
   const int64_t chunks = step_chunks(args.dim), stride = args.memory + 1;
-  add_chunks(parts + row * chunks * stride, chunks, stride, anderson_history(args, row) + 1, sums);
+  add_chunks(parts, chunks, stride, anderson_history(args, row) + 1, sums);
   decision->plan = plan(args, row, sums, decision->alpha);
 }
 
@@ -194,7 +194,8 @@ void anderson_move(const AndersonArgs& args, StateType type, int64_t first, int6
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
-      move_to<X, F>(args, row, decisions[row].plan, decisions[row].alpha, begin,
+      const AndersonDecision& decision = decisions[row - first / chunks];
+      move_to<X, F>(args, row, decision.plan, decision.alpha, begin,
                     std::min(begin + kStepChunk, args.dim));
     }
   });

@@ -3,9 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
-#include <vector>
-
 #include "cpu/step_binding.h"
 
 namespace deqcore::cpu {
@@ -58,19 +55,16 @@ void broyden_step(const Tensor& x, const Tensor& f, const Tensor& damping, const
   }
   STD_TORCH_CHECK(stored < capacity, "s_ring: a row has stored ", stored,
                   " steps and needs room for one more, got a capacity of ", capacity);
-  std::vector<double> parts(batch * step_chunks(dim) * (2 * capacity + 2));
-  const auto decisions = std::make_unique_for_overwrite<BroydenDecision[]>(batch);
-  const int64_t elements = (dim < kStepChunk ? dim : kStepChunk) * (2 * stored + 8);
-  run_step(
-      batch, dim, elements + 1,
-      [&](int64_t first, int64_t last) {
-        DEQCORE_DISPATCH_ISA(broyden_push, args, type, first, last, parts.data());
+  run_step<BroydenDecision>(
+      batch, dim, 2 * capacity + 2, 2 * stored + 8,
+      [&](int64_t first, int64_t last, double* parts) {
+        DEQCORE_DISPATCH_ISA(broyden_push, args, type, first, last, parts);
       },
-      [&](int64_t row) {
-        DEQCORE_DISPATCH_ISA(broyden_decide, args, row, parts.data(), &decisions[row]);
+      [&](int64_t row, const double* parts, BroydenDecision* decision) {
+        DEQCORE_DISPATCH_ISA(broyden_decide, args, row, parts, decision);
       },
-      [&](int64_t first, int64_t last) {
-        DEQCORE_DISPATCH_ISA(broyden_move, args, type, first, last, decisions.get());
+      [&](int64_t first, int64_t last, const BroydenDecision* decisions) {
+        DEQCORE_DISPATCH_ISA(broyden_move, args, type, first, last, decisions);
       });
   count_remaining(args.rows, batch);
 }

@@ -14,8 +14,8 @@ struct BroydenDecision {
   double weights[kBroydenMaxMemory];  // of the stored steps in the new one
 };
 
-// The three parts of a step. Items are chunks of rows, row * step_chunks(dim) + chunk, and parts is
-// [batch, chunks, 2 * capacity + 2] for their sums.
+// The three parts of a step. Items are chunks of rows, row * step_chunks(dim) + chunk; parts, 2 *
+// capacity + 2 numbers an item, begins with the first item's, and decisions with its row's.
 DEQCORE_DECLARE_KERNEL(void broyden_push(const BroydenArgs& args, StateType type, int64_t first,
                                          int64_t last, double* parts))
 DEQCORE_DECLARE_KERNEL(void broyden_decide(const BroydenArgs& args, int64_t row,

@@ -107,7 +107,7 @@ void broyden_push(const BroydenArgs& args, StateType type, int64_t first, int64_
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
       if (args.rows.status[row] != kActive) continue;
       push<X, F>(args, row, begin, std::min(begin + kStepChunk, args.dim),
-                 parts + item * (2 * args.capacity + 2));
+                 parts + (item - first) * (2 * args.capacity + 2));
     }
   });
 }
@@ -119,7 +119,7 @@ void broyden_decide(const BroydenArgs& args, int64_t row, const double* parts,
   const int64_t chunks = step_chunks(args.dim), stride = 2 * args.capacity + 2;
   const int count = static_cast<int>(broyden_history(args, row));
   double sums[2 * kBroydenMaxMemory + 2], dots[kBroydenMaxMemory];
-  add_chunks(parts + row * chunks * stride, chunks, stride, 2 * count + 2, sums);
+  add_chunks(parts, chunks, stride, 2 * count + 2, sums);
   decision->plan = broyden_plan(args, row, count, sums, dots, decision->weights);
 }
 
@@ -129,7 +129,8 @@ void broyden_move(const BroydenArgs& args, StateType type, int64_t first, int64_
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
-      move_to<X, F>(args, row, decisions[row], begin, std::min(begin + kStepChunk, args.dim));
+      move_to<X, F>(args, row, decisions[row - first / chunks], begin,
+                    std::min(begin + kStepChunk, args.dim));
     }
   });
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "cpu/step.h"
 #include "ops/rows.h"
@@ -18,12 +19,17 @@ namespace deqcore::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape_text(const Tensor& tensor) {
+template <typename Sizes>
+std::string shape_text(const Sizes& sizes) {
   std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
-  }
+  for (const int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + ")";
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  return shape_text(sizes);
 }
 
 inline void check(const Tensor& tensor, const char* name, ScalarType dtype,
@@ -31,13 +37,9 @@ inline void check(const Tensor& tensor, const char* name, ScalarType dtype,
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype number ",
                   static_cast<int>(dtype), ", got ", static_cast<int>(tensor.scalar_type()));
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::string expected;
   int64_t i = 0;
-  for (const int64_t size : shape) {
-    same = same && tensor.size(i++) == size;
-    expected += (i > 1 ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(same, name, ": expected shape (", expected, "), got ", shape_text(tensor));
+  for (const int64_t size : shape) same = same && tensor.size(i++) == size;
+  STD_TORCH_CHECK(same, name, ": expected shape ", shape_text(shape), ", got ", shape_text(tensor));
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
@@ -83,28 +85,42 @@ inline void count_remaining(const Rows& rows, int64_t batch) {
   *rows.remaining = active;
 }
 
-// Runs a step as push (chunks), decide (rows), move (chunks). With enough rows, each thread takes
-// whole rows, so that a row stays in its cache; else all threads share every row.
-template <typename Push, typename Decide, typename Move>
-void run_step(int64_t batch, int64_t dim, int64_t elements_per_chunk, const Push& push,
+// Runs a step's three parts: push(first, last, parts) and move(first, last, decisions) on items
+// (chunks of rows), decide(row, parts, decision) in between. `parts` points at the sums of the
+// first item, `width` numbers each, and `decisions` at the decision of the first item's row. With
+// enough rows, each thread takes whole rows, so that a row stays in its cache from part to part;
+// else all threads share every row.
+template <typename Decision, typename Push, typename Decide, typename Move>
+void run_step(int64_t batch, int64_t dim, int64_t width, int64_t touched, const Push& push,
               const Decide& decide, const Move& move) {
-  constexpr int64_t kGrain = 1 << 17;  // elements below which a thread is not worth waking
+  constexpr int64_t kGrain = 1 << 17;  // elements for which a thread is worth waking
   const int64_t chunks = step_chunks(dim);
+  const int64_t chunk_cost = touched * (dim < kStepChunk ? dim : kStepChunk) + 1;
   if (chunks == 1 || batch >= 16) {
-    const int64_t grain = kGrain / (elements_per_chunk * chunks) + 1;
+    const int64_t grain = kGrain / (chunk_cost * chunks) + 1;
     torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+      std::vector<double> parts(chunks * width);
+      Decision decision;
       for (int64_t row = begin; row < end; ++row) {
-        push(row * chunks, (row + 1) * chunks);
-        decide(row);
-        move(row * chunks, (row + 1) * chunks);
+        push(row * chunks, (row + 1) * chunks, parts.data());
+        decide(row, parts.data(), &decision);
+        move(row * chunks, (row + 1) * chunks, &decision);
       }
     });
     return;
   }
-  const int64_t grain = kGrain / elements_per_chunk + 1;
-  torch::stable::parallel_for(0, batch * chunks, grain, push);
-  for (int64_t row = 0; row < batch; ++row) decide(row);
-  torch::stable::parallel_for(0, batch * chunks, grain, move);
+  const int64_t grain = kGrain / chunk_cost + 1;
+  std::vector<double> parts(batch * chunks * width);
+  std::vector<Decision> decisions(batch);
+  torch::stable::parallel_for(0, batch * chunks, grain, [&](int64_t first, int64_t last) {
+    push(first, last, parts.data() + first * width);
+  });
+  for (int64_t row = 0; row < batch; ++row) {
+    decide(row, parts.data() + row * chunks * width, &decisions[row]);
+  }
+  torch::stable::parallel_for(0, batch * chunks, grain, [&](int64_t first, int64_t last) {
+    move(first, last, &decisions[first / chunks]);
+  });
 }
 
 }  // namespace deqcore::cpu

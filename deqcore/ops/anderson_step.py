@@ -34,6 +34,7 @@ define_step(
     "float ridge, int start, int restart, float safeguard, float max_weight) -> ()",
     lambda *args: reference(*args),
 )
+_OP = torch.ops.deqcore.anderson_step.default
 
 
 class AndersonState(NamedTuple):
@@ -51,9 +52,8 @@ def anderson_step(
     f: Tensor,  # [B, D] f at x as cast to f's dtype: float64, float32, bfloat16 or float16
     damping: Tensor,  # float64 [T] damping of step 1, 2, ...; the last one holds for later steps
     state: AndersonState,  # changed in place
-    x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended
-    z_next: Tensor,  # [B, D] out: x_next in f's dtype; [B, 0] where that is x's own dtype
-    *,
+    x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended; may be x
+    z_next: Tensor,  # [B, D] out: x_next in f's dtype; empty where that is x's own dtype
     rtol: float,
     atol: float,
     patience: int,
@@ -70,9 +70,8 @@ def anderson_step(
     step overwrites (see :func:`evicts_best`).
     """
     call_step(
-        torch.ops.deqcore.anderson_step.default, x, f, damping, state.g_ring, state.h_ring, state.gram, state.best, *state.rows,
-        x_next, z_next, rtol, atol, patience, max_steps, ridge, start, restart, safeguard,
-        max_weight,
+        _OP, x, f, damping, *state[:4], *state.rows, x_next, z_next, rtol, atol, patience, max_steps,
+        ridge, start, restart, safeguard, max_weight,
     )  # fmt: skip
 
 
@@ -106,7 +105,7 @@ def reference(
     for old, value in zip((*state[:4], *state.rows), (*new[:4], *new.rows), strict=True):
         old.copy_(value)
     x_next.copy_(x_new)
-    if z_next.shape[1] or not x.shape[1]:
+    if z_next.shape == x_next.shape:
         z_next.copy_(x_new)
 
 

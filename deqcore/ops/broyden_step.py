@@ -35,6 +35,7 @@ define_step(
     "Tensor(h!) x_next, Tensor(i!) z_next, float rtol, float atol, int patience, int max_steps, int memory) -> ()",
     lambda *args: reference(*args),
 )
+_OP = torch.ops.deqcore.broyden_step.default
 
 
 class BroydenState(NamedTuple):
@@ -51,9 +52,8 @@ def broyden_step(
     f: Tensor,  # [B, D] f at x as cast to f's dtype: float64, float32, bfloat16 or float16
     damping: Tensor,  # float64 [T] damping of step 1, 2, ...; the last one holds for later steps
     state: BroydenState,  # changed in place
-    x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended
-    z_next: Tensor,  # [B, D] out: x_next in f's dtype; [B, 0] where that is x's own dtype
-    *,
+    x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended; may be x
+    z_next: Tensor,  # [B, D] out: x_next in f's dtype; empty where that is x's own dtype
     rtol: float,
     atol: float,
     patience: int,
@@ -65,8 +65,8 @@ def broyden_step(
     ``s_ring`` must have a free slot for every active row that has not yet stored ``memory`` steps.
     """
     call_step(
-        torch.ops.deqcore.broyden_step.default, x, f, damping, state.s_ring, state.gram, state.best, *state.rows, x_next, z_next,
-        rtol, atol, patience, max_steps, memory,
+        _OP, x, f, damping, *state[:3], *state.rows, x_next, z_next, rtol, atol, patience, max_steps,
+        memory,
     )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def reference(
     for old, value in zip((*state[:3], *state.rows), (*new[:3], *new.rows), strict=True):
         old.copy_(value)
     x_next.copy_(x_new)
-    if z_next.shape[1] or not x.shape[1]:
+    if z_next.shape == x_next.shape:
         z_next.copy_(x_new)
 
 

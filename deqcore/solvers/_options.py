@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
@@ -79,19 +79,16 @@ def _message(owner: object, name: str, expected: str, value: object) -> str:
 
 
 class StepContext(NamedTuple):
-    """What a step needs besides its state.
+    """What all steps of a solve share, made once f has been called for the first time.
 
     Attributes:
         damping: float64 [T] on the state's device; the last entry holds for all later steps.
-        rtol, atol: tolerances on rms(f(z) - z).
-        step: 1 for the first evaluation.
+        options: the op's numbers, in its order.
         dtype: of the state as f sees it.
     """
 
     damping: Tensor
-    rtol: float
-    atol: float
-    step: int
+    options: tuple[Any, ...]
     dtype: torch.dtype
 
 
@@ -147,26 +144,58 @@ class SolverOptions:
                 )
         return torch.tensor(values, dtype=torch.float64, device=device)
 
+    def context(self, x: Tensor, dtype: torch.dtype, output_dtypes: Iterable[torch.dtype]) -> StepContext:
+        """For iterates like ``x``, which f sees as ``dtype`` and answers in ``output_dtypes``."""
+        rtol = self.relative_tolerance(dtype, *output_dtypes)
+        limits = (rtol, self.atol, self.patience, self.max_steps)
+        return StepContext(self.damping_table(x.device), (*limits, *self.own_options()), dtype)
+
     # What a solver implements; `state` is a NamedTuple of tensors with a field `rows`.
 
-    def init(self, x: Tensor, rows: Any, dtype: torch.dtype) -> Any:
-        """State for iterates like ``x`` [B, D], which f sees as ``dtype``."""
-        raise TypeError(f"{type(self).__name__} is not a solver: use Picard, Anderson or Broyden")
+    def own_options(self) -> tuple[Any, ...]:
+        """The op's numbers beyond tolerances and limits."""
+        raise _not_a_solver(self)
 
-    def step(self, state: Any, x: Tensor, f: Tensor, context: StepContext) -> tuple[Any, Tensor, Tensor]:
-        """(state, next iterate, next iterate in f's dtype); ``state`` is changed in place."""
-        raise TypeError(f"{type(self).__name__} is not a solver: use Picard, Anderson or Broyden")
+    def init(self, x: Tensor, rows: Any) -> Any:
+        """State for iterates like ``x`` [B, D]."""
+        raise _not_a_solver(self)
+
+    def step(
+        self, state: Any, x: Tensor, f: Tensor, step: int, context: StepContext
+    ) -> tuple[Any, Tensor, Tensor]:
+        """(state, next iterate, next iterate in f's dtype); ``state`` is changed in place.
+
+        ``step`` is 1 for the first evaluation.
+        """
+        raise _not_a_solver(self)
 
     def differentiable_step(
-        self, state: Any, x: Tensor, f: Tensor, context: StepContext
+        self, state: Any, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[Any, Tensor]:
         """(new state, next iterate) without mutation, by differentiable PyTorch operations."""
-        raise TypeError(f"{type(self).__name__} is not a solver: use Picard, Anderson or Broyden")
+        raise _not_a_solver(self)
+
+
+def _not_a_solver(value: object) -> TypeError:
+    return TypeError(f"{type(value).__name__} is not a solver: use Picard, Anderson or Broyden")
 
 
 def step_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Buffers for the next iterate, and for it as f sees it ([B, 0] where that is the same)."""
-    x_next = torch.empty_like(x)
-    same = dtype == x.dtype
-    z_next = x.new_empty((x.shape[0], 0)) if same else torch.empty_like(x, dtype=dtype)
+    """Buffers for the next iterate, and for it as f sees it (empty where that is the same).
+
+    The next iterate takes the place of ``x`` unless f, or whoever called the solver, still holds on
+    to its memory: an iterate that someone kept never changes.
+    """
+    x_next = x if _is_ours_alone(x) else torch.empty_like(x)
+    z_next = x.new_empty(0) if dtype == x.dtype else torch.empty_like(x, dtype=dtype)
     return x_next, z_next
+
+
+def _is_ours_alone(x: Tensor) -> bool:
+    try:
+        storage = x.untyped_storage()
+        # One reference is x's, one that of `storage`. A view, a detached alias, a graph and a NumPy
+        # array each hold another.
+        return bool(torch._C._storage_Use_Count(storage._cdata) == 2)
+    except (AttributeError, RuntimeError, NotImplementedError):  # a tensor without storage (vmap)
+        return False

@@ -22,6 +22,9 @@ from deqcore.solvers._options import (
 )
 
 
+LARGE = 1 << 17  # elements of a state
+
+
 class MixingSolver(SolverOptions):
     """The steps that Anderson and Picard share: one op, with or without mixing."""
 
@@ -29,11 +32,7 @@ class MixingSolver(SolverOptions):
         """Stored residuals."""
         raise TypeError(f"{type(self).__name__} is not a solver: use Picard or Anderson")
 
-    def mixing(self) -> dict[str, Any]:
-        """The op's options on how iterates are mixed."""
-        raise TypeError(f"{type(self).__name__} is not a solver: use Picard or Anderson")
-
-    def init(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> AndersonState:
+    def init(self, x: Tensor, rows: Rows) -> AndersonState:
         batch, dim = x.shape
         memory = self.ring_size()
         return AndersonState(
@@ -45,40 +44,18 @@ class MixingSolver(SolverOptions):
         )
 
     def step(
-        self, state: AndersonState, x: Tensor, f: Tensor, context: StepContext
+        self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[AndersonState, Tensor, Tensor]:
-        state = _with_room_for_best(state, context.step)
+        state = _with_room_for_best(state, step)
         x_next, z_next = step_outputs(x, context.dtype)
-        op.anderson_step(
-            x,
-            f,
-            context.damping,
-            state,
-            x_next,
-            z_next,
-            rtol=context.rtol,
-            atol=context.atol,
-            patience=self.patience,
-            max_steps=self.max_steps,
-            **self.mixing(),
-        )
-        return state, x_next, z_next if z_next.shape[1] else x_next
+        op.anderson_step(x, f, context.damping, state, x_next, z_next, *context.options)
+        return state, x_next, x_next if context.dtype == x.dtype else z_next
 
     def differentiable_step(
-        self, state: AndersonState, x: Tensor, f: Tensor, context: StepContext
+        self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[AndersonState, Tensor]:
-        state = _with_room_for_best(state, context.step)
-        return op.functional(
-            x,
-            f,
-            context.damping,
-            state,
-            context.rtol,
-            context.atol,
-            self.patience,
-            self.max_steps,
-            **self.mixing(),
-        )
+        state = _with_room_for_best(state, step)
+        return op.functional(x, f, context.damping, state, *context.options)
 
 
 @options
@@ -131,14 +108,8 @@ class Anderson(MixingSolver):
     def ring_size(self) -> int:
         return self.memory
 
-    def mixing(self) -> dict[str, Any]:
-        return {
-            "ridge": self.ridge,
-            "start": self.start,
-            "restart": self.restart or 0,
-            "safeguard": self.safeguard,
-            "max_weight": self.max_weight,
-        }
+    def own_options(self) -> tuple[Any, ...]:
+        return self.ridge, self.start, self.restart or 0, self.safeguard, self.max_weight
 
 
 def _with_room_for_best(state: AndersonState, step: int) -> AndersonState:
@@ -146,7 +117,9 @@ def _with_room_for_best(state: AndersonState, step: int) -> AndersonState:
     memory = state.g_ring.shape[1]
     if step <= memory or state.best.shape[1]:
         return state
-    # On the CPU it costs nothing to look; on a GPU it would wait for the device.
-    if state.g_ring.device.type == "cpu" and not op.evicts_best(state):
+    # Looking is worth it for large states; on a GPU it would wait for the device.
+    batch, _, dim = state.g_ring.shape
+    large = batch * dim > LARGE and state.g_ring.device.type == "cpu"
+    if large and not op.evicts_best(state):
         return state
-    return state._replace(best=torch.empty_like(state.g_ring[:, 0]))
+    return state._replace(best=state.g_ring.new_empty(batch, dim))

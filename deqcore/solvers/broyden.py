@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,10 @@ class Broyden(SolverOptions):
         require_int(self, "memory", 1, op.MAX_MEMORY)
         require_damping(self)
 
-    def init(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> BroydenState:
+    def own_options(self) -> tuple[Any, ...]:
+        return (self.memory,)
+
+    def init(self, x: Tensor, rows: Rows) -> BroydenState:
         batch, dim = x.shape
         return BroydenState(
             s_ring=x.new_empty(batch, min(FIRST_CAPACITY, self.memory), dim),
@@ -56,33 +61,18 @@ class Broyden(SolverOptions):
         )
 
     def step(
-        self, state: BroydenState, x: Tensor, f: Tensor, context: StepContext
+        self, state: BroydenState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[BroydenState, Tensor, Tensor]:
-        state = self._with_room(state, context.step)
+        state = self._with_room(state, step)
         x_next, z_next = step_outputs(x, context.dtype)
-        op.broyden_step(
-            x,
-            f,
-            context.damping,
-            state,
-            x_next,
-            z_next,
-            rtol=context.rtol,
-            atol=context.atol,
-            patience=self.patience,
-            max_steps=self.max_steps,
-            memory=self.memory,
-        )
-        return state, x_next, z_next if z_next.shape[1] else x_next
+        op.broyden_step(x, f, context.damping, state, x_next, z_next, *context.options)
+        return state, x_next, x_next if context.dtype == x.dtype else z_next
 
     def differentiable_step(
-        self, state: BroydenState, x: Tensor, f: Tensor, context: StepContext
+        self, state: BroydenState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[BroydenState, Tensor]:
-        state = self._with_room(state, context.step)
-        return op.functional(
-            x, f, context.damping, state, context.rtol, context.atol, self.patience,
-            self.max_steps, self.memory,
-        )  # fmt: skip
+        state = self._with_room(state, step)
+        return op.functional(x, f, context.damping, state, *context.options)
 
     def _with_room(self, state: BroydenState, step: int) -> BroydenState:
         """Grow the ring so that no row can run out: a row stores at most one step per step."""

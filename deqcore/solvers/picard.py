@@ -33,8 +33,6 @@ class Picard(MixingSolver):
     def ring_size(self) -> int:
         return 1
 
-    def mixing(self) -> dict[str, Any]:
-        return _NO_MIXING
-
-
-_NO_MIXING = {"ridge": 0.0, "start": 0, "restart": 0, "safeguard": math.inf, "max_weight": math.inf}
+    def own_options(self) -> tuple[Any, ...]:
+        ridge, start, restart = 0.0, 0, 0
+        return ridge, start, restart, math.inf, math.inf  # no safeguard, no cap on weights

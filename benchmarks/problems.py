@@ -1,0 +1,40 @@
+"""What the solvers are given: an f that costs nothing, and a real one to check answers with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def free_function(batch: int, dim: int) -> Callable[[Tensor], Tensor]:
+    """An f that returns prepared tensors in turn, so that only the solver's own work is timed.
+
+    The residuals never fall, so that no solver stops early.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prepared = itertools.cycle(
+        [torch.randn(batch, dim, generator=generator) for _ in range(3 if dim > 10**5 else 7)]
+    )
+    return lambda z: next(prepared)
+
+
+def contraction(batch: int, dim: int) -> Callable[[Tensor], Tensor]:
+    """z -> 0.9 * rolled z * scale + b: an affine map with row-wise work and a known answer."""
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(dim, generator=generator) * 0.9
+    shift = torch.randn(batch, dim, generator=generator)
+    return lambda z: z.roll(1, dims=1) * scale + shift
+
+
+def agree(value: Tensor, other: Tensor, f: Callable[[Tensor], Tensor], tolerance: float) -> None:
+    """Raise unless both solve z = f(z) and are the same to `tolerance`, relative."""
+    for name, z in (("ours", value), ("the peer's", other)):
+        residual = ((f(z) - z).norm() / z.norm()).item()
+        if not residual <= tolerance:
+            raise RuntimeError(f"{name} answer is wrong: relative residual {residual:.2e}")
+    difference = ((value - other).norm() / other.norm()).item()
+    if not difference <= 20 * tolerance:
+        raise RuntimeError(f"the answers differ by {difference:.2e}, relative")

@@ -1,0 +1,89 @@
+"""A small random backbone, an image folder, and a way to call the command line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small import small_vit
+from typer.testing import CliRunner
+
+from lion_models.backbones import FrozenBackbone, freeze_vit
+from lion_models.cli import app
+from lion_models.pretrain import save_weights
+
+CLASSES = ("dark", "light", "middle")
+
+
+@pytest.fixture
+def backbone() -> FrozenBackbone:
+    return freeze_vit(small_vit(), "small")
+
+
+@pytest.fixture(scope="session")
+def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("backbone") / "small.safetensors"
+    save_weights(small_vit(), path, {"data": "none"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of grey noise around three means, 12 images each, in different formats."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for name, mean in zip(CLASSES, (60, 190, 125), strict=True):
+        (folder / name).mkdir()
+        for index in range(12):
+            noise = torch.randint(-20, 20, (16, 16), generator=generator) + mean
+            image = Image.fromarray(noise.to(torch.uint8).numpy())
+            suffix = ("png", "jpg", "bmp")[index % 3]
+            image.convert(("L", "RGB")[index % 2]).save(folder / name / f"{index}.{suffix}")
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Lion = Callable[..., Outcome]
+
+
+def call(*arguments: object) -> Outcome:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    # The console wraps lines; messages are compared as running text.
+    return Outcome(result.exit_code, result.output, " ".join(result.stderr.split()))
+
+
+@pytest.fixture
+def lion() -> Lion:
+    """Call the `lion` command: `lion("train", "--data", path)`."""
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    image_folder: Path, backbone_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    done = call("train", "--data", image_folder, "--backbone", backbone_file, "--shots", 4,
+                "--validation-shots", 3, "--epochs", 3, "--hidden", 4, "--lr", 0.02,
+                "--runs", runs, "--name", "finished", "--threads", 1)  # fmt: skip
+    assert done.code == 0, done.err
+    return runs / "finished"
+
+
+@pytest.fixture
+def trained(finished_run: Path, tmp_path: Path) -> Path:
+    """The folder of a finished short LION run, which the test may damage."""
+    return Path(shutil.copytree(finished_run, tmp_path / "runs" / "finished"))

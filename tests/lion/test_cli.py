@@ -1,0 +1,242 @@
+"""The `lion` command from end to end, and the message for each mistake."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Lion
+from PIL import Image
+from small import small_vit
+
+from lion_models.pretrain import save_weights
+
+QUICK = ("--shots", 3, "--validation-shots", 2, "--epochs", 2, "--threads", 1)
+
+
+def picture_is_drawn(path: Path) -> bool:
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return min(pixels.shape[:2]) > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_train_writes_a_whole_run(trained: Path):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoint.safetensors", "result.json",
+                     "test.json", "curves.png"}  # fmt: skip
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert json.loads((trained / "config.json").read_text())["hidden"] == 4
+    result = json.loads((trained / "result.json").read_text())
+    assert result["test"]["images"] == 12
+    assert set(result["traces"]["after"]) == {"input", "output"}
+    assert picture_is_drawn(trained / "curves.png")
+
+
+def test_train_on_digits_with_the_embedded_backbone(lion: Lion, tmp_path: Path):
+    done = lion("train", "--data", "digits", *QUICK, "--method", "linear", "--runs", tmp_path)
+    assert done.code == 0, done.err
+    assert "test accuracy" in done.out
+    assert (tmp_path / "digits-linear-s42" / "checkpoint.safetensors").is_file()
+
+
+def test_eval_repeats_the_recorded_figure_and_takes_other_data(
+    lion: Lion, trained: Path, image_folder: Path
+):
+    recorded = json.loads((trained / "test.json").read_text())
+    own = lion("eval", trained)
+    assert f"accuracy {100 * recorded['accuracy']:.2f}%" in own.out
+    other = lion("eval", trained, "--data", image_folder)
+    assert "over 36 images" in other.out
+
+
+def test_eval_measures_a_run_that_was_not_tested(
+    lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
+):
+    lion("train", "--data", image_folder, "--backbone", backbone_file, *QUICK, "--no-test",
+         "--runs", tmp_path, "--name", "x", "--method", "linear")  # fmt: skip
+    assert not (tmp_path / "x" / "test.json").exists()
+    assert lion("eval", tmp_path / "x").code == 0
+    assert (tmp_path / "x" / "test.json").exists()
+
+
+def test_predict_gives_the_same_table_csv_and_json(
+    lion: Lion, trained: Path, image_folder: Path, tmp_path: Path
+):
+    one = image_folder / "dark" / "0.png"
+    assert "probability" in lion("predict", trained, one).out
+    table = lion("predict", trained, image_folder, "--format", "csv").out
+    rows = list(csv.DictReader(io.StringIO(table)))
+    assert len(rows) == 36
+    for row in rows:
+        chances = {name: float(row[f"p_{name}"]) for name in ("dark", "light", "middle")}
+        assert sum(chances.values()) == pytest.approx(1, abs=1e-5)
+        assert max(chances, key=chances.__getitem__) == row["class"]
+    lion("predict", trained, image_folder, "--output", tmp_path / "p.json")
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert [row["class"] for row in written] == [row["class"] for row in rows]
+    assert lion("predict", trained, image_folder, "--format", "csv").out == table
+
+
+def test_compare_makes_a_table_json_and_picture_and_continues(
+    lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
+):
+    arguments = ("compare", "--data", image_folder, "--backbone", backbone_file, *QUICK,
+                 "--hidden", 4, "--prompts", 2, "--runs", tmp_path, "--name", "c",
+                 "--methods", "linear,lion")  # fmt: skip
+    first = lion(*arguments, "--seeds", "1")
+    assert first.code == 0, first.err
+    stamp = (tmp_path / "c" / "lion-s1" / "checkpoint.safetensors").stat().st_mtime_ns
+    second = lion(*arguments, "--seeds", "1,2")
+    assert second.code == 0, second.err
+    assert (tmp_path / "c" / "lion-s1" / "checkpoint.safetensors").stat().st_mtime_ns == stamp
+    written = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert [(cell["method"], cell["seed"]) for cell in written["cells"]] == [
+        ("linear", 1), ("lion", 1), ("linear", 2), ("lion", 2)]  # fmt: skip
+    accuracies = [c["test_accuracy"] for c in written["cells"] if c["method"] == "lion"]
+    row = next(row for row in written["summary"] if row["method"] == "lion")
+    assert row["test_accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert "±" in second.out
+    assert picture_is_drawn(tmp_path / "c" / "compare.png")
+    changed = lion(*arguments, "--seeds", "1", "--epochs", "3")
+    assert changed.code == 2
+    assert "was run with other options" in changed.err
+
+
+def test_compare_tests_only_the_rate_that_validation_chose(
+    lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
+):
+    done = lion("compare", "--data", image_folder, "--backbone", backbone_file, *QUICK, "--runs",
+                tmp_path, "--name", "c", "--methods", "linear", "--seeds", "1", "--lrs",
+                "0.001,0.05")  # fmt: skip
+    assert done.code == 0, done.err
+    runs = sorted((tmp_path / "c").glob("linear-s1-lr*"))
+    assert len(runs) == 2
+    assert sum((run / "test.json").exists() for run in runs) == 1
+
+
+def test_info_shows_the_backbone_and_a_run(lion: Lion, trained: Path):
+    assert "tiny-vit" in lion("info").out
+    assert "weights sha256" in lion("info", trained).out
+
+
+def test_existing_run_is_neither_replaced_nor_continued_unasked(lion: Lion, trained: Path):
+    config = json.loads((trained / "config.json").read_text())
+    arguments = ("train", "--data", config["data"], "--backbone", config["backbone"], *QUICK,
+                 "--name", trained.name, "--runs", trained.parent)  # fmt: skip
+    refused = lion(*arguments)
+    assert refused.code == 2
+    assert "exists; use --resume to continue it, --overwrite to replace it" in refused.err
+    conflict = lion(*arguments, "--resume")
+    assert conflict.code == 2
+    assert "was started with shots=4" in conflict.err
+    assert lion(*arguments, "--overwrite").code == 0
+
+
+def test_resume_takes_the_stored_options(lion: Lion, trained: Path):
+    config = json.loads((trained / "config.json").read_text())
+    done = lion("train", "--data", config["data"], "--name", trained.name, "--runs",
+                trained.parent, "--resume", "--threads", 1)  # fmt: skip
+    assert done.code == 0, done.err
+    assert "chosen epoch" in done.out
+
+
+def test_overwrite_spares_a_folder_that_is_no_run(lion: Lion, tmp_path: Path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.txt").write_text("years of work")
+    refused = lion("train", "--data", "digits", "--name", "x", "--runs", tmp_path, "--overwrite")
+    assert refused.code == 2
+    assert "not a run" in refused.err
+    assert (tmp_path / "x" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "/no/such/place"], "'/no/such/place' is neither a folder nor one of"),
+        (["--data", "digit"], "did you mean 'digits'?"),
+        (["--data", "digits", "--method", "vtp-deep"], "did you mean 'vpt-deep'?"),
+        (["--data", "digits", "--shots", "5000"], "class '0' has 178 images, of which 53 are kept"),
+        (["--data", "digits", "--shots", "many"], "expected a whole number or 'all', got 'many'"),
+        (["--data", "digits", "--threads", "-1"], "--threads: expected 1 or more, got -1"),
+        (["--data", "digits", "--device", "cdua"], "did you mean 'cuda'?"),
+        (["--data", "digits", "--backbone", "x.safetensors"], "x.safetensors does not exist"),
+        (["--data", "digits", "--resume", "--name", "no"], "holds no run; leave --resume out"),
+    ],
+)
+def test_train_names_what_is_wrong(lion: Lion, arguments: list[str], message: str, tmp_path: Path):
+    outcome = lion("train", *arguments, "--runs", tmp_path)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error:")
+    assert message in outcome.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_misspelt_option_is_suggested(lion: Lion):
+    outcome = lion("train", "--data", "digits", "--shot", "3")
+    assert outcome.code == 2
+    assert "--shots" in outcome.err
+
+
+def test_not_an_image_is_named_by_train_and_predict(
+    lion: Lion, trained: Path, image_folder: Path, tmp_path: Path
+):
+    copy = tmp_path / "images"
+    shutil.copytree(image_folder, copy)
+    for path in copy.glob("dark/*"):
+        path.write_bytes(b"not a picture")
+    backbone = json.loads((trained / "config.json").read_text())["backbone"]
+    for outcome in (
+        lion("train", "--data", copy, "--backbone", backbone, *QUICK, "--runs", tmp_path / "r"),
+        lion("predict", trained, copy),
+    ):
+        assert outcome.code == 2
+        assert "not an image (13 bytes of something else)" in outcome.err
+
+
+def test_predict_names_what_is_wrong(lion: Lion, trained: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    image = tmp_path / "a.png"
+    Image.new("L", (5, 5)).save(image)
+    for arguments, message in [
+        ((trained, tmp_path / "none.png"), "none.png: no such file or folder"),
+        ((trained, tmp_path / "empty"), "empty: no image in this folder"),
+        ((trained, image, "--format", "jsn"), "did you mean 'json'?"),
+        ((trained, image, "--output", tmp_path / "no" / "p.csv"), "does not exist; create it"),
+        ((tmp_path / "run", image), "no checkpoint; expected the folder of a finished run"),
+    ]:
+        outcome = lion("predict", *arguments)
+        assert outcome.code == 2
+        assert message in outcome.err
+
+
+def test_damaged_checkpoint_and_changed_backbone_are_named(
+    lion: Lion, trained: Path, image_folder: Path, tmp_path: Path
+):
+    image = image_folder / "dark" / "0.png"
+    metadata = json.loads((trained / "config.json").read_text())
+    backbone = Path(metadata["backbone"])
+    original = backbone.read_bytes()
+    try:
+        save_weights(small_vit(seed=1), backbone, {})
+        outcome = lion("predict", trained, image)
+    finally:
+        backbone.write_bytes(original)
+    assert outcome.code == 2
+    assert "was trained on backbone" in outcome.err
+    half = tmp_path / "half.safetensors"
+    whole = (trained / "checkpoint.safetensors").read_bytes()
+    half.write_bytes(whole[: len(whole) // 2])
+    outcome = lion("predict", half, image)
+    assert outcome.code == 2
+    assert "half.safetensors: cut off or not a safetensors file" in outcome.err
+
+
+def test_eval_names_data_with_other_classes(lion: Lion, trained: Path):
+    outcome = lion("eval", trained, "--data", "digits")
+    assert outcome.code == 2
+    assert "the run was trained for dark, light, middle" in outcome.err

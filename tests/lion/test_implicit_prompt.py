@@ -1,0 +1,159 @@
+"""The implicit layer: parameters, gradients, convergence, and LION around a backbone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import SMALL, small_vit
+
+import deqcore
+import lion_models
+from lion_models.backbones import FrozenBackbone, freeze_vit
+from lion_models.baselines import LinearProbe, VPTDeep
+from lion_models.classifier import count_parameters
+from lion_models.errors import UserError
+from lion_models.implicit_prompt import BottleneckCell, ImplicitPrompt
+from lion_models.lion import SIDES, Lion
+
+EXACT = deqcore.Anderson(rtol=1e-13, atol=1e-14, max_steps=200)
+
+
+def layer_parameters(dim: int, hidden: int) -> int:
+    return dim * (2 * hidden + 1) + 2 * hidden + 1
+
+
+@given(dim=st.integers(1, 40), hidden=st.integers(1, 40))
+def test_layer_has_the_documented_number_of_parameters(dim: int, hidden: int):
+    count = sum(p.numel() for p in ImplicitPrompt(dim, hidden).parameters())
+    assert count == layer_parameters(dim, hidden)
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_lion_counts_one_layer_per_side(backbone: FrozenBackbone, sides: str):
+    counts = count_parameters(Lion(backbone, 3, sides=sides, hidden=4))
+    layers = 2 if sides == "both" else 1
+    assert counts.without_head == layers * layer_parameters(SMALL.dim, 4)
+    assert counts.head == 3 * SMALL.dim + 3
+    assert counts.trained == counts.without_head + counts.head
+
+
+def test_baselines_have_the_counts_of_their_papers(backbone: FrozenBackbone):
+    assert count_parameters(LinearProbe(backbone, 3)).without_head == 0
+    vpt = count_parameters(VPTDeep(backbone, 3, prompts=7))
+    assert vpt.without_head == SMALL.depth * 7 * SMALL.dim
+
+
+def test_vpt_prompts_start_in_the_paper_s_range(backbone: FrozenBackbone):
+    prompts = VPTDeep(backbone, 3, prompts=200).prompts
+    bound = (6 / (SMALL.patch_size**2 + SMALL.dim)) ** 0.5
+    assert prompts.abs().max() <= bound
+    assert prompts.abs().max() > 0.98 * bound
+
+
+def test_vpt_needs_blocks(backbone: FrozenBackbone):
+    backbone.blocks = ()
+    with pytest.raises(UserError, match="needs a backbone made of transformer blocks"):
+        VPTDeep(backbone, 3)
+
+
+def test_vpt_without_prompts_effect_is_the_backbone(backbone: FrozenBackbone):
+    """Prompts of each block are dropped after it: the class token alone carries on."""
+    model = VPTDeep(backbone, 3, prompts=2).eval()
+    tokens = backbone.embed(torch.rand(4, 1, 12, 12))
+    x = tokens
+    for block, prompts in zip(backbone.blocks, model.prompts, strict=True):
+        x = block(torch.cat([x[:, :1], prompts.expand(4, -1, -1), x[:, 1:]], 1))
+        x = torch.cat([x[:, :1], x[:, 3:]], 1)
+    torch.testing.assert_close(model.tuned(tokens), model.head(backbone.pool(x)))
+
+
+def test_layer_returns_the_fixed_point_of_its_cell():
+    layer = ImplicitPrompt(6, 4, strength=0.7, solver=EXACT).double()
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    z = (layer(x) - x) / layer.strength
+    injected = torch.nn.functional.layer_norm(x, (6,))
+    torch.testing.assert_close(layer.layer.cell(z, injected), z, rtol=1e-9, atol=1e-11)
+    assert layer.layer.report.converged.all()
+
+
+@pytest.mark.parametrize("hidden", [4, 8, 16])
+def test_untrained_solves_converge_in_few_steps(hidden: int):
+    layer = ImplicitPrompt(96, hidden)
+    layer(torch.randn(32, 17, 96))
+    report = layer.layer.report
+    assert report.converged.all()
+    assert report.steps.max() <= 10
+
+
+@pytest.mark.parametrize("gain", [1.0, 10.0, 1000.0])
+def test_cell_is_bounded_whatever_its_weights(gain: float):
+    cell = BottleneckCell(8, 4)
+    with torch.no_grad():
+        cell.up.weight.mul_(gain)
+    z, x = 1e6 * torch.randn(100, 8), torch.randn(100, 8)
+    assert cell(z, x).norm(dim=1).max() <= cell.up.weight.norm() * 4**0.5 + 1e-3
+
+
+def test_gradients_pass_gradcheck():
+    layer = ImplicitPrompt(3, 2, strength=0.5, solver=EXACT).double()
+    x = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in layer.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+    def call(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *values), atol=1e-6)
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_lion_gradients_equal_backpropagation_through_many_explicit_steps(sides: str):
+    backbone = freeze_vit(small_vit().double(), "small")
+    images, labels = torch.rand(4, 1, 12, 12, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    gradients = []
+    for iterations in (None, 60):
+        torch.manual_seed(1)
+        model = Lion(backbone, 3, sides, 4, 0.5, EXACT, iterations).double()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-7, atol=1e-10, msg=name)
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_explicit_layers_report_no_trace_and_no_solve(backbone: FrozenBackbone):
+    model = Lion(backbone, 3, hidden=4, iterations=2)
+    fixed = model.frozen(torch.rand(2, 1, 12, 12))
+    assert model.residual_traces(fixed, deqcore.Anderson(record_trace=True)) == {}
+
+
+def test_traces_fall_to_the_tolerance(backbone: FrozenBackbone):
+    model = Lion(backbone, 3, hidden=4)
+    fixed = model.frozen(torch.rand(6, 1, 12, 12))
+    traces = model.residual_traces(fixed, deqcore.Anderson(record_trace=True))
+    assert set(traces) == {"input", "output"}
+    for trace in traces.values():
+        assert trace.shape[0] == 6
+        assert (trace[:, -1] < 1e-2 * trace[:, 0]).all()
+
+
+def test_output_side_alone_caches_features_and_input_side_tokens(backbone: FrozenBackbone):
+    images = torch.rand(2, 1, 12, 12)
+    assert Lion(backbone, 3, "output").frozen(images).shape == (2, SMALL.dim)
+    assert Lion(backbone, 3, "both").frozen(images).shape == (2, 5, SMALL.dim)
+
+
+def test_lion_models_uses_public_names_of_deqcore_only():
+    for path in Path(lion_models.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert node.value.id != "deqcore" or node.attr in deqcore.__all__, path
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deqcore"):
+                assert node.module == "deqcore", path
+            if isinstance(node, ast.Import):
+                assert not any(a.name.startswith("deqcore.") for a in node.names), path

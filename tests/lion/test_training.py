@@ -1,0 +1,216 @@
+"""The trainer, checkpoints, run folders and resuming, below the command line."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lion_models.backbones import FrozenBackbone, load_backbone
+from lion_models.classifier import trained_state
+from lion_models.data import Task, make_task, open_source
+from lion_models.errors import UserError
+from lion_models.seeding import seed_all
+from lion_models.training import (
+    FitState,
+    RunConfig,
+    build_model,
+    fit,
+    load_run,
+    prepare_folder,
+    train_run,
+)
+from lion_models.training.checkpoint import read_checkpoint
+from lion_models.training.config import METHODS
+from lion_models.training.trainer import solver_figures
+
+
+@pytest.fixture
+def config(image_folder: Path, backbone_file: Path) -> RunConfig:
+    return RunConfig(
+        data=str(image_folder),
+        backbone=str(backbone_file),
+        shots=4,
+        validation_shots=3,
+        epochs=4,
+        batch=8,
+        hidden=4,
+        prompts=2,
+        lr=0.02,
+    )
+
+
+@pytest.fixture
+def frozen(backbone_file: Path) -> FrozenBackbone:
+    return load_backbone(str(backbone_file))
+
+
+@pytest.fixture
+def task(config: RunConfig) -> Task:
+    return make_task(open_source(config.data, 1, 12), config.seed, 4, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_changes_what_is_trained_and_no_bit_of_the_backbone(
+    method: str, config: RunConfig, frozen: FrozenBackbone, task: Task
+):
+    config = replace(config, method=method, epochs=15, lr=0.1)
+    before = copy.deepcopy(frozen.module.state_dict())
+    seed_all(config.seed)
+    model = build_model(config, frozen, 3)
+    start = trained_state(model)
+    state = fit(model, task, config)
+    after = frozen.module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(not torch.equal(start[name], state.weights[name]) for name in start)
+    assert not any(name.startswith("backbone") for name in state.weights)
+    assert state.history[-1]["loss"] < state.history[0]["loss"]
+
+
+def test_fit_ends_with_the_weights_that_validation_chose(
+    config: RunConfig, frozen: FrozenBackbone, task: Task
+):
+    seed_all(config.seed)
+    model = build_model(config, frozen, 3)
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(state: FitState) -> None:
+        kept[len(state.history)] = state.weights
+
+    state = fit(model, task, config, on_epoch=keep)
+    ranks = [(row["validation_accuracy"], -row["validation_loss"]) for row in state.history]
+    assert state.best_epoch == 1 + max(range(len(ranks)), key=ranks.__getitem__)
+    for name, value in trained_state(model).items():
+        assert torch.equal(value, kept[state.best_epoch][name])
+
+
+def test_solver_figures_cover_both_layers_and_both_directions(
+    config: RunConfig, frozen: FrozenBackbone, task: Task
+):
+    model = build_model(config, frozen, 3)
+    state = fit(model, task, config)
+    assert set(state.history[0]["solver"]) == {"input", "output"}
+    for figures in state.history[0]["solver"].values():
+        assert figures["converged"] == 1
+        assert figures["steps"] > 0
+        assert figures["backward_steps"] > 0
+    assert solver_figures(build_model(replace(config, method="linear"), frozen, 3)) == {}
+
+
+class KilledError(Exception):
+    """Stands for a process that ends without warning."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resumed_run_gives_the_same_weights_bit_for_bit(
+    method: str, optimizer: str, config: RunConfig, tmp_path: Path
+):
+    config = replace(config, method=method, optimizer=optimizer)
+
+    def die(state: FitState) -> None:
+        if len(state.history) == 2:
+            raise KilledError
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    prepare_folder(whole, config, resume=False, overwrite=False)
+    expected = train_run(whole, config)
+    prepare_folder(broken, config, resume=False, overwrite=False)
+    with pytest.raises(KilledError):
+        train_run(broken, config, on_epoch=die)
+    prepare_folder(broken, config, resume=True, overwrite=False)
+    result = train_run(broken, config)
+    first, second = (load_file(f / "checkpoint.safetensors") for f in (whole, broken))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert result["test"] == expected["test"]
+    lines = [(f / "metrics.jsonl").read_text().count("\n") for f in (whole, broken)]
+    assert lines == [4, 4]
+
+
+def test_checkpoint_holds_what_was_trained_and_nothing_else(trained: Path):
+    weights, metadata = read_checkpoint(trained / "checkpoint.safetensors")
+    layer = {"strength", "layer.cell.down.weight", "layer.cell.norm.weight",
+             "layer.cell.norm.bias", "layer.cell.up.weight", "layer.cell.up.bias"}  # fmt: skip
+    sides = {f"{side}_prompt.{name}" for side in ("input", "output") for name in layer}
+    assert set(weights) == sides | {"head.weight", "head.bias"}
+    assert metadata["method"] == "lion"
+    assert metadata["classes"] == '["dark", "light", "middle"]'
+    assert len(metadata["backbone_sha256"]) == 64
+    assert set(metadata) == {"format", "method", "config", "backbone", "backbone_sha256", "classes",
+                             "normalisation"}  # fmt: skip
+
+
+def test_loaded_run_predicts_like_the_trained_one(
+    config: RunConfig, frozen: FrozenBackbone, task: Task, tmp_path: Path
+):
+    prepare_folder(tmp_path / "run", config, resume=False, overwrite=False)
+    train_run(tmp_path / "run", config, test=False)
+    seed_all(config.seed)
+    model = build_model(config, frozen, 3)
+    fit(model, task, config)
+    images = task.validation_images.float() / 255
+    with torch.no_grad():
+        assert torch.equal(load_run(tmp_path / "run").model(images), model(images))
+
+
+def test_checkpoint_cut_in_half_is_named(trained: Path):
+    path = trained / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors: cut off or not a safetensors"):
+        load_run(trained)
+
+
+def test_checkpoint_of_another_backbone_is_named(trained: Path, backbone: FrozenBackbone):
+    with torch.no_grad():
+        backbone.module.norm.bias.add_(1)
+    other = FrozenBackbone(
+        backbone.module, embed=backbone.embed, encode=backbone.encode, name="other",
+        channels=1, image_size=12, token_dim=8, feature_dim=8,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"was trained on backbone .* but 'other' has weights"):
+        load_run(trained, other)
+
+
+def test_other_safetensors_file_is_named(tmp_path: Path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="not a checkpoint of 'lion train'"):
+        load_run(tmp_path / "x.safetensors")
+
+
+def test_damaged_training_state_is_named(config: RunConfig, tmp_path: Path):
+    prepare_folder(tmp_path / "run", config, resume=False, overwrite=False)
+    (tmp_path / "run" / "training_state.pt").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(UserError, match=r"training_state\.pt: damaged"):
+        train_run(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("method", "loin", r"--method: expected one of .*'loin'; did you mean 'lion'\?"),
+        ("sides", "booth", "did you mean 'both'"),
+        ("solver", "andersen", "did you mean 'anderson'"),
+        ("optimizer", "adam", "did you mean 'adamw'"),
+        ("shots", 0, "--shots: expected 1 or more, got 0"),
+        ("epochs", -1, "--epochs: expected 1 or more, got -1"),
+        ("lr", 0.0, "--lr: expected a positive number, got 0.0"),
+        ("lr", float("nan"), "--lr: expected a positive number, got nan"),
+        ("weight_decay", -1.0, "--weight-decay: expected 0 or more"),
+        ("prompt_dropout", 1.0, "--prompt-dropout: expected 0 <= p < 1"),
+    ],
+)
+def test_bad_option_values_are_named(option: str, value: object, message: str):
+    with pytest.raises(UserError, match=message):
+        RunConfig(data="digits", **{option: value})
+
+
+def test_configuration_round_trip_is_strict():
+    config = RunConfig(data="digits", hidden=3)
+    assert RunConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(UserError, match="unknown keys hiden"):
+        RunConfig.from_dict(config.to_dict() | {"hiden": 3})
