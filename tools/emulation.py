@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ("cuda/anderson_step.cu", "cuda/broyden_step.cu")
 # Rounding as the kernels ask for it and no other, so that a failure says something about them.
 FLAGS = [
-    *["-std=c++20", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
+    *["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
     *["-ffp-contract=off", "-fno-omit-frame-pointer"],
 ]
 PATHS = {"warp": 0, "block": 1, "split": 2}
@@ -51,12 +51,13 @@ class Flavour:
     program: bool = True
 
 
-_ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+_ADDRESS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+_THREAD = ("-O1", "-fsanitize=thread")
 FLAVOURS = {
-    "library": Flavour(link_flags=("-shared",), program=False),
+    "library": Flavour(("-O2",), ("-O2",), link_flags=("-shared",), program=False),
     "address": Flavour(_ADDRESS, (*_ADDRESS, "-DEMULATION_ASAN"), _ADDRESS),
     # The scheduler is not instrumented: it tells ThreadSanitizer about the kernel's barriers.
-    "thread": Flavour(("-fsanitize=thread",), ("-DEMULATION_TSAN",), ("-fsanitize=thread",)),
+    "thread": Flavour(_THREAD, ("-O2", "-DEMULATION_TSAN"), _THREAD),
 }
 
 
@@ -65,7 +66,7 @@ class CompilerMissingError(Exception):
 
 
 def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = None) -> Path:
-    """Compile the kernels of ``sources``; return the library or program, which may be an old one.
+    """Compile the kernels of ``sources``, a copy of csrc; return the library or program, which may be an old one.
 
     Raises:
         CompilerMissingError: no C++ compiler.
@@ -88,13 +89,13 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
             objects.append(Path(scratch) / f"{Path(name).stem}.{len(objects)}.o")
             language = ["-x", "c++"] if name.endswith(".cu") else []
             commands.append(
-                [*compiler, *FLAGS, *flags, *program, f"-I{sources}", *language]
-                + ["-c", str(sources / name), "-o", str(objects[-1])]
+                [*compiler, *FLAGS, *flags, *program, f"-I{sources.name}", *language]
+                + ["-c", f"{sources.name}/{name}", "-o", str(objects[-1])]
             )
         with ThreadPoolExecutor(_processors()) as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(lambda command: _run(command, sources.parent), commands))
         made = Path(scratch) / "made"
-        _run([*compiler, *how.link_flags, *map(str, objects), "-o", str(made)])
+        _run([*compiler, *how.link_flags, *map(str, objects), "-o", str(made)], sources.parent)
         made.replace(target)  # at once, for test workers that build the same
     return target
 
@@ -118,8 +119,12 @@ def _fingerprint(sources: Path, compiler: list[str], how: Flavour) -> str:
     return digest.hexdigest()[:16]
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: Sequence[str], folder: Path) -> None:
+    # ccache then knows a file again in a copy of the sources.
+    environment = {**os.environ, "CCACHE_NOHASHDIR": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.stderr.write(done.stderr)
     done.check_returncode()
@@ -195,7 +200,7 @@ def run_program(
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "detect_leaks=0"},
+            env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"},
         )
         content = result.read_bytes() if done.returncode == 0 else b""
     return done, _results(op, pointers, content)

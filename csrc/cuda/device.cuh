@@ -47,10 +47,8 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   return ::emulation::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
-inline void count_read(int bytes, bool again) {
-  (again ? ::emulation::traffic.again : ::emulation::traffic.read) += bytes;
-}
-inline void count_write(int bytes) { ::emulation::traffic.written += bytes; }
+inline void count_read(int bytes, bool again) { ::emulation::count_read(bytes, again); }
+inline void count_write(int bytes) { ::emulation::count_write(bytes); }
 
 #endif
 

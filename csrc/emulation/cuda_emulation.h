@@ -34,6 +34,8 @@ struct Traffic {
   int64_t read = 0, again = 0, written = 0;
 };
 extern Traffic traffic;
+void count_read(int bytes, bool again);
+void count_write(int bytes);
 extern int64_t launches;
 
 // Decides the order of blocks and threads.

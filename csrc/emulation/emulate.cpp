@@ -180,7 +180,7 @@ int main(int argc, char** argv) {
       if (sizes[p] == kAliasOfFirst) pointers[p] = pointers[0];
       if (sizes[p] < 0) continue;
       pointers[p] = std::malloc(sizes[p]);  // its own allocation: a sanitizer guards its ends
-      std::memcpy(pointers[p], contents[p].data(), sizes[p]);
+      if (sizes[p] > 0) std::memcpy(pointers[p], contents[p].data(), sizes[p]);
     }
     const uint64_t seed = std::strtoull(argv[i], nullptr, 10);
     const char* const error =
