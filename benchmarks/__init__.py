@@ -1,1 +1,1 @@
-"""Microbenchmarks: ratios against peers, side by side in one run. Run with `python -m benchmarks`."""
+"""Microbenchmarks against peers, side by side in one run: `python -m benchmarks`."""

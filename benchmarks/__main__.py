@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...] [--out FILE]`: run the benchmarks on the CPU and print a table."""
+"""`python -m benchmarks [NAME ...] [--out FILE]`: time the CPU kernels and print a table."""
 
 from __future__ import annotations
 

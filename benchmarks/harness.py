@@ -133,9 +133,7 @@ class _LiveTensors(TorchDispatchMode):
         self.now = self.peak = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = torch.utils._pytree.tree_leaves((args, kwargs))
         before = {t.untyped_storage()._cdata for t in inputs if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Between the caller's state (a tensor or a pytree) and the [batch, dim] matrix that solvers see."""
+"""Between the caller's state (a tensor or a pytree) and the matrix [B, D] that solvers see."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Packing:
         )
 
     def pack(self, state: Any, what: str = "f(z)") -> Tensor:
-        """[batch, dim] in the packed dtype, contiguous; checks that ``state`` has z0's structure."""
+        """[B, D] in the packed dtype, contiguous; checks that ``state`` has z0's structure."""
         if self._is_plain(state):
             packed: Tensor = state if state.dim() == 2 else state.reshape(self.batch, self.dim)
             return packed.contiguous()

@@ -28,7 +28,7 @@ class Status(enum.IntEnum):
 _ADVICE = {
     Status.CONVERGED: "nothing to do.",
     Status.MAX_STEPS: (
-        "the residual was still falling: raise max_steps, loosen rtol or atol, or start nearer (z0)."
+        "the residual was still falling: raise max_steps, loosen rtol or atol, or start nearer."
     ),
     Status.STALLED: (
         "the residual stopped falling before the tolerance: loosen rtol or atol to what the dtype "

@@ -18,7 +18,7 @@ class ImplicitLayer(nn.Module):
     """z* with z* = cell(z*, x, *args), as a module.
 
     Grad mode decides whether gradients flow, not ``training``: the layer trains in ``eval()`` mode
-    and inside a frozen model, may be used several times in one model, and may be copied and pickled.
+    and inside a frozen model, may be used several times in one model, be copied and be pickled.
 
     Args:
         cell: module called as ``cell(z, x, *args)``; returns a state like z.
@@ -26,8 +26,9 @@ class ImplicitLayer(nn.Module):
         adjoint: ``Implicit``, ``Phantom`` or ``Unrolled``.
 
     Attributes:
-        report: outcome of the last forward solve (status, residual, steps, evaluations, trace), with
-            ``report.backward`` for its backward solve; None before the first. It holds no graph.
+        report: outcome of the last forward solve (status, residual, steps, evaluations, trace),
+            with ``report.backward`` for its backward solve; None before the first. It holds no
+            graph.
     """
 
     def __init__(
@@ -52,9 +53,7 @@ class ImplicitLayer(nn.Module):
         """The solution, shaped like ``z0``; from zeros shaped like ``x`` unless ``z0`` is given."""
         if z0 is None:
             z0 = pytree.tree_map(_zeros, x)
-        solution = fixed_point(
-            self.cell, z0, x, *args, solver=self.solver, adjoint=self.adjoint
-        )
+        solution = fixed_point(self.cell, z0, x, *args, solver=self.solver, adjoint=self.adjoint)
         self.report = solution.report()
         return solution.value
 

@@ -33,5 +33,5 @@ class ValueWithGradientOf(torch.autograd.Function):
         return solved.value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None

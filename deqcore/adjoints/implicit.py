@@ -35,10 +35,10 @@ class Implicit(Adjoint):
             until backward.
 
     Raises:
-        RuntimeError: in backward, when f's parameters or inputs were changed in place after forward.
+        RuntimeError: in backward, if f's parameters or inputs were changed in place since forward.
     """
 
-    solver: SolverOptions = Anderson()  # noqa: RUF009  (frozen)
+    solver: SolverOptions = Anderson()
     reuse_forward: bool = False
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class _ImplicitGradient(torch.autograd.Function):
         return solved.value  # not an input, hence no view: it may be changed in place
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         u = ctx.linear.solve(grad.detach())
         if torch.is_grad_enabled():
             u = _NotTwice.apply(u, ctx.linear.f, grad)
@@ -124,7 +124,7 @@ class _NotTwice(torch.autograd.Function):
         return u.view_as(u)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
             "deqcore.Implicit: the gradient of a gradient is not supported; solve with "
             "adjoint=deqcore.Unrolled() where you need second derivatives"

@@ -23,7 +23,8 @@ class Phantom(Adjoint):
         steps: at least 1.
         damping: in (0, 1].
 
-    Sources: Geng et al., "On Training Implicit Models", NeurIPS 2021; Fung et al., "JFB", AAAI 2022.
+    Sources: Geng et al., NeurIPS 2021, arXiv 2111.05177; one step: Fung et al., AAAI 2022,
+    arXiv 2103.12803.
     """
 
     steps: int = 1

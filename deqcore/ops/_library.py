@@ -10,7 +10,7 @@ LIBRARY = torch.library.Library("deqcore", "DEF")
 
 
 def call_step(op: Callable[..., None], *args: object) -> None:
-    """Call a step op; without grad mode past autograd, whose Python kernel would double its cost."""
+    """Call a step op; outside grad mode past autograd, whose Python kernel doubles its cost."""
     if torch.is_grad_enabled():
         op(*args)
         return
@@ -32,9 +32,9 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(
-                f"deqcore::{name} changes solver state in place and has no derivative; call it under "
-                "torch.no_grad(), or differentiate the solve with an adjoint (deqcore.Implicit, "
-                "Phantom or Unrolled)"
+                f"deqcore::{name} changes solver state in place and has no derivative; call it "
+                "under torch.no_grad(), or differentiate the solve with an adjoint "
+                "(deqcore.Implicit, Phantom or Unrolled)"
             )
         op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

@@ -87,7 +87,7 @@ def advance(
     patience: int,
     max_steps: int,
 ) -> tuple[Rows, Outcome]:
-    """Count one evaluation with rms(f(z) - z) = ``residual`` and rms(f(z)) = ``scale``, both [B]."""
+    """Count one evaluation, of rms(f(z) - z) = ``residual`` and rms(f(z)) = ``scale``, [B]."""
     active = rows.status == ACTIVE
     steps = rows.counters[:, STEPS] + active.int()
     finite = active & residual.isfinite() & scale.isfinite()

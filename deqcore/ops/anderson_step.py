@@ -12,7 +12,7 @@ problem scales the iterates and changes nothing else; columns that depend on new
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from deqcore.ops._library import call_step, define_step
 from deqcore.ops._rows import BEST, BEST_STEP, FALLBACK_STEP, HISTORY, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
-# Below this share of the two squared residuals, a squared difference is rounding of the Gram matrix.
+# A squared difference below this share of the two squared residuals is rounding.
 NOISE = 1e-14
 PIVOT = 1e-14  # a pivot of the unit-diagonal Gram matrix below this: a dependent column
 
@@ -30,7 +30,8 @@ define_step(
     "anderson_step",
     "(Tensor x, Tensor f, Tensor damping, Tensor(a!) g_ring, Tensor(b!) h_ring, Tensor(c!) gram, "
     "Tensor(d!) best, Tensor(e!) status, Tensor(f!) counters, Tensor(g!) residuals, "
-    "Tensor(h!) remaining, Tensor(i!) x_next, Tensor(j!) z_next, float rtol, float atol, int patience, int max_steps, "
+    "Tensor(h!) remaining, Tensor(i!) x_next, Tensor(j!) z_next, float rtol, float atol, "
+    "int patience, int max_steps, "
     "float ridge, int start, int restart, float safeguard, float max_weight) -> ()",
     lambda *args: reference(*args),
 )
@@ -70,13 +71,13 @@ def anderson_step(
     step overwrites (see :func:`evicts_best`).
     """
     call_step(
-        _OP, x, f, damping, *state[:4], *state.rows, x_next, z_next, rtol, atol, patience, max_steps,
-        ridge, start, restart, safeguard, max_weight,
+        _OP, x, f, damping, *state[:4], *state.rows, x_next, z_next,
+        rtol, atol, patience, max_steps, ridge, start, restart, safeguard, max_weight,
     )  # fmt: skip
 
 
 def evicts_best(state: AndersonState) -> bool:
-    """Whether the next step overwrites the slot of an active row's best iterate (reads the device)."""
+    """Whether the next step overwrites an active row's best iterate (reads the device)."""
     counters = state.rows.counters
     age = counters[:, STEPS] + 1 - counters[:, BEST_STEP]
     doomed = (age == state.g_ring.shape[1]) & (counters[:, BEST_STEP] > 0)
@@ -97,7 +98,7 @@ def reference(
     remaining: Tensor,
     x_next: Tensor,
     z_next: Tensor,
-    *options: float,
+    *options: Any,
 ) -> None:
     """The op in pure PyTorch, on any device."""
     state = AndersonState(g_ring, h_ring, gram, best, Rows(status, counters, residuals, remaining))
@@ -231,9 +232,7 @@ def _best_pair(
     return torch.where(kept, rebuilt, best), torch.where(kept, h, best)
 
 
-def _weights(
-    gram: Tensor, age: Tensor, history: Tensor, ridge: float, max_weight: float
-) -> Tensor:
+def _weights(gram: Tensor, age: Tensor, history: Tensor, ridge: float, max_weight: float) -> Tensor:
     """Mixing weights of the ring slots, float64 [B, M]; they sum to one, unused slots get 0.
 
     Minimises |g_0 - sum_i gamma_i c_i| over differences c_i = g_i - g_{i+1} of consecutive

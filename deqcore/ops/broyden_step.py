@@ -15,7 +15,7 @@ its current iterate with H = -I: overwriting the oldest pair instead makes the m
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ define_step(
     "broyden_step",
     "(Tensor x, Tensor f, Tensor damping, Tensor(a!) s_ring, Tensor(b!) gram, Tensor(c!) best, "
     "Tensor(d!) status, Tensor(e!) counters, Tensor(f!) residuals, Tensor(g!) remaining, "
-    "Tensor(h!) x_next, Tensor(i!) z_next, float rtol, float atol, int patience, int max_steps, int memory) -> ()",
+    "Tensor(h!) x_next, Tensor(i!) z_next, float rtol, float atol, "
+    "int patience, int max_steps, int memory) -> ()",
     lambda *args: reference(*args),
 )
 _OP = torch.ops.deqcore.broyden_step.default
@@ -65,8 +66,8 @@ def broyden_step(
     ``s_ring`` must have a free slot for every active row that has not yet stored ``memory`` steps.
     """
     call_step(
-        _OP, x, f, damping, *state[:3], *state.rows, x_next, z_next, rtol, atol, patience, max_steps,
-        memory,
+        _OP, x, f, damping, *state[:3], *state.rows, x_next, z_next,
+        rtol, atol, patience, max_steps, memory,
     )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def reference(
     remaining: Tensor,
     x_next: Tensor,
     z_next: Tensor,
-    *options: float,
+    *options: Any,
 ) -> None:
     """The op in pure PyTorch, on any device."""
     state = BroydenState(s_ring, gram, best, Rows(status, counters, residuals, remaining))

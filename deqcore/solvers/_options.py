@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 Damping = float | Callable[[int], float]
 T = TypeVar("T")
@@ -23,9 +25,11 @@ def options(cls: type[T]) -> type[T]:
     fields = [field.name for field in dataclasses.fields(decorated)]  # type: ignore[arg-type]
     generated = decorated.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         if args:
-            raise TypeError(f"{cls.__name__}: options are keywords, as in {cls.__name__}({fields[0]}=...)")
+            raise TypeError(
+                f"{cls.__name__}: options are keywords, as in {cls.__name__}({fields[0]}=...)"
+            )
         for name in kwargs:
             if name not in fields:
                 close = difflib.get_close_matches(name, fields, n=1)
@@ -35,9 +39,7 @@ def options(cls: type[T]) -> type[T]:
                 )
         generated(self, **kwargs)
 
-    __init__.__wrapped__ = generated  # type: ignore[attr-defined]  # keeps help() and inspect useful
-    __init__.__doc__ = generated.__doc__
-    decorated.__init__ = __init__  # type: ignore[method-assign]
+    decorated.__init__ = functools.wraps(generated)(checked)  # type: ignore[method-assign]
     return decorated
 
 
@@ -99,7 +101,7 @@ class SolverOptions:
     Args:
         rtol: relative tolerance; a row has converged when
             ``rms(f(z) - z) <= atol + rtol * rms(f(z))``. None: 1e-4, or the machine epsilon of the
-            state's dtype or of what f returns where that is larger (no bfloat16 state reaches 1e-4).
+            state's dtype or of what f returns where that is larger: no bfloat16 state reaches 1e-4.
         atol: absolute tolerance, in the units of the state.
         max_steps: the most calls of f.
         patience: a row has stalled when its best residual is this many steps old.
@@ -144,7 +146,9 @@ class SolverOptions:
                 )
         return torch.tensor(values, dtype=torch.float64, device=device)
 
-    def context(self, x: Tensor, dtype: torch.dtype, output_dtypes: Iterable[torch.dtype]) -> StepContext:
+    def context(
+        self, x: Tensor, dtype: torch.dtype, output_dtypes: Iterable[torch.dtype]
+    ) -> StepContext:
         """For iterates like ``x``, which f sees as ``dtype`` and answers in ``output_dtypes``."""
         rtol = self.relative_tolerance(dtype, *output_dtypes)
         limits = (rtol, self.atol, self.patience, self.max_steps)

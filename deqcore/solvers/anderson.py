@@ -21,7 +21,6 @@ from deqcore.solvers._options import (
     step_outputs,
 )
 
-
 LARGE = 1 << 17  # elements of a state
 
 
@@ -62,19 +61,20 @@ class MixingSolver(SolverOptions):
 class Anderson(MixingSolver):
     """Anderson acceleration, type II, row by row.
 
-    The next iterate is sum_i alpha_i (x_i + damping_i * g_i) over the last ``memory`` iterates, with
-    weights that sum to one and minimise |sum_i alpha_i g_i|, g = f(x) - x.
+    The next iterate is sum_i alpha_i (x_i + damping_i * g_i) over the last ``memory`` iterates,
+    with weights that sum to one and minimise |sum_i alpha_i g_i|, g = f(x) - x.
 
     Args:
-        memory: stored residuals, 1 to 64; at least D + 1 solves a D-dimensional affine map exactly.
-        damping: in (0, 2]; a float, or a function of the step (1, 2, ...). Each stored iterate keeps
-            the damping of the step it was stored at.
+        memory: stored residuals, 1 to 64; D + 1 of them solve a D-dimensional affine map exactly.
+        damping: in (0, 2]; a float, or a function of the step (1, 2, ...). Each stored iterate
+            keeps the damping of the step it was stored at.
         ridge: added to the diagonal of the Gram matrix of residual differences after they are
             scaled to unit norm, so that its effect does not depend on the problem's scale.
         start: plain steps before mixing; only the last of them stays in the history.
         restart: clear the history every this many steps; None: never.
         safeguard: a mixed iterate whose residual is more than this times the best one is rejected:
-            the row takes a plain step from its best iterate with an empty history. At least 1; inf: off.
+            the row takes a plain step from its best iterate with an empty history. At least 1;
+            inf: off.
         max_weight: larger mixing weights mean a degenerate history: the row then mixes only its
             last two iterates, or takes a plain step.
         rtol, atol, max_steps, patience, check_every, record_trace: see :class:`SolverOptions`.

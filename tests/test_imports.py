@@ -1,0 +1,108 @@
+"""Imports go in one direction: lion_models -> deqcore (public names) -> deqcore.ops."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deqcore
+
+ROOT = Path(__file__).parent.parent
+CLIENTS = [
+    path
+    for folder in ("lion_models", "examples")
+    if (ROOT / folder).exists()
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+# Sub-packages that are public by their own name.
+PUBLIC_MODULES = {"deqcore", "deqcore.compat", "deqcore.compat.torchdeq"}
+
+
+def imports(path: Path) -> list[tuple[str, str | None]]:
+    """(module, name): `import a.b` is ("a.b", None), `from a import b` is ("a", "b")."""
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
+
+
+def attributes_of_deqcore(path: Path) -> set[str]:
+    """Names n in `deqcore.n`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "deqcore"
+    }
+
+
+@pytest.mark.parametrize("path", CLIENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_clients_use_public_names_of_deqcore_alone(path):
+    for module, name in imports(path):
+        if module.split(".")[0] != "deqcore":
+            continue
+        assert module in PUBLIC_MODULES, f"{path.name} imports {module}"
+        if module == "deqcore" and name is not None:
+            assert name in deqcore.__all__, f"deqcore.{name} is not public"
+    submodules = {name.split(".")[1] for name in PUBLIC_MODULES if "." in name}
+    assert attributes_of_deqcore(path) <= {*deqcore.__all__, *submodules}
+
+
+def test_the_check_of_imports_sees_private_ones(tmp_path):
+    client = tmp_path / "client.py"
+    client.write_text("from deqcore.ops import anderson_step\nimport deqcore\ndeqcore._loop\n")
+    assert ("deqcore.ops", "anderson_step") in imports(client)
+    assert attributes_of_deqcore(client) == {"_loop"}
+
+
+def test_there_are_clients_to_check():
+    assert any(path.parts[-2] == "lion_models" for path in CLIENTS)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "deqcore").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_deqcore_imports_only_what_it_declares(path):
+    project = (ROOT / "pyproject.toml").read_text()
+    declared = re.search(r"^dependencies = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)[1]
+    names = {name.replace("-", "_") for name in re.findall(r"\"([\w-]+)", declared)}
+    assert "torch" in names
+    allowed = {"deqcore", *names, *sys.stdlib_module_names}
+    assert {module.split(".")[0] for module, _ in imports(path)} <= allowed
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "deqcore/ops").rglob("*.py")), ids=lambda path: path.name
+)
+def test_ops_know_nothing_of_solvers_or_layers(path):
+    modules = {module for module, _ in imports(path) if module.startswith("deqcore")}
+    below = ("deqcore.ops", "deqcore._solution", "deqcore._kernels")
+    assert all(module.startswith(below) for module in modules), modules
+
+
+def test_public_names_exist_and_are_documented():
+    for name in deqcore.__all__:
+        if name.startswith("__"):
+            continue
+        value = getattr(deqcore, name)
+        assert value.__doc__, f"deqcore.{name} has no docstring"
+        assert not getattr(value, "__module__", "deqcore").startswith("torch")
+
+
+def test_importing_deqcore_loads_no_optional_dependency():
+    code = (
+        "import sys, deqcore; "
+        "print(*{m.split('.')[0] for m in sys.modules} & {'lion_models', 'torchdeq', 'matplotlib', "
+        "'safetensors', 'typer', 'sklearn', 'pytest'})"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ""
