@@ -7,6 +7,7 @@ from deqcore._version import __version__
 from deqcore.adjoints import Implicit, Phantom, Unrolled
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
+from deqcore.regularizers import jacobian_penalty, spectral_radius
 from deqcore.solvers import Anderson, Broyden, Picard
 
 _kernels.load()
@@ -26,5 +27,7 @@ __all__ = [
     "__version__",
     "build_info",
     "fixed_point",
+    "jacobian_penalty",
     "root",
+    "spectral_radius",
 ]

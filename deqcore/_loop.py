@@ -34,9 +34,10 @@ class Problem:
 
     def __call__(self, z: Tensor) -> Tensor:  # [B, D] -> [B, D], in the packed dtype
         self.calls += 1
-        version = None if z.is_inference() else z._version
+        versioned = not z.is_inference()  # an inference tensor does not count its changes
+        version = z._version if versioned else 0
         value = self.f(self.packing.unpack(z), *self.args)
-        if version is not None and z._version != version:
+        if versioned and z._version != version:
             raise RuntimeError(
                 "f changed its argument in place, which is the solver's own iterate; return a new "
                 "tensor (z * 0.5, not z.mul_(0.5)), or start f with z = z.clone()"

@@ -16,7 +16,9 @@ class Unrolled(Adjoint):
     """The exact gradient of the iterates as computed, mixing weights included.
 
     Differentiable to any order; memory grows with the number of steps. It always runs the
-    pure-PyTorch steps, so that the value is the same with and without grad mode.
+    pure-PyTorch steps, so that the value is the same with and without grad mode. Where f runs in
+    half precision (autocast), mixing weights are fitted to its rounding and their gradient is
+    noise: prefer ``Implicit`` there.
 
     Args:
         checkpoint_every: keep the graph of only this many steps at a time and recompute them in

@@ -87,11 +87,13 @@ class StepContext(NamedTuple):
         damping: float64 [T] on the state's device; the last entry holds for all later steps.
         options: the op's numbers, in its order.
         dtype: of the state as f sees it.
+        nothing: an empty tensor, for an op's output that is not wanted.
     """
 
     damping: Tensor
     options: tuple[Any, ...]
     dtype: torch.dtype
+    nothing: Tensor
 
 
 @options
@@ -152,7 +154,8 @@ class SolverOptions:
         """For iterates like ``x``, which f sees as ``dtype`` and answers in ``output_dtypes``."""
         rtol = self.relative_tolerance(dtype, *output_dtypes)
         limits = (rtol, self.atol, self.patience, self.max_steps)
-        return StepContext(self.damping_table(x.device), (*limits, *self.own_options()), dtype)
+        numbers = (*limits, *self.own_options())
+        return StepContext(self.damping_table(x.device), numbers, dtype, x.new_empty(0))
 
     # What a solver implements; `state` is a NamedTuple of tensors with a field `rows`.
 
@@ -184,15 +187,16 @@ def _not_a_solver(value: object) -> TypeError:
     return TypeError(f"{type(value).__name__} is not a solver: use Picard, Anderson or Broyden")
 
 
-def step_outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def step_outputs(x: Tensor, context: StepContext) -> tuple[Tensor, Tensor]:
     """Buffers for the next iterate, and for it as f sees it (empty where that is the same).
 
     The next iterate takes the place of ``x`` unless f, or whoever called the solver, still holds on
     to its memory: an iterate that someone kept never changes.
     """
     x_next = x if _is_ours_alone(x) else torch.empty_like(x)
-    z_next = x.new_empty(0) if dtype == x.dtype else torch.empty_like(x, dtype=dtype)
-    return x_next, z_next
+    if context.dtype == x.dtype:
+        return x_next, context.nothing
+    return x_next, torch.empty_like(x, dtype=context.dtype)
 
 
 def _is_ours_alone(x: Tensor) -> bool:

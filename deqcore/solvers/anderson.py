@@ -46,7 +46,7 @@ class MixingSolver(SolverOptions):
         self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[AndersonState, Tensor, Tensor]:
         state = _with_room_for_best(state, step)
-        x_next, z_next = step_outputs(x, context.dtype)
+        x_next, z_next = step_outputs(x, context)
         op.anderson_step(x, f, context.damping, state, x_next, z_next, *context.options)
         return state, x_next, x_next if context.dtype == x.dtype else z_next
 

@@ -64,7 +64,7 @@ class Broyden(SolverOptions):
         self, state: BroydenState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[BroydenState, Tensor, Tensor]:
         state = self._with_room(state, step)
-        x_next, z_next = step_outputs(x, context.dtype)
+        x_next, z_next = step_outputs(x, context)
         op.broyden_step(x, f, context.damping, state, x_next, z_next, *context.options)
         return state, x_next, x_next if context.dtype == x.dtype else z_next
 
