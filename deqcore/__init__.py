@@ -5,6 +5,7 @@ from deqcore._build_info import build_info
 from deqcore._solution import ConvergenceError, Solution, SolveReport, Status
 from deqcore._version import __version__
 from deqcore.adjoints import Implicit, Phantom, Unrolled
+from deqcore.capture import CapturedSolver, capture
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
 from deqcore.regularizers import jacobian_penalty, spectral_radius
@@ -15,6 +16,7 @@ _kernels.load()
 __all__ = [
     "Anderson",
     "Broyden",
+    "CapturedSolver",
     "ConvergenceError",
     "Implicit",
     "ImplicitLayer",
@@ -26,6 +28,7 @@ __all__ = [
     "Unrolled",
     "__version__",
     "build_info",
+    "capture",
     "fixed_point",
     "jacobian_penalty",
     "root",
