@@ -17,6 +17,12 @@ constexpr int kFewAges = 4;
 template <typename X>
 constexpr int kManyAges = sizeof(X) == 8 ? 6 : 8;  // as many as registers hold
 
+// As many blocks at once as registers allow without a spill: 80 or 128 for each thread.
+template <typename X>
+constexpr int blocks_per_processor(bool few_registers) {
+  return few_registers && sizeof(X) == 4 ? 3 : 2;
+}
+
 // What a team keeps in shared memory.
 template <typename X>
 struct Scratch {
@@ -359,7 +365,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 
 // First of two launches: a block takes a chunk of a row.
 template <typename X, typename F, bool kAligned, int kAges>
-__global__ void __launch_bounds__(kBlockThreads, kAges == kFewAges ? 3 : 2)
+__global__ void __launch_bounds__(kBlockThreads,
+                                  blocks_per_processor<X>(kAligned&& kAges == kFewAges))
     anderson_push_chunk(const AndersonArgs args, const Workspace workspace) {
   DEQCORE_SHARED_DOUBLES(shared);
   const Team team{static_cast<int>(threadIdx.x), kBlockThreads};
@@ -386,7 +393,7 @@ __global__ void __launch_bounds__(kBlockThreads, kAges == kFewAges ? 3 : 2)
 // Second launch: every block of a row works out the same plan; the first one writes it down. Rows
 // come in reverse, so that the slots which were written last are still in the cache.
 template <typename X, typename F, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, blocks_per_processor<X>(true))
     anderson_move_chunk(const AndersonArgs args, const Workspace workspace) {
   DEQCORE_SHARED_DOUBLES(shared);
   const Team team{static_cast<int>(threadIdx.x), kBlockThreads};

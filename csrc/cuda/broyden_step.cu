@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 // Second launch: every block of a row works out the same plan; the first one writes it down. Rows
 // come in reverse, so that what was read last is still in the cache.
 template <typename X, typename F, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads, 3)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     broyden_move_chunk(const BroydenArgs args, const Workspace workspace) {
   DEQCORE_SHARED_DOUBLES(shared);
   const Team team{static_cast<int>(threadIdx.x), kBlockThreads};
