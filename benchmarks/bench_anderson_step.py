@@ -9,7 +9,7 @@ from benchmarks.harness import Report, Result, compare, copy_bandwidth, peak_byt
 from benchmarks.peers import LeanAnderson, lean_step, torchdeq_anderson
 from benchmarks.problems import agree, contraction, free_function
 from deqcore.ops import anderson_step as op
-from deqcore.ops._rows import Rows
+from deqcore.ops._rows import ACTIVE, Rows
 
 MEMORY = 5
 STEPS = 30
@@ -56,6 +56,8 @@ def our_step(batch: int, dim: int):  # type: ignore[no-untyped-def]
 
     for _ in range(MEMORY + 1):
         step()
+    if (state.rows.status != ACTIVE).any():
+        raise RuntimeError("the benchmark's rows have ended: it would time a copy")
     return step
 
 

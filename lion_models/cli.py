@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +91,7 @@ Iterations = Annotated[
 Prompts = Annotated[int, typer.Option(help="vpt-deep: prompt tokens per block.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
-Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all")]
+Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all cores")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
@@ -419,7 +418,8 @@ def _set_up(threads: int, device: str) -> None:
         raise UserError("--device cuda: this torch sees no GPU; use --device cpu")
     if threads < 0:
         raise UserError(f"--threads: expected 1 or more, got {threads}")
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def _shots(text: str) -> int | None:

@@ -67,6 +67,7 @@ void push(const AndersonArgs& args, int64_t row, int64_t begin, int64_t end, dou
   const X old_damping =
       static_cast<X>(damping_at(args.damping, args.damping_length, step - memory));
 
+  const bool prefetch = history * dim * static_cast<int64_t>(sizeof(X)) <= kCacheable;
   alignas(64) double lanes[(kAndersonMaxMemory + 1) * kLanes];
   std::fill_n(lanes, (history + 1) * kLanes, 0.0);
   alignas(64) double wide_g[kBlock], wide_f[kBlock];
@@ -79,6 +80,8 @@ void push(const AndersonArgs& args, int64_t row, int64_t begin, int64_t end, dou
     add_dot(wide_f, wide_f, count, lanes);
     for (int64_t age = 0; age < history; ++age) {
       const int64_t other = (slot + memory - age) % memory;
+      // The mix reads h as soon as this row's sums are known: have it in the cache by then.
+      if (prefetch) fetch_ahead(at.h_ring + other * dim + first, count);
       add_dot(at.g_ring + other * dim + first, wide_g, count, lanes + (age + 1) * kLanes);
     }
   }

@@ -17,7 +17,8 @@
 
 namespace deqcore::cpu::DEQCORE_ISA {
 
-constexpr int kLanes = 32;   // accumulators of one sum
+constexpr int kLanes = 32;               // accumulators of one sum
+constexpr int64_t kCacheable = 1 << 19;  // bytes that a core's own cache can hold for a while
 constexpr int kBlock = 512;  // elements that stay in the first-level cache between loops
 
 #if defined(__AVX512F__)
@@ -92,6 +93,13 @@ inline void add_chunks(const double* parts, int64_t chunks, int64_t stride, int6
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t i = 0; i < width; ++i) sums[i] += parts[chunk * stride + i];
   }
+}
+
+// Asks for memory that will be read soon, by the line of 64 bytes.
+template <typename T>
+inline void fetch_ahead(const T* from, int count) {
+  for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(T)))
+    __builtin_prefetch(from + i, 0, 2);
 }
 
 // to[i] += sum_j weights[j] * sources[j][i], in the order of j.

@@ -22,7 +22,8 @@ def cell(z, w):
 
 def live_bytes() -> int:
     """Of all tensors that Python can reach, each storage once."""
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    tensors = [item for item in gc.get_objects() if type(item) in kinds]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -78,7 +78,7 @@ def finished_run(
     runs = tmp_path_factory.mktemp("runs")
     done = call("train", "--data", image_folder, "--backbone", backbone_file, "--shots", 4,
                 "--validation-shots", 3, "--epochs", 3, "--hidden", 4, "--lr", 0.02,
-                "--runs", runs, "--name", "finished", "--threads", 1)  # fmt: skip
+                "--runs", runs, "--name", "finished")  # fmt: skip
     assert done.code == 0, done.err
     return runs / "finished"
 

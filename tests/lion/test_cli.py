@@ -16,7 +16,7 @@ from small import small_vit
 
 from lion_models.pretrain import save_weights
 
-QUICK = ("--shots", 3, "--validation-shots", 2, "--epochs", 2, "--threads", 1)
+QUICK = ("--shots", 3, "--validation-shots", 2, "--epochs", 2)
 
 
 def picture_is_drawn(path: Path) -> bool:
@@ -140,7 +140,7 @@ def test_existing_run_is_neither_replaced_nor_continued_unasked(lion: Lion, trai
 def test_resume_takes_the_stored_options(lion: Lion, trained: Path):
     config = json.loads((trained / "config.json").read_text())
     done = lion("train", "--data", config["data"], "--name", trained.name, "--runs",
-                trained.parent, "--resume", "--threads", 1)  # fmt: skip
+                trained.parent, "--resume")  # fmt: skip
     assert done.code == 0, done.err
     assert "chosen epoch" in done.out
 

@@ -12,7 +12,7 @@ from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Unrolled
 ADJOINTS = [Implicit(), Phantom(), Unrolled(), Unrolled(checkpoint_every=2)]
 
 
-@pytest.fixture(params=ADJOINTS, ids=repr)
+@pytest.fixture(params=ADJOINTS, ids=["Implicit", "Phantom", "Unrolled", "Unrolled-checkpointed"])
 def adjoint(request):
     return request.param
 

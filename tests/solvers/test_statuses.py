@@ -37,6 +37,22 @@ def test_expanding_map_diverges_and_returns_its_start():
     torch.testing.assert_close(solution.residual[1], torch.tensor(29.0))
 
 
+def test_growth_back_to_the_first_residual_is_not_divergence():
+    """Divergence is measured against the first residual, not against a tiny best one."""
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += 1
+        return 1e-10 * z + (1.0 if calls < 3 else 2.0 * calls)
+
+    solver = Picard(max_steps=6, rtol=0.0, atol=0.0, record_trace=True)
+    with torch.no_grad():
+        solution = deqcore.fixed_point(f, torch.zeros(1, 3, dtype=torch.float64), solver=solver)
+    assert solution.trace[0].max() > 1e8 * solution.residual[0]
+    assert solution.status.tolist() == [Status.MAX_STEPS]
+
+
 def test_rotation_stalls_after_patience_steps_without_improvement(adjoint):
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
     solver = Picard(patience=7, max_steps=50)
