@@ -17,11 +17,11 @@ constexpr int kFewAges = 4;
 template <typename X>
 constexpr int kManyAges = sizeof(X) == 8 ? 6 : 8;  // as many as registers hold
 
-// As many blocks at once as registers allow without a spill: 80 or 128 for each thread.
+// Blocks that a processor runs at once: as many as registers allow without a spill.
+template <typename X, typename F, bool kAligned, int kAges>
+constexpr int kPushBlocks = kAligned&& kAges == kFewAges && sizeof(X) + sizeof(F) == 8 ? 3 : 2;
 template <typename X>
-constexpr int blocks_per_processor(bool few_registers) {
-  return few_registers && sizeof(X) == 4 ? 3 : 2;
-}
+constexpr int kMoveBlocks = sizeof(X) == 4 ? 3 : 2;
 
 // What a team keeps in shared memory.
 template <typename X>
@@ -365,8 +365,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 
 // First of two launches: a block takes a chunk of a row.
 template <typename X, typename F, bool kAligned, int kAges>
-__global__ void __launch_bounds__(kBlockThreads,
-                                  blocks_per_processor<X>(kAligned&& kAges == kFewAges))
+__global__ void __launch_bounds__(kBlockThreads, kPushBlocks<X, F, kAligned, kAges>)
     anderson_push_chunk(const AndersonArgs args, const Workspace workspace) {
   DEQCORE_SHARED_DOUBLES(shared);
   const Team team{static_cast<int>(threadIdx.x), kBlockThreads};
@@ -393,7 +392,7 @@ __global__ void __launch_bounds__(kBlockThreads,
 // Second launch: every block of a row works out the same plan; the first one writes it down. Rows
 // come in reverse, so that the slots which were written last are still in the cache.
 template <typename X, typename F, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads, blocks_per_processor<X>(true))
+__global__ void __launch_bounds__(kBlockThreads, kMoveBlocks<X>)
     anderson_move_chunk(const AndersonArgs args, const Workspace workspace) {
   DEQCORE_SHARED_DOUBLES(shared);
   const Team team{static_cast<int>(threadIdx.x), kBlockThreads};
