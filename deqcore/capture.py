@@ -51,7 +51,8 @@ def capture(
         z0, *args: examples of the inputs, on one GPU. Later inputs must have their structure,
             shapes and dtypes; what is not a tensor is part of f. In grad mode, gradients reach the
             tensors of ``args`` that require grad here, and the parameters of f.
-        solver: as in :func:`fixed_point`; ``check_every`` has no effect, ``record_trace`` is refused.
+        solver: as in :func:`fixed_point`; ``check_every`` has no effect, and ``record_trace`` is
+            refused.
         adjoint: ``Implicit`` without ``reuse_forward``, where gradients are wanted.
 
     Returns:
@@ -89,7 +90,7 @@ def _capture(
 class CapturedSolution(Solution):
     """A :class:`Solution` whose ``evaluations`` is read from the device when it is asked for."""
 
-    @property  # type: ignore[override]
+    @property
     def evaluations(self) -> int:
         """Calls of f in all."""
         return int(self._evaluations)
@@ -167,7 +168,7 @@ class CapturedSolver:
         parts = [forward.parts(last)]
         if backward is not None:
             parts.append(backward.linear.parts(backward.finish, first=backward.begin))
-        recorder.warm_up(lambda: [_run_a_few_steps(part) for part in parts])
+        recorder.warm_up(lambda: _run_a_few_steps(parts))
         self._launch = recorder.record(parts[0])
         self._launch_backward = recorder.record(parts[1]) if backward is not None else None
 
@@ -403,12 +404,13 @@ def _leaves_of(f: Tensor, besides: Tensor) -> list[Tensor]:
     return list(found.values())
 
 
-def _run_a_few_steps(parts: Parts) -> None:
-    parts.first()
-    for _ in range(WARM_UP_STEPS):
-        parts.body()
-    if parts.last is not None:
-        parts.last()
+def _run_a_few_steps(solves: list[Parts]) -> None:
+    for parts in solves:
+        parts.first()
+        for _ in range(WARM_UP_STEPS):
+            parts.body()
+        if parts.last is not None:
+            parts.last()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

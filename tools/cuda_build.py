@@ -27,7 +27,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90")  # PTX of the last one serves what came later
-FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-Xptxas=-v,-warn-spills", "-Werror=all-warnings"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    "-Icsrc",
+    "-Xptxas=-v,-warn-spills",
+    "-Werror=all-warnings",
+]
 OPS = ("anderson_step", "broyden_step")
 
 _ENTRY = re.compile(
@@ -155,7 +162,15 @@ def check_extension(venv: Path, torch: str, architectures: Iterable[str]) -> dic
         "DEQCORE_BUILD": "cuda",
         "TORCH_CUDA_ARCH_LIST": ";".join(numbers) + "+PTX",
     }
-    install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--force-reinstall", "-q"]
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--force-reinstall",
+        "-q",
+    ]
     _run(python, *install, ROOT, env=environment)
     with tempfile.TemporaryDirectory() as elsewhere:  # not the sources in this folder
         done = subprocess.run(

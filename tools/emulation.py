@@ -66,7 +66,7 @@ class CompilerMissingError(Exception):
 
 
 def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = None) -> Path:
-    """Compile the kernels of ``sources``, a copy of csrc; return the library or program, which may be an old one.
+    """Compile the kernels of ``sources``, csrc or a copy of it, unless that was done before.
 
     Raises:
         CompilerMissingError: no C++ compiler.
@@ -88,10 +88,9 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
             flags = how.runtime_flags if runtime else how.kernel_flags
             objects.append(Path(scratch) / f"{Path(name).stem}.{len(objects)}.o")
             language = ["-x", "c++"] if name.endswith(".cu") else []
-            commands.append(
-                [*compiler, *FLAGS, *flags, *program, f"-I{sources.name}", *language]
-                + ["-c", f"{sources.name}/{name}", "-o", str(objects[-1])]
-            )
+            options = [*FLAGS, *flags, *program, f"-I{sources.name}", *language]
+            files = ["-c", f"{sources.name}/{name}", "-o", str(objects[-1])]
+            commands.append([*compiler, *options, *files])
         with ThreadPoolExecutor(_processors()) as pool:
             list(pool.map(lambda command: _run(command, sources.parent), commands))
         made = Path(scratch) / "made"

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: every path against the oracle in float64, with threads in any order."""
+"""The CUDA kernels on a CPU: every path against the float64 oracle, with threads in any order."""
 
 from __future__ import annotations
 
