@@ -60,7 +60,7 @@ def run_comparison(
         for method in methods:
             best: tuple[float, Path] | None = None
             for lr in rates or (base.lr,):
-                config = replace(base, method=method, seed=seed, lr=lr)
+                config = replace(base, method=method, seed=seed, lr=lr).resolved()
                 name = f"{method}-s{seed}" + (f"-lr{lr:g}" if rates else "")
                 _prepare_cell(folder / name, config, overwrite)
 
@@ -82,7 +82,7 @@ def run_comparison(
                 measure_run(best[1], device=device, backbone=backbone, source=source)
                 cells.append(_read_cell(best[1]))
     options = base.to_dict()
-    for key in ("method", "seed", "lr", "weight_decay"):
+    for key in ("method", "seed"):
         del options[key]
     summary = summarise(cells)
     written = {"options": options, "cells": cells, "summary": summary}
@@ -117,8 +117,7 @@ def _read_cell(folder: Path) -> dict[str, Any]:
         "method": result["method"],
         "seed": result["seed"],
         "run": folder.name,
-        "lr": config.rates[0],
-        "weight_decay": config.rates[1],
+        "recipe": config.recipe._asdict(),
         "test_accuracy": test["accuracy"],
         "validation_accuracy": result["validation_accuracy"],
         "trained": result["parameters"]["trained"],
