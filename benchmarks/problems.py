@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 
 
-def free_function(batch: int, dim: int) -> Callable[[Tensor], Tensor]:
+def free_function(batch: int, dim: int, device: str = "cpu") -> Callable[[Tensor], Tensor]:
     """An f that returns prepared tensors in turn, so that only the solver's own work is timed.
 
     The residuals never fall, so that no solver stops early.
     """
     generator = torch.Generator().manual_seed(0)
     prepared = itertools.cycle(
-        [torch.randn(batch, dim, generator=generator) for _ in range(3 if dim > 10**5 else 7)]
+        [
+            torch.randn(batch, dim, generator=generator).to(device)
+            for _ in range(3 if dim > 10**5 else 7)
+        ]
     )
     return lambda z: next(prepared)
 
 
-def contraction(batch: int, dim: int) -> Callable[[Tensor], Tensor]:
+def contraction(batch: int, dim: int, device: str = "cpu") -> Callable[[Tensor], Tensor]:
     """z -> 0.9 * rolled z * scale + b: an affine map with row-wise work and a known answer."""
     generator = torch.Generator().manual_seed(1)
-    scale = torch.rand(dim, generator=generator) * 0.9
-    shift = torch.randn(batch, dim, generator=generator)
+    scale = (torch.rand(dim, generator=generator) * 0.9).to(device)
+    shift = torch.randn(batch, dim, generator=generator).to(device)
     return lambda z: z.roll(1, dims=1) * scale + shift
 
 
