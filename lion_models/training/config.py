@@ -41,8 +41,8 @@ class Recipe(NamedTuple):
 # Chosen from the same grid for every method; docs/lion.md shows it.
 DEFAULTS = {
     "linear": Recipe(0.03, 0.01, "none"),
-    "vpt-deep": Recipe(0.01, 0.01, "affine"),
-    "lion": Recipe(0.01, 0.01, "affine"),
+    "vpt-deep": Recipe(0.03, 0.01, "none"),
+    "lion": Recipe(0.03, 0.01, "affine"),
 }
 
 
