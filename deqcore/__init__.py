@@ -8,8 +8,12 @@ from deqcore.adjoints import Implicit, Phantom, Unrolled
 from deqcore.capture import CapturedSolver, capture
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
+from deqcore.masked import MaskedLinear
+from deqcore.ops.masked_linear import masked_linear
+from deqcore.pruning import prune_layer, restore_pruned
 from deqcore.regularizers import jacobian_penalty, spectral_radius
 from deqcore.solvers import Anderson, Broyden, Picard
+from deqcore.sparsity import SparsityPattern
 
 _kernels.load()
 
@@ -20,10 +24,12 @@ __all__ = [
     "ConvergenceError",
     "Implicit",
     "ImplicitLayer",
+    "MaskedLinear",
     "Phantom",
     "Picard",
     "Solution",
     "SolveReport",
+    "SparsityPattern",
     "Status",
     "Unrolled",
     "__version__",
@@ -31,6 +37,9 @@ __all__ = [
     "capture",
     "fixed_point",
     "jacobian_penalty",
+    "masked_linear",
+    "prune_layer",
+    "restore_pruned",
     "root",
     "spectral_radius",
 ]

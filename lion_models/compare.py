@@ -155,18 +155,11 @@ def summarise(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def comparison_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
-    """The summary as a table for the terminal."""
+    """Test accuracy, trained weights with and without the head, seconds, solver steps."""
     table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    for heading in (
-        "test accuracy",
-        "trained",
-        "without head",
-        "vs VPT-deep",
-        "seconds",
-        "solver steps",
-    ):
-        table.add_column(heading, justify="right")
+    table.add_column("method", no_wrap=True)
+    for heading in ("accuracy", "trained", "no head", "vs VPT-deep", "seconds", "steps"):
+        table.add_column(heading, justify="right", no_wrap=True)
     vpt = next((row["without_head"] for row in summary if row["method"] == "vpt-deep"), None)
     for row in summary:
         spread = f" ± {100 * row['test_spread']:.1f}" if row["test_spread"] is not None else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -40,3 +41,29 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
 
     LIBRARY.impl(name, forbid_autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"deqcore::{name}", lambda *args: None, lib=LIBRARY)
+
+
+def call_pure(op: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
+    """Call an op without side effects; outside grad mode past autograd, as :func:`call_step`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def define_pure(
+    name: str,
+    schema: str,
+    reference: Callable[..., torch.Tensor],
+    fake: Callable[..., torch.Tensor],
+    setup: Callable[[Any, Any, torch.Tensor], None],
+    backward: Callable[[Any, torch.Tensor], Any],
+) -> None:
+    """Register an op without side effects, with its derivative (``setup`` and ``backward``).
+
+    ``reference`` runs wherever no compiled kernel is registered for the tensors' device.
+    """
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"deqcore::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"deqcore::{name}", backward, setup_context=setup, lib=LIBRARY)

@@ -23,6 +23,7 @@ __all__ = ["FitState", "fit", "freeze_images", "score", "solver_figures"]
 
 EVALUATION_BATCH = 500
 CACHE_LIMIT_BYTES = 2**30
+GRADIENT_BOUND = 1.0
 
 
 @dataclass
@@ -205,6 +206,8 @@ def _train_epoch(
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # Without a bound, one steep batch at the peak rate throws an implicit layer far back.
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_BOUND)
         optimizer.step()
         loss_sum += loss.item() * len(rows)
         hits += int((logits.argmax(1) == labels).sum())

@@ -249,3 +249,12 @@ def test_jitter_moves_images_a_little_and_repeats_with_the_seed():
 
 def test_jitter_keeps_a_flat_image_flat():
     assert torch.allclose(jitter(torch.full((9, 3, 12, 12), 0.4)), torch.tensor(0.4))
+
+
+def test_a_file_that_is_no_image_is_refused_when_the_folder_is_opened(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "good.png")
+    (tmp_path / "dogs" / "late.png").write_text("hello")
+    with pytest.raises(UserError, match=r"late\.png: not an image \(5 bytes of something else\)"):
+        open_source(str(tmp_path), 1, 28)

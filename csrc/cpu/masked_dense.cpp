@@ -1,0 +1,77 @@
+// Bindings of masked_to_dense and masked_from_dense for CPU tensors: they move numbers and compute
+// nothing, so one version serves every instruction set.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+
+#include "cpu/masked_binding.h"
+
+namespace deqcore::cpu {
+namespace {
+
+constexpr int64_t kGrain = 64;  // rows
+
+// Calls run(uint16_t{}), run(uint32_t{}) or run(uint64_t{}) for numbers of that size.
+template <typename Run>
+void with_size(ValueType type, const Run& run) {
+  if (type == ValueType::f64) return run(uint64_t{});
+  if (type == ValueType::f32) return run(uint32_t{});
+  return run(uint16_t{});
+}
+
+Tensor masked_to_dense(const Tensor& values, const Tensor& pattern, int64_t rows, int64_t columns) {
+  const ValueType type = value_type(values, "values");
+  STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
+  const SparseRows entries = read_pattern(pattern, values.size(0), rows, columns, 1, false);
+  const Tensor kept = torch::stable::contiguous(values);
+  Tensor dense = torch::stable::new_empty(values, {rows, columns});
+  if (dense.numel() == 0) return dense;
+  with_size(type, [&]<typename Bits>(Bits) {
+    const Bits* from = static_cast<const Bits*>(kept.const_data_ptr());
+    Bits* to = static_cast<Bits*>(dense.mutable_data_ptr());
+    torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        Bits* out = to + row * columns;
+        std::memset(out, 0, columns * sizeof(Bits));
+        for (int32_t i = entries.offsets[row]; i < entries.offsets[row + 1]; ++i) {
+          out[entries.columns[i]] = from[i];
+        }
+      }
+    });
+  });
+  return dense;
+}
+
+Tensor masked_from_dense(const Tensor& dense, const Tensor& pattern) {
+  const ValueType type = value_type(dense, "dense");
+  STD_TORCH_CHECK(dense.dim() == 2, "dense: expected (rows, columns), got ", dense.dim(),
+                  " dimensions");
+  const int64_t rows = dense.size(0), columns = dense.size(1);
+  const int64_t count = (pattern.numel() - rows - columns - 2) / 3;
+  const SparseRows entries = read_pattern(pattern, count, rows, columns, 1, false);
+  const Tensor source = torch::stable::contiguous(dense);
+  Tensor values = torch::stable::new_empty(dense, {count});
+  if (count == 0) return values;
+  with_size(type, [&]<typename Bits>(Bits) {
+    const Bits* from = static_cast<const Bits*>(source.const_data_ptr());
+    Bits* to = static_cast<Bits*>(values.mutable_data_ptr());
+    torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const Bits* in = from + row * columns;
+        for (int32_t i = entries.offsets[row]; i < entries.offsets[row + 1]; ++i) {
+          to[i] = in[entries.columns[i]];
+        }
+      }
+    });
+  });
+  return values;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deqcore, CPU, m) {
+  m.impl("masked_to_dense", TORCH_BOX(&masked_to_dense));
+  m.impl("masked_from_dense", TORCH_BOX(&masked_from_dense));
+}
+
+}  // namespace deqcore::cpu

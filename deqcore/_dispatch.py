@@ -1,0 +1,111 @@
+"""Which of two ways of a masked matmul is the faster: a table of measured crossovers.
+
+A table has, for each kind of processor, dtype, op and block size, the least sparsity from which the
+kernels for kept entries beat a dense product, at some numbers of tokens. The one that comes with
+deqcore is in ``_crossovers.py``; ``python -m deqcore.tune`` measures one for this machine and keeps
+it in the user's cache directory, where it takes precedence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from deqcore import _kernels
+from deqcore._crossovers import CROSSOVERS
+
+if TYPE_CHECKING:
+    from deqcore.sparsity import SparsityPattern
+
+Op = Literal["linear", "outer"]
+# (tokens, least sparsity), by ascending number of tokens; 2.0 where sparse never wins.
+Line = list[tuple[int, float]]
+Table = dict[str, dict[str, Line]]  # kind of processor -> "dtype/op/block" -> line
+
+NEVER = 2.0
+# For a processor that nobody has measured: only where sparse wins on all that were.
+UNKNOWN: Line = [(1, 0.9)]
+
+
+def cache_file() -> Path:
+    """Where ``python -m deqcore.tune`` keeps this machine's table."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "deqcore" / "crossovers.json"
+
+
+def processor_kind() -> str:
+    """What a table is measured for: the instruction set of the kernels, and of dense bfloat16."""
+    isa = _kernels.loaded.get("cpu", {}).get("isa", "none")
+    bf16 = "-bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{platform.machine().lower()}-{isa}{bf16}"
+
+
+def line_name(dtype: torch.dtype, op: str, block: int) -> str:
+    """Key of a line in a table."""
+    return f"{str(dtype).removeprefix('torch.')}/{op}/{block}"
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file; empty if there is none, or if it is damaged (with a warning)."""
+    try:
+        data = json.loads(path.read_text())
+        return {
+            kind: {
+                name: sorted((int(tokens), float(sparsity)) for tokens, sparsity in line)
+                for name, line in lines.items()
+            }
+            for kind, lines in data.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"deqcore: {path} is not a table of crossovers ({error}) and is ignored; delete it, or "
+            "measure it again with python -m deqcore.tune",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def _lines() -> dict[str, Line]:
+    kind = processor_kind()
+    measured = read_table(cache_file()).get(kind)
+    return dict(CROSSOVERS.get(kind, {})) if measured is None else measured
+
+
+# Read once, at import: a traced function must not read files.
+LINES = _lines()
+
+
+def prefers_sparse(op: Op, tokens: int, pattern: SparsityPattern, x: Tensor) -> bool:
+    """Whether the kernels for kept entries are faster than a dense product here.
+
+    Between two measured numbers of tokens, the higher of their crossovers holds.
+    """
+    if x.device.type != "cpu" or not _kernels.CPU_KERNELS:
+        return False
+    if pattern.kept == pattern.shape[0] * pattern.shape[1]:
+        return False  # the values are the dense weight
+    line = LINES.get(line_name(x.dtype, op, pattern.block), UNKNOWN)
+    least = line[0][1]
+    for i, (measured, sparsity) in enumerate(line):
+        if measured > tokens:
+            if i > 0:
+                least = max(least, sparsity)
+            break
+        least = sparsity
+    return pattern.sparsity >= least

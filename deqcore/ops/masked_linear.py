@@ -1,0 +1,187 @@
+"""y = x W^T + bias for a weight with few kept entries (SpMM): API, oracle, derivative.
+
+The input gradient is the same op over the transposed pattern, the values' gradient is
+``masked_outer``; both are differentiable, so derivatives of any order exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import deqcore._dispatch as _dispatch
+from deqcore.ops import masked_outer as _masked_outer  # noqa: F401  (registers the derivative)
+from deqcore.ops._library import call_pure, define_pure
+from deqcore.ops.masked_dense import to_dense_reference
+from deqcore.sparsity import SparsityPattern
+
+Backend = Literal["auto", "sparse", "dense"]
+
+
+def masked_linear(
+    x: Tensor,
+    values: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """F.linear(x, weight, bias) for a weight that is zero outside a pattern, from its kept values.
+
+    Gradients reach x, values and bias, and nothing is computed for the entries that are not kept.
+    With ``backend="sparse"`` a token's result does not depend, bit for bit, on the other tokens.
+
+    Args:
+        x: [..., columns] of the pattern, any leading dimensions; float64, float32, bfloat16 or
+            float16. The last two are summed in float32.
+        values: [kept] entries in row order, in x's dtype (under autocast: any).
+        pattern: where they are, on x's device.
+        bias: [rows], or None.
+        backend: ``"sparse"`` runs the kernels for kept entries, ``"dense"`` fills a dense weight
+            and multiplies by that, ``"auto"`` takes the faster by a table measured on this kind of
+            processor (``python -m deqcore.tune`` measures yours).
+
+    Returns:
+        [..., rows], in x's dtype.
+
+    Raises:
+        TypeError: pattern is not a SparsityPattern.
+        ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, values = _cast(x, dtype), _cast(values, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+    _check(x, values, pattern, bias)
+    rows, columns = pattern.shape
+    dense_outer = False
+    if backend == "auto":
+        tokens = x.numel() // max(columns, 1)
+        backend = "sparse"
+        if not _dispatch.prefers_sparse("linear", tokens, pattern, x):
+            backend = "dense"
+        else:
+            dense_outer = not _dispatch.prefers_sparse("outer", tokens, pattern, x)
+    if backend == "dense":
+        return F.linear(x, pattern.to_dense(values), bias)
+    if backend != "sparse":
+        raise ValueError(f"backend: expected 'auto', 'sparse' or 'dense', got {backend!r}")
+    y = call_pure(
+        torch.ops.deqcore.masked_linear,
+        x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0),
+        values, pattern.indices, bias, rows, columns, pattern.block, False, dense_outer,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], rows)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _check(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:
+    if not isinstance(pattern, SparsityPattern):
+        raise TypeError(
+            f"pattern: expected a SparsityPattern, got {type(pattern).__name__}; build one with "
+            "SparsityPattern.from_mask(mask)"
+        )
+    rows, columns = pattern.shape
+    if values.dim() != 1 or values.shape[0] != pattern.kept:
+        raise ValueError(
+            f"values: expected shape ({pattern.kept},), one for each entry that the pattern keeps, "
+            f"got {tuple(values.shape)}; pattern.from_dense(weight) takes them from a weight"
+        )
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"x: expected a last dimension of {columns}, the columns of the pattern, got shape "
+            f"{tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias: expected shape ({rows},), got {tuple(bias.shape)}")
+    for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}; convert one of them, "
+                "or use torch.autocast"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{name}: expected x's device {x.device}, got {tensor.device}; move one with .to()"
+            )
+    if pattern.device != x.device:
+        raise ValueError(
+            f"pattern: expected x's device {x.device}, got {pattern.device}; use "
+            f"pattern.to({str(x.device)!r})"
+        )
+
+
+def reference(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    block: int,
+    transposed: bool,
+    dense_outer: bool,
+) -> Tensor:
+    """The op in pure PyTorch: x [tokens, columns] -> [tokens, rows]; transposed: the other way."""
+    weight = to_dense_reference(values, pattern, rows, columns)
+    return F.linear(x, weight.t() if transposed else weight, bias)
+
+
+def _fake(
+    x: Tensor,
+    values: Tensor,
+    pattern: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    block: int,
+    transposed: bool,
+    dense_outer: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], columns if transposed else rows)
+
+
+def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    x, values, pattern, _, rows, columns, ctx.block, ctx.transposed, ctx.dense_outer = inputs
+    ctx.shape = (rows, columns)
+    needs = ctx.needs_input_grad
+    # What the other operand's gradient needs, and no more.
+    ctx.save_for_backward(x if needs[1] else None, values if needs[0] else None, pattern)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    x, values, pattern = ctx.saved_tensors
+    ops = torch.ops.deqcore
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = ops.masked_linear(
+            grad, values, pattern, None, *ctx.shape, ctx.block, not ctx.transposed, ctx.dense_outer
+        )
+    if ctx.needs_input_grad[1]:
+        left, right = (x, grad) if ctx.transposed else (grad, x)
+        if ctx.dense_outer:
+            grad_values = ops.masked_from_dense(left.t() @ right, pattern)
+        else:
+            grad_values = ops.masked_outer(left, right, pattern, *ctx.shape, ctx.block)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum(0)
+    return grad_x, grad_values, None, grad_bias, None, None, None, None, None
+
+
+define_pure(
+    "masked_linear",
+    "(Tensor x, Tensor values, Tensor pattern, Tensor? bias, SymInt rows, SymInt columns, "
+    "int block, bool transposed, bool dense_outer) -> Tensor",
+    reference,
+    _fake,
+    _setup,
+    _backward,
+)

@@ -1,0 +1,128 @@
+"""The ops against float64, over dtypes, shapes, sparsities and numbers of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from masked_cases import DTYPES, Case, check, make, operations
+
+NAMES = list(operations())
+# On both sides of the widths that kernels take at a time: 4, 8, 16, 32, 48, 64, 96 tokens.
+TOKENS = (0, 1, 4, 5, 8, 9, 16, 17, 48, 64, 65, 100, 200)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
+def test_error_is_at_most_twice_the_references(
+    name: str, dtype: torch.dtype, sparsity: float
+) -> None:
+    for tokens in TOKENS:
+        check(name, make(37, 53, tokens, sparsity), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_blocks(name: str, dtype: torch.dtype, size: int) -> None:
+    for sparsity in (0.0, 0.6, 1.0):
+        for tokens in (0, 1, 3, 4, 13, 64, 130, 300):
+            check(name, make(128, 192, tokens, sparsity, structure=size), dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wide_weights_go_through_several_blocks_of_columns(name: str) -> None:
+    check(name, make(40, 3000, 70, 0.7), torch.float32)
+    check(name, make(3000, 40, 200, 0.7), torch.float32)
+    check(name, make(600, 700, 333, 0.97), torch.float64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    rows=st.integers(0, 70),
+    columns=st.integers(0, 70),
+    tokens=st.integers(0, 140),
+    sparsity=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(
+    name: str, rows: int, columns: int, tokens: int, sparsity: float, dtype: torch.dtype
+) -> None:
+    check(name, make(rows, columns, tokens, sparsity, seed=rows + columns), dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_rows_and_columns(name: str) -> None:
+    case = make(30, 40, 20, 0.5)
+    mask = case.pattern.mask()
+    mask[::3], mask[:, 1::4], mask[-2:], mask[:, :5] = False, False, False, False
+    pattern = type(case.pattern).from_mask(mask)
+    check(
+        name, Case(pattern, case.x, torch.randn(pattern.kept), case.bias, case.grad), torch.float32
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("structure", [None, 16])
+def test_threads_do_not_change_a_bit(name: str, structure: int | None) -> None:
+    op, _ = operations()[name]
+    for tokens in (3, 50, 700):
+        case = make(320, 256, tokens, 0.6, structure).to(torch.float32)
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(op(case))
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("name", ["forward", "input gradient"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", [None, 16])
+def test_a_tokens_result_does_not_depend_on_the_others(
+    name: str, dtype: torch.dtype, structure: int | None, kernels_only: None
+) -> None:
+    op, _ = operations()[name]
+    case = make(96, 160, 150, 0.7, structure).to(dtype)
+    whole = op(case)
+    for first, last in ((0, 1), (3, 7), (9, 18), (20, 53), (50, 150)):
+        part = Case(case.pattern, case.x[first:last], case.values, case.bias, case.grad[first:last])
+        assert torch.equal(op(part), whole[first:last])
+
+
+@pytest.mark.parametrize("structure", [16, 32])
+def test_blocks_and_single_entries_agree_bit_for_bit(structure: int, kernels_only: None) -> None:
+    op, _ = operations()["forward"]
+    case = make(128, 128, 90, 0.5, structure).to(torch.float32)
+    entries = type(case.pattern).from_mask(case.pattern.mask())
+    single = Case(entries, case.x, case.values, case.bias, case.grad)
+    assert torch.equal(op(case), op(single))
+
+
+@pytest.mark.parametrize("name", ["forward", "input gradient"])
+def test_nan_token_leaves_others_bitwise_equal(name: str) -> None:
+    op, _ = operations()[name]
+    case = make(50, 60, 70, 0.5).to(torch.float32)
+    clean = op(case)
+    case.x[33], case.grad[33] = float("nan"), float("inf")
+    spoilt = op(case)
+    others = torch.arange(70) != 33
+    assert torch.equal(spoilt[others], clean[others])
+    assert not spoilt[33].isfinite().all()
+
+
+def test_dropped_weights_are_not_multiplied(kernels_only: None) -> None:
+    """0 * inf would be NaN in a dense product."""
+    case = make(20, 30, 10, 0.5).to(torch.float32)
+    dropped = ~case.pattern.mask()
+    case.x[4, 7] = float("inf")
+    y = operations()["forward"][0](case)
+    assert y[4, dropped[:, 7]].isfinite().all()
+
+
+def test_op_refuses_a_pattern_of_another_size() -> None:
+    case = make(20, 30, 10, 0.5).to(torch.float32)
+    case.values = case.values[:-1]
+    with pytest.raises(RuntimeError):
+        operations()["forward"][0](case)
