@@ -382,8 +382,8 @@ __global__ void __launch_bounds__(kBlockThreads, kPushBlocks<X, F, kAligned, kAg
   team.sync();
   if (!scratch.state->active) return;
   const PushPlan<X> plan(args, scratch.state);
-  const int64_t begin = chunk * kChunk;
-  const int64_t end = begin + kChunk < args.dim ? begin + kChunk : args.dim;
+  const int64_t begin = chunk * chunk_of(args.dim);
+  const int64_t end = end_of_chunk(args.dim, begin);
   push<X, F, kAligned, kAges>(team, args, Row<X, F>(args, index), plan, begin, end, scratch);
   add_warp_sums(team, scratch.warp_sums, width, plan.history + 1,
                 workspace.chunk_sums + (index * chunks + chunk) * width);
@@ -413,8 +413,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMoveBlocks<X>)
     *scratch.plan = {AndersonMove::copy_x, 0, 0.0};
   }
   team.sync();
-  const int64_t begin = chunk * kChunk;
-  const int64_t end = begin + kChunk < args.dim ? begin + kChunk : args.dim;
+  const int64_t begin = chunk * chunk_of(args.dim);
+  const int64_t end = end_of_chunk(args.dim, begin);
   move<X, F, kAligned>(team, args, Row<X, F>(args, index), begin, end, scratch);
 }
 

@@ -362,8 +362,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   team.sync();
   if (!scratch.state->active) return;
   const int history = history_of(args, scratch.state);
-  const int64_t begin = chunk * kChunk;
-  const int64_t end = begin + kChunk < args.dim ? begin + kChunk : args.dim;
+  const int64_t begin = chunk * chunk_of(args.dim);
+  const int64_t end = end_of_chunk(args.dim, begin);
   push<X, F, kAligned>(team, args, Row<X, F>(args, index), history, begin, end, scratch);
   add_warp_sums(team, scratch.warp_sums, scratch.width, 2 + 2 * history,
                 workspace.chunk_sums + (index * chunks + chunk) * scratch.width);
@@ -392,8 +392,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     *scratch.plan = {BroydenMove::copy_x, false, 0, 0.0};
   }
   team.sync();
-  const int64_t begin = chunk * kChunk;
-  const int64_t end = begin + kChunk < args.dim ? begin + kChunk : args.dim;
+  const int64_t begin = chunk * chunk_of(args.dim);
+  const int64_t end = end_of_chunk(args.dim, begin);
   move<X, F, kAligned>(team, args, Row<X, F>(args, index), begin, end, scratch);
 }
 

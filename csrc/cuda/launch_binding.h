@@ -27,8 +27,7 @@ inline void check_device(const Tensor& x, std::initializer_list<const Tensor*> o
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
   }
   void* stream() const { return stream_; }
 

@@ -10,8 +10,8 @@ import torch
 from problems import equal, wave, wave_batch
 
 import deqcore
-from deqcore import Anderson, Broyden, Implicit, Phantom, Picard
-from deqcore.capture import _capture
+from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, _kernels
+from deqcore.capture import _capture, _CudaGraphs
 
 SOLVERS = [
     Picard(damping=0.7, max_steps=40),
@@ -229,6 +229,13 @@ def test_a_graph_of_fixed_length_gives_the_same_bits():
 def test_the_cpu_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"expected z0 on a GPU, got cpu.*deqcore\.fixed_point"):
         deqcore.capture(torch.cos, torch.zeros(2, 3))
+
+
+def test_missing_kernels_are_named(monkeypatch):
+    monkeypatch.setattr(_kernels, "CUDA_KERNELS", False)
+    monkeypatch.setitem(_kernels.missing, "cuda", "nvcc is not on PATH")
+    with pytest.raises(RuntimeError, match="capture: no CUDA kernels: nvcc is not on PATH"):
+        _CudaGraphs().check(torch.device("cuda"))
 
 
 def test_a_fixed_step_solve_never_waits_for_the_gpu(cuda_device):

@@ -80,6 +80,12 @@ def test_kernels_are_as_exact_as_the_reference_on_rows_of_several_chunks(emulato
 
 
 @pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
+def test_a_row_too_long_for_short_chunks_is_as_exact_as_the_reference(emulator, op):
+    case = make_case(op, 1, 512 * 4096 + 1, 2, torch.float32, 5)
+    check_kernel_against_float64(emulated(case, op, emulator, "split"), CPU)
+
+
+@pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
 @pytest.mark.parametrize("path", PATHS)
 @given(dim=DIMS, seed=st.integers(0, 999), order=ORDERS, dtype=st.sampled_from(DTYPES))
 def test_a_row_depends_on_nothing_but_itself(emulator, op, path, dim, seed, order, dtype):
