@@ -10,7 +10,7 @@ STAMP   := $(VENV)/.installed
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: setup demo test test-ref test-portable lint format bench wheel clean
+.PHONY: setup demo test test-ref test-portable emulation cuda-kernels cuda-build gpu-check lint format bench wheel clean
 
 setup: $(STAMP)
 
@@ -33,10 +33,26 @@ test: setup
 
 test-ref: setup
 	DEQCORE_KERNELS=reference $(PYTEST) tests \
-	    --ignore=tests/build --ignore=tests/ops --ignore=tests/lion
+	    --ignore=tests/build --ignore=tests/ops --ignore=tests/lion --ignore=tests/cuda
 
 test-portable: setup
 	DEQCORE_CPU_ISA=portable $(PYTEST) tests/ops
+
+# The CUDA kernels as host code, against the oracle and under sanitizers: a part of `make test`.
+emulation: setup
+	$(PYTEST) tests/cuda
+
+# nvcc alone: registers, shared memory and spills of each kernel. Then the extension, against a CUDA
+# build of torch in an environment of its own (6 GB). Neither needs a GPU.
+cuda-kernels:
+	$(PYTHON) tools/cuda_build.py --only kernels
+
+cuda-build:
+	$(PYTHON) tools/cuda_build.py
+
+# On a machine with a GPU: make gpu-check GPU_CHECK="--only build,test --wheels wheels"
+gpu-check:
+	$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -30,12 +30,12 @@ class LeanAnderson:
 
     def __init__(self, z0: Tensor, memory: int, ridge: float = 1e-8) -> None:
         batch, dim = z0.shape
-        self.g_ring = torch.zeros(batch, memory, dim)
-        self.h_ring = torch.zeros(batch, memory, dim)
-        self.gram = torch.zeros(batch, memory, memory)
-        self.ones = torch.ones(batch, memory, 1)
-        self.ridge = ridge * torch.eye(memory)
-        self.slots = itertools.cycle(torch.arange(memory).split(1))
+        self.g_ring = z0.new_zeros(batch, memory, dim)
+        self.h_ring = z0.new_zeros(batch, memory, dim)
+        self.gram = z0.new_zeros(batch, memory, memory)
+        self.ones = z0.new_ones(batch, memory, 1)
+        self.ridge = ridge * torch.eye(memory, device=z0.device)
+        self.slots = itertools.cycle(torch.arange(memory, device=z0.device).split(1))
 
     def step(self, x: Tensor, f: Tensor) -> Tensor:
         return lean_step(

@@ -1,11 +1,14 @@
 // The Python modules deqcore._C and deqcore._cuda. Importing one loads its kernels into torch's
-// dispatcher (static initialisers of the bindings); the module itself only tells how it was built.
+// dispatcher (static initialisers of the bindings); the module itself only tells how it was built,
+// and joins captured CUDA graphs.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
 #include <string>
 
-#if !defined(DEQCORE_CUDA_MODULE)
+#if defined(DEQCORE_CUDA_MODULE)
+#include "cuda/solve_graph.h"
+#else
 #include "cpu/isa.h"
 #endif
 
@@ -43,4 +46,12 @@ PYBIND11_MODULE(DEQCORE_MODULE, m) {
   m.def("build_info", &build_info,
         "How the extension was built, and the instruction set chosen.\n\n"
         "Raises RuntimeError if DEQCORE_CPU_ISA is unknown or this processor lacks it.");
+#if defined(DEQCORE_CUDA_MODULE)
+  using deqcore::cuda::SolveGraph;
+  py::class_<SolveGraph>(m, "SolveGraph", "A solve as one CUDA graph; see csrc/cuda/solve_graph.h.")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t>(), py::arg("first"),
+           py::arg("body"), py::arg("last"), py::arg("remaining"), py::arg("repeats"))
+      .def("launch", &SolveGraph::launch, py::arg("stream"))
+      .def_static("why_not_conditional", &SolveGraph::why_not_conditional);
+#endif
 }

@@ -5,6 +5,7 @@ from deqcore._build_info import build_info
 from deqcore._solution import ConvergenceError, Solution, SolveReport, Status
 from deqcore._version import __version__
 from deqcore.adjoints import Implicit, Phantom, Unrolled
+from deqcore.capture import CapturedSolver, capture
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
 from deqcore.masked import MaskedLinear
@@ -19,6 +20,7 @@ _kernels.load()
 __all__ = [
     "Anderson",
     "Broyden",
+    "CapturedSolver",
     "ConvergenceError",
     "Implicit",
     "ImplicitLayer",
@@ -32,6 +34,7 @@ __all__ = [
     "Unrolled",
     "__version__",
     "build_info",
+    "capture",
     "fixed_point",
     "jacobian_penalty",
     "masked_linear",

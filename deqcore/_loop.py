@@ -221,7 +221,8 @@ class _EndWatch:
             return not self.remaining.item()
         index = (look // self.every) % 2
         self.copy[index : index + 1].copy_(self.remaining, non_blocking=True)
-        self.events[index].record()
+        # Of the tensor's device, which need not be the current one.
+        self.events[index].record(torch.cuda.current_stream(self.remaining.device))
         if look < self.every:  # nothing was asked before
             return False
         self.events[1 - index].synchronize()

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from typer.core import TyperGroup
 
 from lion_models.backbones import load_backbone, read_vit, tiny_vit_path
+from lion_models.cli_options import (
+    Augment,
+    Backbone,
+    Batch,
+    Data,
+    Device,
+    Epochs,
+    Hidden,
+    Iterations,
+    MaxSteps,
+    Optimizer,
+    Overwrite,
+    Prompts,
+    Rtol,
+    Runs,
+    Shots,
+    Sides,
+    SolverName,
+    Strength,
+    Threads,
+    ValidationShots,
+    config_of,
+    numbers,
+    set_up,
+)
+from lion_models.cli_progress import ProgressBars
 from lion_models.compare import comparison_table, run_comparison
 from lion_models.errors import UserError, choose
 from lion_models.predict import evaluate_on, format_predictions, gather_images, predict
 from lion_models.training import (
-    FitState,
     RunConfig,
     load_run,
     measure_run,
     prepare_folder,
     train_run,
 )
-from lion_models.training.config import METHODS, OPTIMIZERS, SOLVERS
+from lion_models.training.config import METHODS
 from lion_models.training.runs import read_config
 
 __all__ = ["app", "main"]
@@ -60,40 +82,6 @@ app = typer.Typer(
     help="Tune a frozen vision backbone with implicit prompts (LION).",
 )
 
-# Options that several commands share.
-Data = Annotated[
-    str, typer.Option(help="mnist5k, digits, or a folder with one sub-folder of images per class.")
-]
-Backbone = Annotated[str, typer.Option(help="tiny-vit, or a file of lion_models.pretrain.")]
-Shots = Annotated[str, typer.Option(help="Training images per class, or 'all'.")]
-ValidationShots = Annotated[
-    int | None, typer.Option(help="Validation images per class.", show_default="as many as --shots")
-]
-Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
-Batch = Annotated[int, typer.Option(help="Images per step.")]
-Optimizer = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
-Sides = Annotated[str, typer.Option(help="lion: both, input or output.")]
-Hidden = Annotated[int, typer.Option(help="lion: bottleneck width.")]
-Strength = Annotated[float, typer.Option(help="lion: initial lambda of both layers.")]
-SolverName = Annotated[str, typer.Option(help=f"lion: one of {', '.join(SOLVERS)}.")]
-Rtol = Annotated[
-    float | None,
-    typer.Option(help="lion: relative tolerance of the solver.", show_default="deqcore's, 1e-4"),
-]
-MaxSteps = Annotated[int, typer.Option(help="lion: most evaluations of the cell per solve.")]
-Iterations = Annotated[
-    int | None,
-    typer.Option(
-        help="lion: this many explicit layers instead of an equilibrium.",
-        show_default="equilibrium",
-    ),
-]
-Prompts = Annotated[int, typer.Option(help="vpt-deep: prompt tokens per block.")]
-Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
-Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all cores")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-
 
 @app.command()
 def train(
@@ -110,7 +98,8 @@ def train(
     optimizer: Optimizer = "adamw",
     lr: Annotated[float | None, typer.Option(show_default="the method's")] = None,
     weight_decay: Annotated[float | None, typer.Option(show_default="the method's")] = None,
-    sides: Sides = "both",
+    augment: Augment = None,
+    sides: Sides = RunConfig.sides,
     hidden: Hidden = RunConfig.hidden,
     strength: Strength = RunConfig.strength,
     solver: SolverName = "anderson",
@@ -126,34 +115,14 @@ def train(
     device: Device = "cpu",
 ) -> None:
     """Train one method; writes RUNS/NAME."""
-    _set_up(threads, device)
-    config = RunConfig(
-        data=data,
-        method=method,
-        backbone=backbone,
-        shots=_shots(shots),
-        validation_shots=validation_shots,
-        seed=seed,
-        epochs=epochs,
-        batch=batch,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        sides=sides,
-        hidden=hidden,
-        strength=strength,
-        solver=solver,
-        rtol=rtol,
-        max_steps=max_steps,
-        iterations=iterations,
-        prompts=prompts,
-    )
+    set_up(threads, device)
+    config = config_of(ctx).resolved()
     folder = runs / (name or f"{Path(data).name}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
     _check_data(config)
     prepare_folder(folder, config, resume, overwrite)
-    with _Bars() as bars:
+    with ProgressBars() as bars:
         result = train_run(
             folder,
             config,
@@ -192,7 +161,7 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Accuracy of a run: on its own test set (measured once, then remembered) or on other data."""
-    _set_up(threads, device)
+    set_up(threads, device)
     if data is None:
         if not run.is_dir():
             load_run(run)
@@ -221,7 +190,7 @@ def predict_command(
     device: Device = "cpu",
 ) -> None:
     """Class and probability of images."""
-    _set_up(threads, device)
+    set_up(threads, device)
     choose("--format", form, ["table", "csv", "json"])
     if output is not None and not output.resolve().parent.is_dir():
         raise UserError(f"--output: folder {output.parent} does not exist; create it first")
@@ -244,6 +213,7 @@ def predict_command(
 
 @app.command()
 def compare(
+    ctx: typer.Context,
     data: Data,
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "42,44,82,100,800",
@@ -261,7 +231,8 @@ def compare(
     epochs: Epochs = 100,
     batch: Batch = 64,
     optimizer: Optimizer = "adamw",
-    sides: Sides = "both",
+    augment: Augment = None,
+    sides: Sides = RunConfig.sides,
     hidden: Hidden = RunConfig.hidden,
     strength: Strength = RunConfig.strength,
     solver: SolverName = "anderson",
@@ -275,32 +246,16 @@ def compare(
     device: Device = "cpu",
 ) -> None:
     """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
-    _set_up(threads, device)
+    set_up(threads, device)
     names = [choose("--methods", part.strip(), METHODS) for part in methods.split(",")]
-    base = RunConfig(
-        data=data,
-        backbone=backbone,
-        shots=_shots(shots),
-        validation_shots=validation_shots,
-        epochs=epochs,
-        batch=batch,
-        optimizer=optimizer,
-        sides=sides,
-        hidden=hidden,
-        strength=strength,
-        solver=solver,
-        rtol=rtol,
-        max_steps=max_steps,
-        iterations=iterations,
-        prompts=prompts,
-    )
+    base = config_of(ctx)
     folder = runs / (name or f"compare-{Path(data).name}-{shots}")
     _compare(
         folder,
         base,
         names,
-        _numbers("--seeds", seeds, int),
-        _numbers("--lrs", lrs, float) if lrs else [],
+        numbers("--seeds", seeds, int),
+        numbers("--lrs", lrs, float) if lrs else [],
         overwrite,
         device,
     )
@@ -313,8 +268,8 @@ def demo(
     threads: Threads = 0,
 ) -> None:
     """Few-shot MNIST on the embedded tiny ViT: linear probe, VPT-deep and LION."""
-    _set_up(threads, "cpu")
-    base = RunConfig(data="mnist5k", shots=20, epochs=60)
+    set_up(threads, "cpu")
+    base = RunConfig(data="mnist5k", shots=20, epochs=100)
     _compare(runs / "demo", base, list(METHODS), [42], [], overwrite, "cpu")
 
 
@@ -364,7 +319,7 @@ def _compare(
     device: str,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with _Bars() as bars:
+    with ProgressBars() as bars:
         result = run_comparison(
             folder,
             base,
@@ -379,62 +334,6 @@ def _compare(
     seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
     out.print(comparison_table(result["summary"], f"{base.data}, {shots}, {seed_text}"))
     out.print(f"wrote {folder}/compare.json and {folder}/compare.png")
-
-
-class _Bars:
-    """One progress bar per run, with loss, validation accuracy and solver steps."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._config: RunConfig | None = None
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, config: RunConfig, state: FitState) -> None:
-        row = state.history[-1]
-        if config != self._config or self._bar is None:
-            self.__exit__()
-            self._config = config
-            self._bar = tqdm(
-                total=config.epochs,
-                initial=row["epoch"] - 1,
-                unit="epoch",
-                desc=f"{config.method} seed {config.seed}",
-            )
-        steps = "/".join(f"{figures['steps']:.0f}" for figures in row["solver"].values())
-        shown = {"loss": f"{row['loss']:.3f}", "val": f"{100 * row['validation_accuracy']:.1f}%"}
-        self._bar.set_postfix(shown | ({"steps": steps} if steps else {}), refresh=False)
-        self._bar.update()
-
-
-def _set_up(threads: int, device: str) -> None:
-    choose("--device", device, ["cpu", "cuda"])
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no GPU; use --device cpu")
-    if threads < 0:
-        raise UserError(f"--threads: expected 1 or more, got {threads}")
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def _shots(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdigit():
-        raise UserError(f"--shots: expected a whole number or 'all', got '{text}'")
-    return int(text)
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option}: expected numbers separated by commas, got '{text}'") from None
 
 
 def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConfig:

@@ -60,7 +60,7 @@ def run_comparison(
         for method in methods:
             best: tuple[float, Path] | None = None
             for lr in rates or (base.lr,):
-                config = replace(base, method=method, seed=seed, lr=lr)
+                config = replace(base, method=method, seed=seed, lr=lr).resolved()
                 name = f"{method}-s{seed}" + (f"-lr{lr:g}" if rates else "")
                 _prepare_cell(folder / name, config, overwrite)
 
@@ -82,7 +82,7 @@ def run_comparison(
                 measure_run(best[1], device=device, backbone=backbone, source=source)
                 cells.append(_read_cell(best[1]))
     options = base.to_dict()
-    for key in ("method", "seed", "lr", "weight_decay"):
+    for key in ("method", "seed"):
         del options[key]
     summary = summarise(cells)
     written = {"options": options, "cells": cells, "summary": summary}
@@ -117,8 +117,7 @@ def _read_cell(folder: Path) -> dict[str, Any]:
         "method": result["method"],
         "seed": result["seed"],
         "run": folder.name,
-        "lr": config.rates[0],
-        "weight_decay": config.rates[1],
+        "recipe": config.recipe._asdict(),
         "test_accuracy": test["accuracy"],
         "validation_accuracy": result["validation_accuracy"],
         "trained": result["parameters"]["trained"],
@@ -156,18 +155,11 @@ def summarise(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def comparison_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
-    """The summary as a table for the terminal."""
+    """Test accuracy, trained weights with and without the head, seconds, solver steps."""
     table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    for heading in (
-        "test accuracy",
-        "trained",
-        "without head",
-        "vs VPT-deep",
-        "seconds",
-        "solver steps",
-    ):
-        table.add_column(heading, justify="right")
+    table.add_column("method", no_wrap=True)
+    for heading in ("accuracy", "trained", "no head", "vs VPT-deep", "seconds", "steps"):
+        table.add_column(heading, justify="right", no_wrap=True)
     vpt = next((row["without_head"] for row in summary if row["method"] == "vpt-deep"), None)
     for row in summary:
         spread = f" ± {100 * row['test_spread']:.1f}" if row["test_spread"] is not None else ""

@@ -61,7 +61,7 @@ class ImplicitPrompt(nn.Module):
         self,
         dim: int,
         hidden: int,
-        strength: float = 0.1,
+        strength: float = 1.0,
         solver: Solver | None = None,
         iterations: int | None = None,
     ) -> None:

@@ -38,7 +38,7 @@ class Lion(TunedClassifier):
         classes: int,
         sides: str = "both",
         hidden: int = 8,
-        strength: float = 0.1,
+        strength: float = 1.0,
         solver: Solver | None = None,
         iterations: int | None = None,
     ) -> None:

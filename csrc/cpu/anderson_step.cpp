@@ -15,42 +15,12 @@ void anderson_step(const Tensor& x, const Tensor& f, const Tensor& damping, cons
                    double atol, int64_t patience, int64_t max_steps, double ridge, int64_t start,
                    int64_t restart, double safeguard, double max_weight) {
   const StateType type = check_states(x, f);
-  const ScalarType dtype = x.scalar_type();
-  const int64_t batch = x.size(0), dim = x.size(1);
-  STD_TORCH_CHECK(g_ring.dim() == 3, "g_ring: expected (batch, memory, dim), got ",
-                  shape_text(g_ring));
-  const int64_t memory = g_ring.size(1);
-  STD_TORCH_CHECK(1 <= memory && memory <= kAndersonMaxMemory,
-                  "g_ring: expected a memory of 1 to 64, got ", memory);
-  check(g_ring, "g_ring", dtype, {batch, memory, dim});
-  check(h_ring, "h_ring", dtype, {batch, memory, dim});
-  check(gram, "gram", ScalarType::Double, {batch, memory, memory});
-  check(x_next, "x_next", dtype, {batch, dim});
-  check(damping, "damping", ScalarType::Double, {damping.size(0)});
-  STD_TORCH_CHECK(damping.size(0) > 0, "damping: expected at least one entry");
-  const bool keeps_best = best.dim() == 2 && best.size(1) > 0;
-  check(best, "best", dtype, {batch, keeps_best ? dim : 0});
-
-  const AndersonArgs args{
-      .x = x.const_data_ptr(),
-      .f = f.const_data_ptr(),
-      .damping = static_cast<const double*>(damping.const_data_ptr()),
-      .g_ring = g_ring.mutable_data_ptr(),
-      .h_ring = h_ring.mutable_data_ptr(),
-      .gram = static_cast<double*>(gram.mutable_data_ptr()),
-      .best = keeps_best ? best.mutable_data_ptr() : nullptr,
-      .x_next = x_next.mutable_data_ptr(),
-      .z_next = check_z_next(z_next, f, type),
-      .rows = check_rows(status, counters, residuals, remaining, batch),
-      .batch = batch,
-      .dim = dim,
-      .memory = memory,
-      .damping_length = damping.size(0),
-      .limits = {rtol, atol, patience, max_steps},
-      .options = {ridge, start, restart, safeguard, max_weight},
-  };
+  const Rows rows = check_rows(status, counters, residuals, remaining, x.size(0));
+  const AndersonArgs args = anderson_args(x, f, damping, g_ring, h_ring, gram, best, rows, x_next,
+                                          z_next, {rtol, atol, patience, max_steps},
+                                          {ridge, start, restart, safeguard, max_weight});
   run_step<AndersonDecision>(
-      batch, dim, memory + 1, 2 * memory + 4,
+      args.batch, args.dim, args.memory + 1, 2 * args.memory + 4,
       [&](int64_t first, int64_t last, double* parts) {
         DEQCORE_DISPATCH_ISA(anderson_push, args, type, first, last, parts);
       },
@@ -60,7 +30,7 @@ void anderson_step(const Tensor& x, const Tensor& f, const Tensor& damping, cons
       [&](int64_t first, int64_t last, const AndersonDecision* decisions) {
         DEQCORE_DISPATCH_ISA(anderson_move, args, type, first, last, decisions);
       });
-  count_remaining(args.rows, batch);
+  count_remaining(rows, args.batch);
 }
 
 }  // namespace

@@ -58,6 +58,7 @@ void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, doub
     if (stored > 0) widen(at.s_ring + (stored - 1) * args.dim + first, count, newest);
     for (int64_t j = 0; j < stored; ++j) {
       const X* s = at.s_ring + j * args.dim + first;
+      fetch_ahead(s + kBlock, kBlock);
       add_dot(s, wide_g, count, lanes + (2 + 2 * j) * kLanes);
       add_dot(s, newest, count, lanes + (3 + 2 * j) * kLanes);
     }
@@ -82,7 +83,10 @@ void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decisi
       residual_block(x, at.f + first, count, out);
       for (int i = 0; i < count; ++i) out[i] *= g_weight;
       const X* from[kBroydenMaxMemory];
-      for (int j = 0; j < plan.count; ++j) from[j] = at.s_ring + j * args.dim + first;
+      for (int j = 0; j < plan.count; ++j) {
+        from[j] = at.s_ring + j * args.dim + first;
+        fetch_ahead(from[j] + kBlock, kBlock);
+      }
       add_combination(out, from, weights, plan.count, count);
       std::copy_n(out, count, at.s_ring + plan.count * args.dim + first);
       if (plan.improved) std::copy_n(x, count, at.best + first);

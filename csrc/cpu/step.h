@@ -1,12 +1,11 @@
-// What the bindings of the step ops share: the dtypes, and how rows and chunks go to threads.
+// How rows are cut into chunks, in the bindings of the step ops and their kernels.
 #pragma once
 
 #include <cstdint>
 
-namespace deqcore::cpu {
+#include "ops/state_type.h"
 
-// The dtype of f; the iterate and the history are double for `f64` and float otherwise.
-enum class StateType { f64, f32, bf16, f16 };
+namespace deqcore::cpu {
 
 // Elements of a row that are summed together. Threads share rows, or, where there are few long
 // ones, chunks of rows; the order of a row's sum is the same either way.

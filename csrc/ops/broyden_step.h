@@ -77,32 +77,46 @@ DEQCORE_HD bool broyden_inverse(const BroydenArgs& args, const double* gram, con
   return true;
 }
 
-// Counts the evaluation, updates the Gram matrix and decides the row's move; weights[0 .. count).
+// Counts the evaluation and decides the row's move; a `step` is then completed by broyden_finish.
+DEQCORE_HD BroydenPlan broyden_begin(const BroydenArgs& args, int64_t row, double sum_g2,
+                                     double sum_f2) {
+  int32_t* counters = args.rows.counters + row * kCounters;
+  const RowOutcome outcome = advance_row(args.rows, row, sum_g2, sum_f2, args.dim, args.limits);
+  counters[kMixed] = 0;
+  if (outcome.going_on) return {BroydenMove::step, outcome.improved, 0, 1.0};
+  const bool elsewhere = outcome.ended && !outcome.improved && counters[kBestStep] > 0;
+  return {elsewhere ? BroydenMove::copy_best : BroydenMove::copy_x, false, 0, 0.0};
+}
+
+// Writes down that the new step combines `count` stored ones, and is stored after them.
+DEQCORE_HD void broyden_finish(const BroydenArgs& args, int64_t row, int count) {
+  int32_t* counters = args.rows.counters + row * kCounters;
+  counters[kMixed] = count;
+  counters[kHistory] = count + 1;
+}
+
+// Both, with the Gram matrix brought up to date; weights[0 .. count).
 // sums: |g|^2, |f|^2, then for each of the `count` stored steps s_j . g and s_j . s_newest.
 DEQCORE_HD BroydenPlan broyden_plan(const BroydenArgs& args, int64_t row, int count,
                                     const double* sums, double* dots, double* weights) {
-  int32_t* counters = args.rows.counters + row * kCounters;
-  const RowOutcome outcome = advance_row(args.rows, row, sums[0], sums[1], args.dim, args.limits);
-  if (!outcome.going_on) {
-    counters[kMixed] = 0;
-    const bool elsewhere = outcome.ended && !outcome.improved && counters[kBestStep] > 0;
-    return {elsewhere ? BroydenMove::copy_best : BroydenMove::copy_x, false, 0, 0.0};
-  }
+  BroydenPlan plan = broyden_begin(args, row, sums[0], sums[1]);
+  if (plan.move != BroydenMove::step) return plan;
   double* gram = args.gram + row * args.memory * args.memory;
   for (int j = 0; j < count; ++j) {
     dots[j] = sums[2 + 2 * j];
     gram[(count - 1) * args.memory + j] = gram[j * args.memory + count - 1] = sums[3 + 2 * j];
   }
-  double g_weight;
-  if (!broyden_inverse(args, gram, dots, count, outcome.step, weights, &g_weight)) {
+  const int64_t step = args.rows.counters[row * kCounters + kSteps];
+  if (!broyden_inverse(args, gram, dots, count, step, weights, &plan.g_weight)) {
     count = 0;
-    g_weight = 1.0;
+    plan.g_weight = 1.0;
   }
-  const double beta = damping_at(args.damping, args.damping_length, outcome.step);
+  const double beta = damping_at(args.damping, args.damping_length, step);
   for (int j = 0; j < count; ++j) weights[j] *= beta;
-  counters[kMixed] = count;
-  counters[kHistory] = count + 1;
-  return {BroydenMove::step, outcome.improved, count, g_weight * beta};
+  plan.count = count;
+  plan.g_weight *= beta;
+  broyden_finish(args, row, count);
+  return plan;
 }
 
 }  // namespace deqcore

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deqcore import _dispatch
+import deqcore._dispatch as _dispatch
 from deqcore.ops import masked_outer as _masked_outer  # noqa: F401  (registers the derivative)
 from deqcore.ops._library import call_pure, define_pure
 from deqcore.ops.masked_dense import to_dense_reference

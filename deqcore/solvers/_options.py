@@ -138,7 +138,8 @@ class SolverOptions:
         """float64 [T]: one entry for a constant, ``max_steps`` for a function of the step."""
         damping: Damping = getattr(self, "damping", 1.0)
         if not callable(damping):
-            return torch.tensor([damping], dtype=torch.float64, device=device)
+            # Filled there: a copy from the host would wait for a GPU.
+            return torch.full((1,), damping, dtype=torch.float64, device=device)
         values = [float(damping(step)) for step in range(1, self.max_steps + 1)]
         for step, value in enumerate(values, start=1):
             if not 0 < value <= 2:
@@ -146,7 +147,10 @@ class SolverOptions:
                     f"{type(self).__name__}: damping({step}) must be above 0 and at most 2, "
                     f"got {value!r}"
                 )
-        return torch.tensor(values, dtype=torch.float64, device=device)
+        table = torch.tensor(values, dtype=torch.float64)
+        if device.type == "cuda":
+            table = table.pin_memory()
+        return table.to(device, non_blocking=True)
 
     def context(
         self, x: Tensor, dtype: torch.dtype, output_dtypes: Iterable[torch.dtype]
@@ -174,6 +178,16 @@ class SolverOptions:
 
         ``step`` is 1 for the first evaluation.
         """
+        raise _not_a_solver(self)
+
+    def with_all_room(self, state: Any) -> Any:
+        """``state`` with all the memory that ``max_steps`` steps could need."""
+        raise _not_a_solver(self)
+
+    def advance(
+        self, state: Any, x: Tensor, f: Tensor, context: StepContext, x_next: Tensor, z_next: Tensor
+    ) -> None:
+        """A step whose state has room, into the caller's buffers; ``x_next`` may be ``x``."""
         raise _not_a_solver(self)
 
     def differentiable_step(

@@ -47,8 +47,24 @@ class MixingSolver(SolverOptions):
     ) -> tuple[AndersonState, Tensor, Tensor]:
         state = _with_room_for_best(state, step)
         x_next, z_next = step_outputs(x, context)
-        op.anderson_step(x, f, context.damping, state, x_next, z_next, *context.options)
+        self.advance(state, x, f, context, x_next, z_next)
         return state, x_next, x_next if context.dtype == x.dtype else z_next
+
+    def with_all_room(self, state: AndersonState) -> AndersonState:
+        if self.max_steps <= self.ring_size():
+            return state
+        return state._replace(best=torch.empty_like(state.g_ring[:, 0]))
+
+    def advance(
+        self,
+        state: AndersonState,
+        x: Tensor,
+        f: Tensor,
+        context: StepContext,
+        x_next: Tensor,
+        z_next: Tensor,
+    ) -> None:
+        op.anderson_step(x, f, context.damping, state, x_next, z_next, *context.options)
 
     def differentiable_step(
         self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext

@@ -65,8 +65,24 @@ class Broyden(SolverOptions):
     ) -> tuple[BroydenState, Tensor, Tensor]:
         state = self._with_room(state, step)
         x_next, z_next = step_outputs(x, context)
-        op.broyden_step(x, f, context.damping, state, x_next, z_next, *context.options)
+        self.advance(state, x, f, context, x_next, z_next)
         return state, x_next, x_next if context.dtype == x.dtype else z_next
+
+    def with_all_room(self, state: BroydenState) -> BroydenState:
+        batch, _, dim = state.s_ring.shape
+        capacity = min(self.max_steps, self.memory)
+        return state._replace(s_ring=state.s_ring.new_empty(batch, capacity, dim))
+
+    def advance(
+        self,
+        state: BroydenState,
+        x: Tensor,
+        f: Tensor,
+        context: StepContext,
+        x_next: Tensor,
+        z_next: Tensor,
+    ) -> None:
+        op.broyden_step(x, f, context.damping, state, x_next, z_next, *context.options)
 
     def differentiable_step(
         self, state: BroydenState, x: Tensor, f: Tensor, step: int, context: StepContext

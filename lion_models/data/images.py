@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from lion_models.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "decode_image", "to_tensor"]
+__all__ = ["IMAGE_SUFFIXES", "check_header", "decode_image", "to_tensor"]
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
@@ -34,10 +36,22 @@ def decode_image(path: Path, channels: int, size: int) -> Tensor:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected an image")
+    with _opened(path) as image:
+        image.load()
+        return to_tensor(ImageOps.exif_transpose(image), channels, size)
+
+
+def check_header(path: Path) -> None:
+    """Raise UserError unless the file begins as an image does; cheap enough for whole folders."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            image.load()
-            return to_tensor(ImageOps.exif_transpose(image), channels, size)
+            yield image
     except UnidentifiedImageError as error:
         raise UserError(
             f"{path}: not an image ({path.stat().st_size} bytes of something else); "

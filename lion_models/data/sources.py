@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_models.data.images import IMAGE_SUFFIXES, decode_image
+from lion_models.data.images import IMAGE_SUFFIXES, check_header, decode_image
 from lion_models.errors import UserError
 
 __all__ = ["ArraySource", "FolderSource", "Source", "find_images", "open_source"]
@@ -173,6 +173,8 @@ def _open_folder(folder: Path, channels: int, size: int) -> FolderSource:
                 f"--data: class folder {class_folder} holds no image; put images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}) into it or remove it"
             )
+        for path in found_here:  # now, not when training has ended and the test set is read
+            check_header(path)
         paths += found_here
         labels += [label] * len(found_here)
     classes = tuple(entry.name for entry in class_folders)

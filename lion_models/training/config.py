@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import deqcore
 from lion_models.backbones import FrozenBackbone
 from lion_models.baselines import LinearProbe, VPTDeep
 from lion_models.classifier import TunedClassifier
+from lion_models.data.augment import AUGMENTATIONS
 from lion_models.errors import UserError, choose
 from lion_models.implicit_prompt import Solver
 from lion_models.lion import SIDES, Lion
 
 __all__ = [
-    "DEFAULT_RATES",
+    "DEFAULTS",
     "METHODS",
     "OPTIMIZERS",
     "SOLVERS",
@@ -28,11 +29,20 @@ METHODS = ("linear", "vpt-deep", "lion")
 OPTIMIZERS = ("adamw", "sgd")
 SOLVERS = ("anderson", "broyden", "picard")
 
-# Learning rate and weight decay per method, chosen on validation data; docs/lion.md has the grid.
-DEFAULT_RATES: dict[str, tuple[float, float]] = {
-    "linear": (0.01, 0.01),
-    "vpt-deep": (0.01, 0.01),
-    "lion": (0.01, 0.01),
+
+class Recipe(NamedTuple):
+    """What each method chooses for itself on validation data."""
+
+    lr: float
+    weight_decay: float
+    augment: str
+
+
+# Chosen from the same grid for every method; docs/lion.md shows it.
+DEFAULTS = {
+    "linear": Recipe(0.03, 0.01, "none"),
+    "vpt-deep": Recipe(0.01, 0.01, "affine"),
+    "lion": Recipe(0.01, 0.01, "affine"),
 }
 
 
@@ -54,6 +64,8 @@ class RunConfig:
         lr: peak learning rate; None means the method's default. Linear warm-up over the first
             tenth of the epochs, then half a cosine to zero.
         weight_decay: None means the method's default.
+        augment: `none` or `affine` (small random maps of the training images); None means the
+            method's default.
         sides: lion: `both`, `input` or `output`.
         hidden: lion: bottleneck width.
         strength: lion: initial lambda.
@@ -77,9 +89,10 @@ class RunConfig:
     optimizer: str = "adamw"
     lr: float | None = None
     weight_decay: float | None = None
+    augment: str | None = None
     sides: str = "both"
     hidden: int = 8
-    strength: float = 0.1
+    strength: float = 1.0
     solver: str = "anderson"
     rtol: float | None = None
     max_steps: int = 50
@@ -90,6 +103,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         choose("--method", self.method, METHODS)
         choose("--optimizer", self.optimizer, OPTIMIZERS)
+        if self.augment is not None:
+            choose("--augment", self.augment, AUGMENTATIONS)
         choose("--sides", self.sides, SIDES)
         choose("--solver", self.solver, SOLVERS)
         counts = (
@@ -117,13 +132,18 @@ class RunConfig:
             raise UserError(f"--prompt-dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
 
     @property
-    def rates(self) -> tuple[float, float]:
-        """Learning rate and weight decay, defaults filled in."""
-        lr, weight_decay = DEFAULT_RATES[self.method]
-        return (
-            lr if self.lr is None else self.lr,
-            weight_decay if self.weight_decay is None else self.weight_decay,
+    def recipe(self) -> Recipe:
+        """Learning rate, weight decay and augmentation, with the method's defaults filled in."""
+        default = DEFAULTS[self.method]
+        return Recipe(
+            default.lr if self.lr is None else self.lr,
+            default.weight_decay if self.weight_decay is None else self.weight_decay,
+            default.augment if self.augment is None else self.augment,
         )
+
+    def resolved(self) -> RunConfig:
+        """The same run with its recipe written out, so that later defaults do not change it."""
+        return replace(self, **self.recipe._asdict())
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

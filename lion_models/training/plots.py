@@ -59,6 +59,7 @@ def plot_run(
     if "test" in result:
         value = 100 * result["test"]["accuracy"]
         accuracy.axhline(value, color="#D55E00", linestyle="--", label=f"test {value:.1f}%")
+    accuracy.set_ylim(top=101)
     _dress(accuracy, "Accuracy", "epoch", "accuracy (%)")
 
     loss = axes[1]

@@ -145,10 +145,10 @@ def train_run(
     }
     _write_json(result_path, result)
     state_path.unlink(missing_ok=True)
-    if test:
-        result = measure_run(folder, device=device, backbone=backbone, source=source)
     plot_run(folder / "curves.png", config, state.history, result)
-    return result
+    if not test:
+        return result
+    return measure_run(folder, device=device, backbone=backbone, source=source)
 
 
 def measure_run(
@@ -186,6 +186,8 @@ def measure_run(
     sealed = SealedTest(source, split.test)
     result["test"] = sealed.measure(folder / TEST_LEDGER, run.weights, measure)
     _write_json(folder / "result.json", result)
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    plot_run(folder / "curves.png", config, history, result)
     return result
 
 

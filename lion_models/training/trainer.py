@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lion_models.classifier import TunedClassifier, trained_state
 from lion_models.data import Task
+from lion_models.data.augment import jitter
 from lion_models.lion import Lion
 from lion_models.seeding import seed_all
 from lion_models.training.config import RunConfig
@@ -22,6 +23,7 @@ __all__ = ["FitState", "fit", "freeze_images", "score", "solver_figures"]
 
 EVALUATION_BATCH = 500
 CACHE_LIMIT_BYTES = 2**30
+GRADIENT_BOUND = 1.0
 
 
 @dataclass
@@ -51,14 +53,19 @@ def freeze_images(model: TunedClassifier, images: Tensor) -> Tensor:
 
 
 class _Inputs:
-    """Training or validation inputs: cached outputs of the frozen part where they fit in memory."""
+    """Training or validation inputs: outputs of the frozen part.
 
-    def __init__(self, model: TunedClassifier, images: Tensor, labels: Tensor) -> None:
+    They are computed once and kept where they fit in memory, unless the images are augmented.
+    """
+
+    def __init__(
+        self, model: TunedClassifier, images: Tensor, labels: Tensor, augment: bool = False
+    ) -> None:
         self.labels = labels.to(model.head.weight.device)
-        self._model, self._images = model, images
+        self._model, self._images, self._augment = model, images, augment
         one = freeze_images(model, images[:1])
         fits = one.numel() * one.element_size() * len(images) <= CACHE_LIMIT_BYTES
-        self._cache = freeze_images(model, images) if fits else None
+        self._cache = freeze_images(model, images) if fits and not augment else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +73,10 @@ class _Inputs:
     def take(self, rows: Tensor) -> Tensor:
         if self._cache is not None:
             return self._cache[rows]
-        return freeze_images(self._model, self._images[rows.cpu()])
+        images = self._images[rows.cpu()]
+        if not self._augment:
+            return freeze_images(self._model, images)
+        return self._model.frozen(jitter(images.to(self.labels.device).float() / 255))
 
 
 def solver_figures(model: TunedClassifier) -> dict[str, dict[str, float]]:
@@ -137,7 +147,8 @@ def fit(
     else:
         model.load_state_dict(state.weights, strict=False)
         optimizer.load_state_dict(state.optimizer)
-    train = _Inputs(model, task.train_images, task.train_labels)
+    augment = config.recipe.augment == "affine"
+    train = _Inputs(model, task.train_images, task.train_labels, augment)
     validation = _Inputs(model, task.validation_images, task.validation_labels)
     validation_fixed = validation.take(torch.arange(len(validation)))
 
@@ -164,7 +175,7 @@ def _rank(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _make_optimizer(model: TunedClassifier, config: RunConfig) -> torch.optim.Optimizer:
-    lr, weight_decay = config.rates
+    lr, weight_decay, _ = config.recipe
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() >= 2]},
@@ -195,6 +206,8 @@ def _train_epoch(
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # Without a bound, one steep batch at the peak rate throws an implicit layer far back.
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_BOUND)
         optimizer.step()
         loss_sum += loss.item() * len(rows)
         hits += int((logits.argmax(1) == labels).sum())
@@ -209,7 +222,7 @@ def _train_epoch(
 
 def _learning_rate(epochs_done: float, config: RunConfig) -> float:
     """Linear warm-up over a tenth of the epochs, then half a cosine to zero."""
-    base, warm_up = config.rates[0], max(1.0, config.epochs / 10)
+    base, warm_up = config.recipe.lr, max(1.0, config.epochs / 10)
     if epochs_done < warm_up:
         return base * (epochs_done + 0.1) / (warm_up + 0.1)
     share = (epochs_done - warm_up) / max(1e-9, config.epochs - warm_up)

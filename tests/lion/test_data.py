@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lion_models.data import SealedTest, decode_image, make_task, open_source, split_rows
+from lion_models.data.augment import jitter
 from lion_models.data.idx import read_idx, read_idx_pair
 from lion_models.data.sources import ArraySource
 from lion_models.errors import UserError
@@ -229,3 +230,31 @@ def test_idx_file_cut_inside_gzip_is_named(tmp_path: Path):
     path.write_bytes(gzip.compress(idx_bytes(np.arange(100)))[:-20])
     with pytest.raises(ValueError, match="not a whole gzip file"):
         read_idx(path)
+
+
+def test_jitter_moves_images_a_little_and_repeats_with_the_seed():
+    images = torch.zeros(50, 1, 28, 28)
+    images[:, :, 13:15, 13:15] = 1
+    torch.manual_seed(3)
+    moved = jitter(images)
+    torch.manual_seed(3)
+    assert torch.equal(moved, jitter(images))
+    rows = torch.arange(28) + 0.5
+    mass = moved.sum((1, 2, 3))
+    centre = (moved.sum((1, 3)) * rows).sum(1) / mass
+    assert (centre - 14).abs().max() <= 28 * 0.1 * 1.2
+    assert (centre - 14).abs().max() > 1
+    assert ((moved >= 0) & (moved <= 1 + 1e-6)).all()
+
+
+def test_jitter_keeps_a_flat_image_flat():
+    assert torch.allclose(jitter(torch.full((9, 3, 12, 12), 0.4)), torch.tensor(0.4))
+
+
+def test_a_file_that_is_no_image_is_refused_when_the_folder_is_opened(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "good.png")
+    (tmp_path / "dogs" / "late.png").write_text("hello")
+    with pytest.raises(UserError, match=r"late\.png: not an image \(5 bytes of something else\)"):
+        open_source(str(tmp_path), 1, 28)

@@ -62,6 +62,9 @@ class StepCase:
         wide = {n: t if n in keep else t.double() for n, t in self.tensors.items()}
         return dataclasses.replace(self, tensors=wide)
 
+    def with_tensors(self, **changed: Tensor) -> StepCase:
+        return dataclasses.replace(self, tensors={**self.tensors, **changed})
+
     def with_columns(self, order: Tensor) -> StepCase:
         """The same problem with its D elements in another order: it changes roundings alone."""
         dim = len(order)

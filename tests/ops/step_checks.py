@@ -34,7 +34,12 @@ def check_kernel_against_float64(case: StepCase, device: torch.device) -> None:
     going_on = kernel["status"] == ACTIVE
     active = case.tensors["status"] == ACTIVE
     _compare("residuals", kernel, others, exact, active)
-    _compare("x_next", kernel, others, exact, active)
+    # Weights are differences of numbers near one, in float64: each slot's is as exact as that.
+    slots = exact["h_ring" if "h_ring" in exact else "s_ring"].double().flatten(1)
+    if slots.shape[1]:
+        slots = slots.where(slots.isfinite(), 0).abs().amax(1, keepdim=True)
+    slack = (FLOOR_ULPS * torch.finfo(torch.float64).eps * slots).sum(1)
+    _compare("x_next", kernel, others, exact, active, slack)
     for ring in ("g_ring", "h_ring"):
         if ring in kernel:
             _compare(ring, kernel, others, exact, active)
@@ -63,13 +68,22 @@ def check_frozen_rows_untouched(case: StepCase, after: dict[str, Tensor]) -> Non
 
 
 def _reordered(case: StepCase) -> list[dict[str, Tensor]]:
-    """A float64 reference has no better oracle: other orders of summation show its error."""
+    """A float64 reference has no better oracle: other roundings of its sums show its error.
+
+    The sums of this step are taken in another order; those of earlier steps, in the Gram matrix,
+    move by one unit in the last place, which the small solve may amplify.
+    """
     results = []
     dim = case.tensors["x"].shape[1]
+    eps = torch.finfo(torch.float64).eps
     for seed in range(4):
         order = torch.randperm(dim, generator=generator(seed))
         inverse = order.argsort()
         permuted = case.with_columns(order)
+        gram = permuted.tensors["gram"]
+        signs = torch.randint(0, 2, gram.shape, generator=generator(seed)) * 2 - 1
+        signs = signs.tril() + signs.tril(-1).mT
+        permuted = permuted.with_tensors(gram=gram * (1 + eps * signs))
         result = _moved_back(permuted.run(case.reference), inverse)
         results.append(result)
     return results
@@ -89,6 +103,7 @@ def _compare(
     references: list[dict[str, Tensor]],
     exact: dict[str, Tensor],
     rows: Tensor,
+    slack: Tensor | None = None,  # [B]
 ) -> None:
     truth = exact[name][rows].double().flatten(1)
     got = kernel[name][rows].flatten(1)
@@ -98,6 +113,8 @@ def _compare(
     eps = torch.finfo(got.dtype).eps
     largest = truth.where(truth.isfinite(), 0).abs().amax(1)
     bound = FLOOR_ULPS * eps * largest.clamp_min(1e-3)
+    if slack is not None:
+        bound = bound + slack[rows]
     worst = torch.zeros_like(bound)
     for reference in references:
         worst = torch.maximum(worst, _error(reference[name][rows].flatten(1), truth))

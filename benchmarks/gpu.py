@@ -1,0 +1,301 @@
+"""`python -m benchmarks.gpu [PART ...] [--out FILE]`: time the CUDA kernels, gate by gate.
+
+Times are medians of CUDA events after a warm-up; contestants take turns. Answers are compared
+before anything is timed. `--rehearse` runs every line on the CPU with small shapes, to see that it
+would run; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import deqcore
+from benchmarks.harness import Report, Result, header
+from benchmarks.peers import LeanAnderson, torchdeq_anderson, torchdeq_broyden
+from benchmarks.problems import agree, contraction, free_function
+from deqcore.ops import anderson_step as op
+from deqcore.ops._rows import ACTIVE, Rows
+
+HERE = Path(__file__).parent
+MEMORY = 5
+STEPS = 30
+NEVER = 10**6
+COPY_ELEMENTS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where to run, and how large."""
+
+    report: Report
+    device: str
+    rounds: int
+    largest: int  # elements of a row beyond which shapes are cut
+
+    @property
+    def real(self) -> bool:
+        return self.device == "cuda"
+
+    def shape(self, batch: int, dim: int) -> tuple[int, int]:
+        return (batch, dim) if self.real else (min(batch, 4), min(dim, self.largest))
+
+    def seconds(self, run: Callable[[], object], calls: int) -> float:
+        """Of one call, in a row of calls."""
+        if not self.real:
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            return (time.perf_counter() - start) / calls
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        for _ in range(calls):
+            run()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3 / calls
+
+    def times(self, contestants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        calls = {}
+        for name, run in contestants.items():
+            run()
+            once = max(self.seconds(run, 2), 1e-6)
+            calls[name] = max(1, round(0.02 / once)) if self.real else 1
+        taken: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(self.rounds):
+            for name, run in contestants.items():
+                taken[name].append(self.seconds(run, calls[name]))
+        return taken
+
+    def compare(
+        self, work: str, contestants: dict[str, Callable[[], object]], gates: dict[str, float]
+    ) -> None:
+        """The first contestant against each of the others; each call of theirs is as much work."""
+        taken = self.times(contestants)
+        ours, *peers = taken
+        for peer in peers:
+            ratios = sorted(p / o for o, p in zip(taken[ours], taken[peer], strict=True))
+            cut = len(ratios) // 10
+            self.report.add(
+                Result(
+                    work, peer, statistics.median(ratios), ratios[cut], ratios[-1 - cut],
+                    statistics.median(taken[ours]) * 1e6, statistics.median(taken[peer]) * 1e6,
+                    "us", gates.get(peer) if self.real else None,
+                )
+            )  # fmt: skip
+
+    def graphed(self, run: Callable[[], object]) -> Callable[[], object]:
+        """The same work as a CUDA graph."""
+        if not self.real:
+            return run
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+
+def our_steps(bench: Bench, batch: int, dim: int, count: int) -> Callable[[], None]:
+    """`count` calls of the op with a full history, in place, as the loop makes them."""
+    f = free_function(batch, dim, bench.device)
+    x = torch.randn(batch, dim, device=bench.device)
+    solver = deqcore.Anderson(memory=MEMORY, max_steps=NEVER, patience=NEVER, rtol=0.0, atol=0.0)
+    state = solver.with_all_room(solver.init(x, Rows.start(batch, x.device)))
+    context = solver.context(x, x.dtype, ())
+
+    def run(times: int = count) -> None:
+        for _ in range(times):
+            op.anderson_step(x, f(x), context.damping, state, x, context.nothing, *context.options)
+
+    run(MEMORY + 1)
+    if (state.rows.status != ACTIVE).any():
+        raise RuntimeError("the benchmark's rows have ended: it would time a copy")
+    return run
+
+
+def lean_steps(bench: Bench, batch: int, dim: int, count: int) -> Callable[[], None]:
+    f = free_function(batch, dim, bench.device)
+    x = torch.randn(batch, dim, device=bench.device)
+    state = LeanAnderson(x, MEMORY)
+
+    def run() -> None:
+        for _ in range(count):
+            state.step(x, f(x))
+
+    return run
+
+
+def check_answers(bench: Bench) -> None:
+    batch, dim = bench.shape(16, 4096)
+    f, z0 = contraction(batch, dim, bench.device), torch.zeros(batch, dim, device=bench.device)
+    ours = deqcore.fixed_point(f, z0, solver=deqcore.Anderson(rtol=1e-5, atol=0.0)).value
+    agree(ours, torchdeq_anderson(f, z0, 60, MEMORY), f, 1e-3)
+    ours = deqcore.fixed_point(f, z0, solver=deqcore.Broyden(rtol=1e-5, atol=0.0)).value
+    agree(ours, torchdeq_broyden(f, z0, 60), f, 1e-3)
+
+
+def bench_bandwidth(bench: Bench) -> None:
+    """G1: bytes of the formula over time, against a large copy measured beside it."""
+    size = COPY_ELEMENTS if bench.real else 1 << 16
+    source = torch.ones(size, device=bench.device)
+    target = torch.empty_like(source)
+    batch, dim = bench.shape(32, 151296)
+    taken = bench.times(
+        {"step": our_steps(bench, batch, dim, 1), "copy": lambda: target.copy_(source)}
+    )
+    copied = 8 * size
+    moved = 4 * batch * dim * (2 * MEMORY + 4)
+    shares = sorted(
+        (moved / s) / (copied / c) for s, c in zip(taken["step"], taken["copy"], strict=True)
+    )
+    cut = len(shares) // 10
+    bench.report.facts["copy bandwidth, GB/s"] = copied / statistics.median(taken["copy"]) / 1e9
+    bench.report.add(
+        Result(
+            f"G1 Anderson step {batch}x{dim}", "copy bandwidth", statistics.median(shares),
+            shares[cut], shares[-1 - cut], statistics.median(taken["step"]) * 1e6,
+            statistics.median(taken["copy"]) * moved / copied * 1e6, "us",
+            0.85 if bench.real else None,
+        )
+    )  # fmt: skip
+
+
+def bench_anderson(bench: Bench) -> None:
+    """G2 and G3: thirty steps against torchdeq, and against lean eager in a graph."""
+    for (batch, dim), gate, graph in (
+        ((32, 151296), 5.0, False),
+        ((256, 4096), 20.0, False),
+        ((4096, 256), 20.0, False),
+        ((1, 65536), 40.0, True),
+    ):
+        batch, dim = bench.shape(batch, dim)
+        f = free_function(batch, dim, bench.device)
+        z0 = torch.zeros(batch, dim, device=bench.device)
+        ours = our_steps(bench, batch, dim, STEPS)
+        contestants = {
+            "deqcore": bench.graphed(ours) if graph else ours,
+            "torchdeq": lambda f=f, z0=z0: torchdeq_anderson(f, z0, STEPS, MEMORY),
+        }
+        label = " (graph)" if graph else ""
+        name = f"G2 {STEPS} Anderson steps {batch}x{dim}{label}"
+        bench.compare(name, contestants, {"torchdeq": gate})
+    for (batch, dim), gate in (((32, 151296), 1.4), ((256, 4096), 4.0), ((1, 65536), 4.0)):
+        batch, dim = bench.shape(batch, dim)
+        contestants = {
+            "deqcore": bench.graphed(our_steps(bench, batch, dim, MEMORY)),
+            "lean eager, graph": bench.graphed(lean_steps(bench, batch, dim, MEMORY)),
+        }
+        name = f"G3 {MEMORY} Anderson steps {batch}x{dim} (graph)"
+        bench.compare(name, contestants, {"lean eager, graph": gate})
+
+
+def bench_capture(bench: Bench) -> None:
+    """G4: a whole solve in one graph, beside the eager one; the bits are compared first."""
+    batch, dim = bench.shape(16, 4096)
+    f, z0 = contraction(batch, dim, bench.device), torch.zeros(batch, dim, device=bench.device)
+    solver = deqcore.Anderson(rtol=1e-5, atol=0.0)
+
+    def eager() -> Tensor:
+        return deqcore.fixed_point(f, z0, solver=solver).value
+
+    if not bench.real:
+        bench.report.facts["G4"] = "needs a GPU: there is nothing to capture here"
+        return
+    captured = deqcore.capture(f, z0, solver=solver)
+    if not torch.equal(captured(z0).value, eager()):
+        raise RuntimeError("G4: the captured solve has other bits than the eager one")
+    bench.report.facts["G4"] = f"bits equal; exits early on the device: {captured.exits_early}"
+    bench.compare(
+        f"G4 captured solve {batch}x{dim}",
+        {"captured": lambda: captured(z0).value, "eager": eager},
+        {},
+    )
+
+
+def bench_broyden(bench: Bench) -> None:
+    """G5: a solve of thirty steps, all of them stored."""
+    for (batch, dim), gate in (((8, 151296), 3.0), ((16, 4096), 15.0), ((1, 4096), 15.0)):
+        batch, dim = bench.shape(batch, dim)
+        f = contraction(batch, dim, bench.device)
+        z0 = torch.zeros(batch, dim, device=bench.device)
+        solver = deqcore.Broyden(
+            memory=30, max_steps=STEPS, check_every=0, rtol=0.0, atol=0.0, patience=NEVER
+        )
+        contestants = {
+            "deqcore": lambda f=f, z0=z0, s=solver: deqcore.fixed_point(f, z0, solver=s),
+            "torchdeq": lambda f=f, z0=z0: torchdeq_broyden(f, z0, STEPS),
+        }
+        bench.compare(f"G5 {STEPS} Broyden steps {batch}x{dim}", contestants, {"torchdeq": gate})
+    bench.report.facts["G5, bf16 history"] = "not built: histories are float32 or float64"
+
+
+def bench_accuracy(bench: Bench) -> None:
+    """G6: iterations against float64 down to 1e-5, and how far float32 gets."""
+    batch, dim = bench.shape(16, 4096)
+    f = contraction(batch, dim, bench.device)
+    z0 = torch.zeros(batch, dim, device=bench.device)
+    solver = deqcore.Anderson(rtol=1e-5, atol=0.0, max_steps=100)
+    narrow = deqcore.fixed_point(f, z0, solver=solver)
+    wide = deqcore.fixed_point(lambda z: f(z), z0.double(), solver=solver)
+    extra = int((narrow.steps - wide.steps).abs().max())
+    floor = deqcore.fixed_point(f, z0, solver=deqcore.Anderson(rtol=0.0, atol=0.0, max_steps=100))
+    relative = (floor.residual / f(floor.value).square().mean(1).sqrt()).max().item()
+    bench.report.facts["G6"] = {
+        "iterations more or less than float64, at 1e-5": extra,
+        "floor of the relative residual": relative,
+        "verdict": "met" if extra <= 1 and relative <= 2e-7 else "MISSED",
+    }
+    print(f"G6 {bench.report.facts['G6']}", flush=True)
+
+
+PARTS = {
+    "bandwidth": bench_bandwidth,
+    "anderson": bench_anderson,
+    "capture": bench_capture,
+    "broyden": bench_broyden,
+    "accuracy": bench_accuracy,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small shapes")
+    options = parser.parse_args()
+    unknown = [part for part in options.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("no GPU: --rehearse runs every line on the CPU, without a verdict")
+
+    bench = Bench(
+        Report(), "cpu" if options.rehearse else "cuda", 1 if options.rehearse else 9, 600
+    )
+    facts = bench.report.facts
+    facts["device"] = torch.cuda.get_device_name() if bench.real else "rehearsal on the CPU"
+    print(f"{facts['device']}\n{header()}", flush=True)
+    with torch.no_grad():
+        check_answers(bench)
+        for part in options.parts or PARTS:
+            PARTS[part](bench)
+    bench.report.write(options.out)
+    missed = [r for r in bench.report.results if bench.real and r.verdict == "MISSED"]
+    print(f"{len(bench.report.results)} ratios, {len(missed)} gates missed; in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+// Binding of broyden_step for CUDA tensors.
+#include "cuda/broyden_step.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/launch_binding.h"
+
+namespace deqcore::cuda {
+namespace {
+
+void broyden_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, const Tensor& s_ring,
+                     const Tensor& gram, const Tensor& best, const Tensor& status,
+                     const Tensor& counters, const Tensor& residuals, const Tensor& remaining,
+                     const Tensor& x_next, const Tensor& z_next, double rtol, double atol,
+                     int64_t patience, int64_t max_steps, int64_t memory) {
+  check_device(x, {&x, &f, &damping, &s_ring, &gram, &best, &status, &counters, &residuals,
+                   &remaining, &x_next, &z_next});
+  const StateType type = check_states(x, f);
+  const Rows rows = check_rows(status, counters, residuals, remaining, x.size(0));
+  const BroydenArgs args = broyden_args(x, f, damping, s_ring, gram, best, rows, x_next, z_next,
+                                        {rtol, atol, patience, max_steps}, memory);
+  const OnDeviceOf device(x);
+  const Path path = broyden_path(args);
+  const Workspace workspace(x, broyden_workspace_bytes(args, path));
+  check_launch("broyden_step", broyden_step(args, type, path, workspace.get(), device.stream()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deqcore, CUDA, m) { m.impl("broyden_step", TORCH_BOX(&broyden_step_op)); }
+
+}  // namespace deqcore::cuda

@@ -1,0 +1,55 @@
+// What a kernel file needs from its compiler: nvcc, or a C++ compiler with the emulation header.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "emulation/cuda_emulation.h"
+#endif
+
+#define DEQCORE_DEVICE __device__ __forceinline__
+
+namespace deqcore::cuda {
+
+#if defined(__CUDACC__)
+
+// The block's dynamic shared memory, whose size the launch gives.
+#define DEQCORE_SHARED_DOUBLES(name) extern __shared__ double name[]
+
+using Stream = cudaStream_t;
+
+// Starts a kernel; null, or what is wrong.
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+                   Stream stream, const Arguments&... arguments) {
+  if (blocks > INT32_MAX) return "too many blocks: the batch is too large for one launch";
+  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream>>>(
+      arguments...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// The emulation counts the traffic of the state-sized tensors here.
+DEQCORE_DEVICE void count_read(int, bool) {}
+DEQCORE_DEVICE void count_write(int) {}
+
+#else
+
+#define DEQCORE_SHARED_DOUBLES(name) double* const name = ::emulation::shared_doubles()
+
+using Stream = void*;
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+                   Stream, const Arguments&... arguments) {
+  return ::emulation::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+}
+
+inline void count_read(int bytes, bool again) { ::emulation::count_read(bytes, again); }
+inline void count_write(int bytes) { ::emulation::count_write(bytes); }
+
+#endif
+
+}  // namespace deqcore::cuda

@@ -1,0 +1,57 @@
+// What the CUDA bindings share: the device and stream of a launch, its scratch memory, its errors.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+#include "ops/step_binding.h"
+
+namespace deqcore::cuda {
+
+// Names a tensor that is elsewhere: its memory would be an illegal address in the kernel.
+inline void check_device(const Tensor& x, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others) {
+    STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == x.get_device_index(),
+                    "expected all tensors of a step on one GPU, that of x (cuda:",
+                    x.get_device_index(), "), got one of shape ", shape_text(*other), " on ",
+                    other->is_cuda() ? "another GPU" : "the CPU");
+  }
+}
+
+// Makes the tensor's device current, and finds its current stream.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+// Device memory from torch's allocator, which gives it back in the order of the stream.
+class Workspace {
+ public:
+  Workspace(const Tensor& x, int64_t bytes) {
+    if (bytes == 0) return;
+    tensor_ = torch::stable::new_empty(x, {(bytes + 7) / 8}, ScalarType::Double);
+  }
+  void* get() const { return tensor_ ? tensor_->mutable_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
+inline void check_launch(const char* op, const char* error) {
+  STD_TORCH_CHECK(error == nullptr, "deqcore::", op, ": ", error);
+}
+
+}  // namespace deqcore::cuda

@@ -1,0 +1,174 @@
+// Packs of neighbouring elements, 16 bytes of state each: how kernels read and write rows.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cuda/device.cuh"
+
+namespace deqcore::cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+DEQCORE_DEVICE float to_compute(float value) { return value; }
+DEQCORE_DEVICE double to_compute(double value) { return value; }
+
+DEQCORE_DEVICE float to_compute(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+DEQCORE_DEVICE float to_compute(Half value) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value.bits));
+  return out;
+#elif defined(__CUDACC__)
+  return 0.0f;  // nvcc's host pass: never run
+#else
+  return ::emulation::half_to_float(value.bits);
+#endif
+}
+
+// Rounds to nearest even, as torch does.
+template <typename F, typename X>
+DEQCORE_DEVICE F to_state(X value) {
+  if constexpr (sizeof(F) != 2) {
+    return value;
+  } else if constexpr (__is_same(F, BFloat16)) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return BFloat16{static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+  } else {
+    Half out{0};
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#elif !defined(__CUDACC__)
+    out.bits = ::emulation::float_to_half(value);
+#endif
+    return out;
+  }
+}
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T at[kWidth];
+};
+
+// Elements of a pack of iterates of type X.
+template <typename X>
+constexpr int kPackWidth = 16 / sizeof(X);
+
+// kAligned: packs lie on their own alignment and the row's length is a multiple of kWidth; else
+// element by element, the `left` elements that the row still has. `again`: the same thread has just
+// read or written them, so that a cache should have them (it only matters to who counts).
+template <bool kAligned, int kWidth, typename T>
+DEQCORE_DEVICE Pack<T, kWidth> load(const T* from, int64_t left, bool again = false) {
+  Pack<T, kWidth> pack;
+  if constexpr (kAligned) {
+    count_read(sizeof(pack), again);
+    pack = *reinterpret_cast<const Pack<T, kWidth>*>(from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (i < left) count_read(sizeof(T), again);
+      pack.at[i] = i < left ? from[i] : T{};
+    }
+  }
+  return pack;
+}
+
+// The same for what this launch reads once: it leaves the caches first.
+template <bool kAligned, int kWidth, typename T>
+DEQCORE_DEVICE Pack<T, kWidth> load_once(const T* from, int64_t left) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kAligned && sizeof(T) * kWidth == 16) {
+    const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(from));
+    Pack<T, kWidth> pack;
+    memcpy(&pack, &raw, sizeof(pack));
+    return pack;
+  }
+#endif
+  return load<kAligned, kWidth>(from, left);
+}
+
+template <bool kAligned, int kWidth, typename T>
+DEQCORE_DEVICE void store(T* to, const Pack<T, kWidth>& pack, int64_t left) {
+  if constexpr (kAligned) {
+    count_write(sizeof(pack));
+    *reinterpret_cast<Pack<T, kWidth>*>(to) = pack;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (i < left) {
+        count_write(sizeof(T));
+        to[i] = pack.at[i];
+      }
+    }
+  }
+}
+
+// f's value in the iterate's type.
+template <typename X, typename F, int kWidth>
+DEQCORE_DEVICE Pack<X, kWidth> widen(const Pack<F, kWidth>& pack) {
+  Pack<X, kWidth> out;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) out.at[i] = to_compute(pack.at[i]);
+  return out;
+}
+
+// f(z) - z, where z is x as f saw it.
+template <typename F, typename X, int kWidth>
+DEQCORE_DEVICE Pack<X, kWidth> residual_of(const Pack<X, kWidth>& f, const Pack<X, kWidth>& x) {
+  Pack<X, kWidth> out;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) out.at[i] = f.at[i] - to_compute(to_state<F>(x.at[i]));
+  return out;
+}
+
+template <typename X, int kWidth>
+DEQCORE_DEVICE void add_dot(const Pack<X, kWidth>& a, const Pack<X, kWidth>& b, double& sum) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    sum = fma(static_cast<double>(a.at[i]), static_cast<double>(b.at[i]), sum);
+  }
+}
+
+// to + weight * from, rounded once.
+template <typename X, int kWidth>
+DEQCORE_DEVICE void add_scaled(Pack<X, kWidth>& to, X weight, const Pack<X, kWidth>& from) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) to.at[i] = fma(weight, from.at[i], to.at[i]);
+}
+
+// h - damping * g: the iterate that a slot was made from.
+template <typename X, int kWidth>
+DEQCORE_DEVICE Pack<X, kWidth> rebuilt(const Pack<X, kWidth>& h, X damping,
+                                       const Pack<X, kWidth>& g) {
+  Pack<X, kWidth> out = h;
+  add_scaled(out, -damping, g);
+  return out;
+}
+
+// The next iterate, and the same as f will see it.
+template <bool kAligned, int kWidth, typename X, typename F>
+DEQCORE_DEVICE void store_iterate(X* x_next, F* z_next, const Pack<X, kWidth>& value,
+                                  int64_t left) {
+  store<kAligned, kWidth>(x_next, value, left);
+  if (z_next == nullptr) return;
+  Pack<F, kWidth> rounded;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) rounded.at[i] = to_state<F>(value.at[i]);
+  store<kAligned, kWidth>(z_next, rounded, left);
+}
+
+}  // namespace deqcore::cuda

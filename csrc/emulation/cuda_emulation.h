@@ -1,0 +1,107 @@
+// CUDA's vocabulary for a C++ compiler, so that a kernel file runs on a CPU: correctness without a
+// GPU. One fiber is one CUDA thread; it runs until it meets its block or its warp at a barrier or a
+// warp operation, and then another, picked at random, goes on. Include nothing of CUDA beside it.
+//
+// It tells of: threads that wait for each other forever, a thread that leaves before a barrier, a
+// warp operation whose mask names lanes that take no part, reads of shared memory never written (it
+// starts out as NaN). Compiled with a sanitizer, also of accesses out of bounds and of data races,
+// within a block and between blocks. It cannot tell: time, the GPU's weaker memory order, textures.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+namespace emulation {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+// Of the fiber that runs.
+extern Index thread_index, block_index, block_size, grid_size;
+
+// Bytes of state that kernels have read, read again from what should be a cache, and written, as
+// they count them themselves.
+struct Traffic {
+  int64_t read = 0, again = 0, written = 0;
+};
+extern Traffic traffic;
+void count_read(int bytes, bool again);
+void count_write(int bytes);
+extern int64_t launches;
+
+// Decides the order of blocks and threads.
+extern uint64_t seed;
+
+// Runs a kernel; null, or what it did wrong (valid until the next launch).
+const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
+                   const std::function<void()>& kernel);
+
+// The block's shared memory: exactly the bytes of the launch, so that a sanitizer sees their end.
+double* shared_doubles();
+
+void sync_block();
+void sync_warp(unsigned mask);
+
+enum class WarpOperation { shuffle, shuffle_xor, ballot };
+// Meets the lanes of `mask`; the result is the value of lane `operand`, of this lane ^ `operand`,
+// or a bit for each lane with a value other than zero.
+uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, int operand);
+
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);
+
+template <typename T>
+T exchange(WarpOperation operation, unsigned mask, T value, int operand) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = warp_operation(operation, mask, bits, operand);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace emulation
+
+#define threadIdx ::emulation::thread_index
+#define blockIdx ::emulation::block_index
+#define blockDim ::emulation::block_size
+#define gridDim ::emulation::grid_size
+
+using std::fabs;
+using std::fma;
+using std::sqrt;
+inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
+
+inline void __syncthreads() { ::emulation::sync_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { ::emulation::sync_warp(mask); }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return ::emulation::exchange(::emulation::WarpOperation::shuffle, mask, value, lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  return ::emulation::exchange(::emulation::WarpOperation::shuffle_xor, mask, value, distance);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  constexpr auto operation = ::emulation::WarpOperation::ballot;
+  return static_cast<unsigned>(::emulation::warp_operation(operation, mask, predicate != 0, 0));
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == mask;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// Relaxed, as on the GPU: an atomic orders nothing else.
+inline int atomicSub(int* address, int value) {
+  return __atomic_fetch_sub(address, value, __ATOMIC_RELAXED);
+}

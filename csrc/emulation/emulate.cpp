@@ -1,0 +1,201 @@
+// The CUDA kernels behind a C interface, for tests: as a library (ctypes), and as a program that
+// runs one case from a file, which is how the sanitizers see them.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cuda/anderson_step.h"
+#include "cuda/broyden_step.h"
+#include "emulation/cuda_emulation.h"
+
+namespace {
+
+using namespace deqcore;
+
+// Scratch of exactly the bytes asked for; NaN, because a launch must not read what none has
+// written.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : at_(bytes > 0 ? std::malloc(bytes) : nullptr) {
+    if (bytes > 0) std::memset(at_, 0xff, bytes);
+  }
+  ~Workspace() { std::free(at_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* get() const { return at_; }
+
+ private:
+  void* at_;
+};
+
+// Reads pointers, integers and doubles in the order in which the caller wrote them.
+struct Reader {
+  void** pointers;
+  const int64_t* ints;
+  const double* doubles;
+
+  template <typename T>
+  T* pointer() {
+    return static_cast<T*>(*pointers++);
+  }
+  int64_t integer() { return *ints++; }
+  double real() { return *doubles++; }
+  Rows rows() {
+    int8_t* const status = pointer<int8_t>();
+    int32_t* const counters = pointer<int32_t>();
+    double* const residuals = pointer<double>();
+    return {status, counters, residuals, pointer<int32_t>()};
+  }
+  RowLimits limits() {
+    const double rtol = real(), atol = real();
+    const int64_t patience = integer();
+    return {rtol, atol, patience, integer()};
+  }
+};
+
+const char* run_anderson(Reader in) {
+  const auto type = static_cast<StateType>(in.integer());
+  const auto path = static_cast<cuda::Path>(in.integer());
+  AndersonArgs args{};
+  args.x = in.pointer<void>();
+  args.f = in.pointer<void>();
+  args.damping = in.pointer<double>();
+  args.g_ring = in.pointer<void>();
+  args.h_ring = in.pointer<void>();
+  args.gram = in.pointer<double>();
+  args.best = in.pointer<void>();
+  args.x_next = in.pointer<void>();
+  args.z_next = in.pointer<void>();
+  args.rows = in.rows();
+  args.batch = in.integer();
+  args.dim = in.integer();
+  args.memory = in.integer();
+  args.damping_length = in.integer();
+  args.limits = in.limits();
+  args.options.ridge = in.real();
+  args.options.start = in.integer();
+  args.options.restart = in.integer();
+  args.options.safeguard = in.real();
+  args.options.max_weight = in.real();
+  const Workspace workspace(cuda::anderson_workspace_bytes(args, path));
+  return cuda::anderson_step(args, type, path, workspace.get(), nullptr);
+}
+
+const char* run_broyden(Reader in) {
+  const auto type = static_cast<StateType>(in.integer());
+  const auto path = static_cast<cuda::Path>(in.integer());
+  BroydenArgs args{};
+  args.x = in.pointer<void>();
+  args.f = in.pointer<void>();
+  args.damping = in.pointer<double>();
+  args.s_ring = in.pointer<void>();
+  args.gram = in.pointer<double>();
+  args.best = in.pointer<void>();
+  args.x_next = in.pointer<void>();
+  args.z_next = in.pointer<void>();
+  args.rows = in.rows();
+  args.batch = in.integer();
+  args.dim = in.integer();
+  args.capacity = in.integer();
+  args.memory = in.integer();
+  args.damping_length = in.integer();
+  args.limits = in.limits();
+  const Workspace workspace(cuda::broyden_workspace_bytes(args, path));
+  return cuda::broyden_step(args, type, path, workspace.get(), nullptr);
+}
+
+}  // namespace
+
+// Runs one step with the given seed; null, or what a kernel did wrong.
+extern "C" const char* emulate(const char* op, uint64_t seed, void** pointers, const int64_t* ints,
+                               const double* doubles) {
+  emulation::seed = seed;
+  emulation::traffic = {};
+  emulation::launches = 0;
+  const Reader in{pointers, ints, doubles};
+  if (std::strcmp(op, "anderson_step") == 0) return run_anderson(in);
+  if (std::strcmp(op, "broyden_step") == 0) return run_broyden(in);
+  return "unknown op";
+}
+
+// Of the last step: launches; bytes of state read, read again from a cache, written.
+extern "C" void emulate_statistics(int64_t* out) {
+  out[0] = emulation::launches;
+  out[1] = emulation::traffic.read;
+  out[2] = emulation::traffic.again;
+  out[3] = emulation::traffic.written;
+}
+
+#if defined(EMULATION_PROGRAM)
+
+namespace {
+
+constexpr int64_t kNull = -1;
+constexpr int64_t kAliasOfFirst = -2;  // this pointer is the first one
+
+int64_t read_integer(FILE* file) {
+  int64_t value;
+  if (std::fread(&value, sizeof(value), 1, file) != 1) std::abort();
+  return value;
+}
+
+template <typename T>
+std::vector<T> read_array(FILE* file) {
+  std::vector<T> values(read_integer(file));
+  if (std::fread(values.data(), sizeof(T), values.size(), file) != values.size()) std::abort();
+  return values;
+}
+
+}  // namespace
+
+// emulate CASE RESULT [SEED ...]: for each seed, runs the case on a fresh copy and appends the
+// buffers to RESULT. A case is the op's name, then pointers, integers and doubles, each with a
+// count before it; a pointer is its size in bytes (or kNull, kAliasOfFirst) and its content.
+int main(int argc, char** argv) {
+  if (argc < 4) return 2;
+  FILE* const file = std::fopen(argv[1], "rb");
+  FILE* const result = std::fopen(argv[2], "wb");
+  if (file == nullptr || result == nullptr) return 2;
+  const std::vector<char> name = read_array<char>(file);
+  const std::string op(name.begin(), name.end());
+  const int64_t count = read_integer(file);
+  std::vector<std::vector<char>> contents(count);
+  std::vector<int64_t> sizes(count);
+  for (int64_t i = 0; i < count; ++i) {
+    sizes[i] = read_integer(file);
+    if (sizes[i] < 0) continue;
+    contents[i].resize(sizes[i]);
+    if (std::fread(contents[i].data(), 1, sizes[i], file) != static_cast<size_t>(sizes[i]))
+      return 2;
+  }
+  const auto ints = read_array<int64_t>(file);
+  const auto doubles = read_array<double>(file);
+  std::fclose(file);
+
+  for (int i = 3; i < argc; ++i) {
+    std::vector<void*> pointers(count, nullptr);
+    for (int64_t p = 0; p < count; ++p) {
+      if (sizes[p] == kAliasOfFirst) pointers[p] = pointers[0];
+      if (sizes[p] < 0) continue;
+      pointers[p] = std::malloc(sizes[p]);  // its own allocation: a sanitizer guards its ends
+      if (sizes[p] > 0) std::memcpy(pointers[p], contents[p].data(), sizes[p]);
+    }
+    const uint64_t seed = std::strtoull(argv[i], nullptr, 10);
+    const char* const error =
+        emulate(op.c_str(), seed, pointers.data(), ints.data(), doubles.data());
+    if (error != nullptr) {
+      std::fprintf(stderr, "emulation: seed %s: %s\n", argv[i], error);
+      return 1;
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      if (sizes[p] < 0) continue;
+      std::fwrite(pointers[p], 1, sizes[p], result);
+      std::free(pointers[p]);
+    }
+  }
+  return std::fclose(result) == 0 ? 0 : 2;
+}
+
+#endif

@@ -1,0 +1,89 @@
+"""Options that several commands of `lion` share, and how their text becomes values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from lion_models.data.augment import AUGMENTATIONS
+from lion_models.errors import UserError, choose
+from lion_models.training.config import OPTIMIZERS, SOLVERS, RunConfig
+
+Data = Annotated[
+    str, typer.Option(help="mnist5k, digits, or a folder with one sub-folder of images per class.")
+]
+Backbone = Annotated[str, typer.Option(help="tiny-vit, or a file of lion_models.pretrain.")]
+Shots = Annotated[str, typer.Option(help="Training images per class, or 'all'.")]
+ValidationShots = Annotated[
+    int | None, typer.Option(help="Validation images per class.", show_default="as many as --shots")
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
+Batch = Annotated[int, typer.Option(help="Images per step.")]
+Optimizer = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
+Augment = Annotated[
+    str | None,
+    typer.Option(
+        help=f"One of {', '.join(AUGMENTATIONS)}: small random maps of the training images.",
+        show_default="the method's",
+    ),
+]
+Sides = Annotated[str, typer.Option(help="lion: both, input or output.")]
+Hidden = Annotated[int, typer.Option(help="lion: bottleneck width.")]
+Strength = Annotated[float, typer.Option(help="lion: initial lambda of both layers.")]
+SolverName = Annotated[str, typer.Option(help=f"lion: one of {', '.join(SOLVERS)}.")]
+Rtol = Annotated[
+    float | None,
+    typer.Option(help="lion: relative tolerance of the solver.", show_default="deqcore's, 1e-4"),
+]
+MaxSteps = Annotated[int, typer.Option(help="lion: most evaluations of the cell per solve.")]
+Iterations = Annotated[
+    int | None,
+    typer.Option(
+        help="lion: this many explicit layers instead of an equilibrium.",
+        show_default="equilibrium",
+    ),
+]
+Prompts = Annotated[int, typer.Option(help="vpt-deep: prompt tokens per block.")]
+Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all cores")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+def config_of(ctx: typer.Context) -> RunConfig:
+    """The run configuration among a command's options; an option and its field share a name."""
+    known = {field.name for field in fields(RunConfig)}
+    values = {name: value for name, value in ctx.params.items() if name in known}
+    return RunConfig(**values | {"shots": _shots(values["shots"])})
+
+
+def set_up(threads: int, device: str) -> None:
+    """Check the device and set the number of threads."""
+    choose("--device", device, ["cpu", "cuda"])
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no GPU; use --device cpu")
+    if threads < 0:
+        raise UserError(f"--threads: expected 1 or more, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _shots(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdigit():
+        raise UserError(f"--shots: expected a whole number or 'all', got '{text}'")
+    return int(text)
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """A comma-separated list of numbers."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: expected numbers separated by commas, got '{text}'") from None

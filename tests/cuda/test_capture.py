@@ -1,0 +1,267 @@
+"""``deqcore.capture``: on a GPU against eager solves; its parts, joined on the host, anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from problems import equal, wave, wave_batch
+
+import deqcore
+from deqcore import Anderson, Broyden, Implicit, Phantom, Picard
+from deqcore.capture import _capture
+
+SOLVERS = [
+    Picard(damping=0.7, max_steps=40),
+    Anderson(memory=3, max_steps=40),
+    Anderson(max_steps=3),
+    Broyden(memory=5, max_steps=40),
+    Broyden(memory=30, max_steps=9, damping=0.8),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclasses.dataclass
+class OnTheHost:
+    """Stands in for CUDA graphs: runs the same parts in the same order, and decides here."""
+
+    exits_early: bool = True
+
+    def check(self, device):
+        pass
+
+    def warm_up(self, run):
+        run()
+
+    def record(self, parts):
+        def launch():
+            parts.first()
+            for _ in range(parts.max_steps):
+                if self.exits_early and not parts.remaining.item():
+                    break
+                parts.body()
+            if parts.last is not None:
+                parts.last()
+
+        return launch
+
+
+@pytest.fixture(params=["host", "graph"])
+def capture(request):
+    """``deqcore.capture`` on a GPU, and its stand-in on the CPU, with the device to use."""
+    if request.param == "graph":
+        device = request.getfixturevalue("cuda_device")
+        return deqcore.capture, device
+
+    def on_the_host(f, z0, *args, solver, adjoint=Implicit(), recorder=None):  # noqa: B008
+        return _capture(f, z0, args, solver, adjoint, recorder or OnTheHost())
+
+    return on_the_host, torch.device("cpu")
+
+
+def batches(dtype, device, n=3):
+    return [tuple(t.to(device) for t in wave_batch(6, 33, seed, dtype)) for seed in range(n)]
+
+
+def check_same(captured: deqcore.Solution, eager: deqcore.Solution) -> None:
+    assert equal(captured.value, eager.value)
+    for name in ("status", "steps", "residual"):
+        assert equal(getattr(captured, name), getattr(eager, name)), name
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_replays_have_the_bits_of_eager_solves(capture, solver, dtype):
+    make, device = capture
+    inputs = batches(dtype, device)
+    with torch.no_grad():
+        solve = make(wave, *inputs[0], solver=solver)
+        for batch in inputs:
+            captured = solve(*batch)
+            check_same(captured, deqcore.fixed_point(wave, *batch, solver=solver))
+            if solve.exits_early:
+                assert captured.evaluations == captured.steps.max()
+
+
+def test_earlier_solutions_are_not_overwritten(capture):
+    make, device = capture
+    first, second = batches(torch.float32, device, 2)
+    with torch.no_grad():
+        solve = make(wave, *first, solver=Anderson())
+        kept = solve(*first)
+        copy = kept.value.clone(), kept.status.clone(), kept.steps.clone()
+        solve(*second)
+    assert equal(kept.value, copy[0])
+    assert equal(kept.status, copy[1])
+    assert equal(kept.steps, copy[2])
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Implicit(solver=Broyden())], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradients_have_the_bits_of_eager_ones(capture, adjoint, dtype):
+    make, device = capture
+    torch.manual_seed(0)
+    weight = torch.rand(33, dtype=dtype).to(device).requires_grad_()
+
+    def f(z, shift, strength):  # a gemm may be another kernel under capture
+        return torch.tanh(0.6 * z.roll(1, 1) * weight - 0.3 * z) * strength + shift
+
+    inputs = [(z0, s.requires_grad_(), c) for z0, s, c in batches(dtype, device)]
+    solve = make(f, *inputs[0], solver=Anderson(), adjoint=adjoint)
+    for index, (z0, shift, strength) in enumerate(inputs):
+        results = []
+        for run in (
+            lambda *a: solve(*a),
+            lambda *a: deqcore.fixed_point(f, *a, solver=Anderson(), adjoint=adjoint),
+        ):
+            weight.grad = shift.grad = None
+            solution = run(z0, shift, strength)
+            factor = torch.linspace(0, index + 1, 6, dtype=dtype, device=device)[:, None]
+            (solution.value * factor).pow(2).sum().backward()  # row 0: a zero gradient
+            results.append((solution, weight.grad, shift.grad))
+        (captured, *captured_grads), (eager, *eager_grads) = results
+        check_same(captured, eager)
+        assert all(equal(a, b) for a, b in zip(captured_grads, eager_grads, strict=True))
+        assert equal(captured.backward.status, eager.backward.status)
+        assert equal(captured.backward.steps, eager.backward.steps)
+        assert captured.evaluations == captured.steps.max() + 1
+        with torch.no_grad():
+            weight.mul_(0.9)  # as an optimiser would
+
+
+def test_a_pytree_of_several_dtypes_is_captured(capture):
+    make, device = capture
+    inputs = {"a": torch.randn(4, 5, 3), "b": torch.randn(4, 2).half()}
+    inputs = {name: t.to(device) for name, t in inputs.items()}
+
+    def f(z, c):
+        return {"a": 0.5 * z["a"].cos() + c, "b": 0.3 * z["b"].sin()}
+
+    c = torch.randn(4, 1, 1, device=device)
+    with torch.no_grad():
+        solve = make(f, inputs, c, solver=Anderson(rtol=1e-3))
+        captured = solve(inputs, 2 * c)
+        eager = deqcore.fixed_point(f, inputs, 2 * c, solver=Anderson(rtol=1e-3))
+    assert all(equal(captured.value[name], eager.value[name]) for name in inputs)
+    assert equal(captured.steps, eager.steps)
+
+
+def test_rows_that_fail_end_alone(capture):
+    make, device = capture
+    z0, shift, strength = batches(torch.float32, device, 1)[0]
+    shift[2, 5] = torch.nan
+    with torch.no_grad():
+        solve = make(wave, z0, shift, strength, solver=Anderson())
+        check_same(
+            solve(z0, shift, strength),
+            deqcore.fixed_point(wave, z0, shift, strength, solver=Anderson()),
+        )
+
+
+def test_another_call_before_backward_is_refused(capture):
+    make, device = capture
+    z0, shift, strength = batches(torch.float32, device, 1)[0]
+    shift.requires_grad_()
+    solve = make(wave, z0, shift, strength, solver=Anderson())
+    solution = solve(z0, shift, strength)
+    solve(z0, shift, strength)
+    with pytest.raises(RuntimeError, match="called again before backward"):
+        solution.value.sum().backward()
+
+
+def test_a_parameter_changed_before_backward_is_refused(capture):
+    make, device = capture
+    z0, shift, _ = batches(torch.float32, device, 1)[0]
+    scale = torch.full((1,), 0.5, device=device, requires_grad=True)
+    solve = make(lambda z, b: scale * z.cos() + b, z0, shift, solver=Anderson())
+    solution = solve(z0, shift)
+    with torch.no_grad():
+        scale.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+        solution.value.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z, s, c: (z[:4], s, c), "z0: expected what was captured"),
+        (lambda z, s, c: (z.double(), s, c), "z0: expected what was captured"),
+        (lambda z, s, c: (z, s), "args: expected the structure"),
+        (lambda z, s, c: (z, s[:4], c), "args: leaf 0"),
+        (lambda z, s, c: (z, s, 2.0), "args: leaf 1"),
+    ],
+)
+def test_other_inputs_than_captured_are_named(capture, change, message):
+    make, device = capture
+    batch = batches(torch.float32, device, 1)[0]
+    with torch.no_grad():
+        solve = make(wave, *batch, solver=Anderson())
+        with pytest.raises(ValueError, match=message):
+            solve(*change(*batch))
+
+
+def test_what_cannot_be_captured_is_refused(capture):
+    make, device = capture
+    z0, shift, strength = batches(torch.float32, device, 1)[0]
+    with pytest.raises(ValueError, match="record_trace"):
+        make(wave, z0, shift, strength, solver=Anderson(record_trace=True))
+    shift.requires_grad_()
+    for adjoint in (Phantom(), Implicit(reuse_forward=True)):
+        with pytest.raises(ValueError, match="gradients need adjoint"):
+            make(wave, z0, shift, strength, solver=Broyden(), adjoint=adjoint)
+
+
+def test_a_graph_of_fixed_length_gives_the_same_bits():
+    """What is recorded where the device cannot decide."""
+    inputs = batches(torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        solve = _capture(
+            wave, inputs[0][0], inputs[0][1:], Anderson(), Implicit(), OnTheHost(False)
+        )
+        for batch in inputs:
+            captured = solve(*batch)
+            check_same(captured, deqcore.fixed_point(wave, *batch))
+            assert captured.evaluations == Anderson().max_steps
+
+
+def test_the_cpu_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"expected z0 on a GPU, got cpu.*deqcore\.fixed_point"):
+        deqcore.capture(torch.cos, torch.zeros(2, 3))
+
+
+def test_a_fixed_step_solve_never_waits_for_the_gpu(cuda_device):
+    batch = batches(torch.float32, cuda_device, 1)[0]
+    for solver in (Anderson(check_every=0), Broyden(check_every=0), Picard(damping=lambda _: 0.5)):
+        solver = dataclasses.replace(solver, check_every=0, max_steps=20)
+        with torch.no_grad(), _syncs_forbidden():
+            deqcore.fixed_point(wave, *batch, solver=solver)
+
+
+@contextlib.contextmanager
+def _syncs_forbidden():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_solve_leaves_the_current_device_and_uses_the_current_stream(cuda_device):
+    batch = batches(torch.float32, cuda_device, 1)[0]
+    expected = deqcore.fixed_point(wave, *batch)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        solution = deqcore.fixed_point(wave, *batch)
+        assert torch.cuda.current_stream() == stream
+    stream.synchronize()
+    check_same(solution, expected)
+    if torch.cuda.device_count() > 1:
+        other = [t.to("cuda:1") for t in batch]
+        there = deqcore.fixed_point(wave, *other)
+        assert torch.cuda.current_device() == 0
+        assert there.value.device == torch.device("cuda:1")
+        assert equal(there.value.cpu(), expected.value.cpu())

@@ -1,0 +1,220 @@
+"""Compile the CUDA kernels and say what they cost; build the whole extension; both without a GPU.
+
+    python tools/cuda_build.py --only kernels     # nvcc alone: a minute
+    python tools/cuda_build.py                    # and the extension, against a CUDA build of torch
+
+Kernels are compiled for each architecture with the assembler's report, printed as a table. A
+register that spills, or an array in local memory (a stack frame), fails the build: every kernel
+here is a hot one. The extension is built for the same architectures and PTX in a virtual
+environment of its own (6 GB, made when missing), imported, and asked for each op's CUDA kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("80", "90")  # PTX of the last one serves what came later
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    "-Icsrc",
+    "-Xptxas=-v,-warn-spills",
+    "-Werror=all-warnings",
+]
+OPS = ("anderson_step", "broyden_step")
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the assembler says about one kernel."""
+
+    name: str
+    architecture: str
+    registers: int
+    static_shared: int  # bytes; dynamic shared memory is the launch's affair
+    stack: int  # bytes of local memory
+    spills: int  # bytes stored and loaded
+
+    @property
+    def fine(self) -> bool:
+        return self.stack == 0 and self.spills == 0
+
+
+def read_report(text: str) -> list[Kernel]:
+    """The kernels in what nvcc printed with -Xptxas -v."""
+    found = [match.groupdict() for match in _ENTRY.finditer(text)]
+    names = _demangle([entry["name"] for entry in found])
+    kernels = []
+    for entry, name in zip(found, names, strict=True):
+        shared = re.search(r"(\d+) bytes smem", entry["rest"])
+        kernels.append(
+            Kernel(
+                name=name,
+                architecture=f"sm_{entry['architecture']}",
+                registers=int(entry["registers"]),
+                static_shared=int(shared[1]) if shared else 0,
+                stack=int(entry["stack"]),
+                spills=int(entry["stores"]) + int(entry["loads"]),
+            )
+        )
+    return kernels
+
+
+def _demangle(names: list[str]) -> list[str]:
+    if not names or shutil.which("c++filt") is None:
+        return names
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    return [_short(name) for name in done.stdout.splitlines()]
+
+
+def _short(name: str) -> str:
+    """Without return type, namespaces and parameters."""
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+    name = re.sub(r"\(deqcore.*|\((unsigned )?(long|int).*", "", name)
+    return re.sub(r"deqcore::(cuda::)?", "", name)
+
+
+def compile_kernels(architectures: Iterable[str], jobs: int) -> list[Kernel]:
+    """Compile every csrc/cuda/*.cu for every architecture."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    work = [(source, number) for source in sources for number in architectures]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        reports = pool.map(lambda item: _compile(*item, Path(folder)), work)
+        return [kernel for report in reports for kernel in read_report(report)]
+
+
+def _compile(source: Path, number: str, folder: Path) -> str:
+    target = folder / f"{source.stem}.{number}.o"
+    gencode = f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"
+    command = ["nvcc", *FLAGS, gencode, "-c", str(source), "-o", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    text = done.stdout + done.stderr
+    # A spill is a warning and so an error; let the table show where it is.
+    if done.returncode and not read_report(text):
+        raise SystemExit(f"{' '.join(command)}\n{text}")
+    return text
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    width = max(len(kernel.name) for kernel in kernels)
+    print(f"{'kernel':{width}}  arch   registers  shared  stack  spills")
+    for k in kernels:
+        mark = "" if k.fine else "  <- fails"
+        print(
+            f"{k.name:{width}}  {k.architecture}  {k.registers:9}  {k.static_shared:6}  "
+            f"{k.stack:5}  {k.spills:6}{mark}"
+        )
+
+
+def check_kernels(architectures: Iterable[str], jobs: int) -> dict[str, object]:
+    began = time.monotonic()
+    kernels = compile_kernels(architectures, jobs)
+    print_table(kernels)
+    bad = [kernel for kernel in kernels if not kernel.fine]
+    seconds = round(time.monotonic() - began, 1)
+    print(f"{len(kernels)} kernels in {seconds} s; {len(bad)} spill or use local memory")
+    return {"kernels": [asdict(k) for k in kernels], "seconds": seconds, "passed": not bad}
+
+
+_IMPORT = """
+import json, torch, deqcore
+from deqcore import _kernels
+has = {op: torch._C._dispatch_has_kernel_for_dispatch_key(f"deqcore::{op}", "CUDA") for op in OPS}
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda,
+                  "gpu": torch.cuda.is_available(), "loaded": sorted(_kernels.loaded),
+                  "missing": _kernels.missing, "kernels": has}))
+"""
+
+
+def check_extension(venv: Path, torch: str, architectures: Iterable[str]) -> dict[str, object]:
+    """Build everything into the environment, import it, and look the kernels up."""
+    python = venv / "bin" / "python"
+    if not python.exists():
+        _run(sys.executable, "-m", "venv", venv)
+    if subprocess.run([python, "-c", "import torch"], check=False, capture_output=True).returncode:
+        _run(python, "-m", "pip", "install", "-q", torch, "numpy", "setuptools>=77.0.3")
+    numbers = [f"{number[:-1]}.{number[-1]}" for number in architectures]
+    environment = {
+        **os.environ,
+        "DEQCORE_BUILD": "cuda",
+        "TORCH_CUDA_ARCH_LIST": ";".join(numbers) + "+PTX",
+    }
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--force-reinstall",
+        "-q",
+    ]
+    _run(python, *install, ROOT, env=environment)
+    with tempfile.TemporaryDirectory() as elsewhere:  # not the sources in this folder
+        done = subprocess.run(
+            [python, "-c", f"OPS = {OPS!r}\n{_IMPORT}"],
+            cwd=elsewhere, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"the extension does not import:\n{done.stderr}")
+    facts = json.loads(done.stdout)
+    facts["passed"] = "cuda" in facts["loaded"] and all(facts["kernels"].values())
+    print(f"torch {facts['torch']} (CUDA {facts['cuda']}), GPU present: {facts['gpu']}")
+    for op, there in facts["kernels"].items():
+        print(f"deqcore::{op}: {'a CUDA kernel' if there else 'NO CUDA kernel'} in the dispatcher")
+    if facts["missing"]:
+        print(f"missing: {facts['missing']}")
+    return facts
+
+
+def _run(*command: object, env: dict[str, str] | None = None) -> None:
+    print("$", *command, flush=True)
+    subprocess.run([str(word) for word in command], check=True, env=env)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--only", choices=["kernels", "extension"])
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="90")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-cuda")
+    parser.add_argument("--torch", default="torch==2.14.1", help="what pip installs into it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        raise SystemExit("nvcc is not on PATH: the CUDA kernels cannot be compiled here")
+    results = {}
+    if options.only != "extension":
+        results["kernels"] = check_kernels(options.architectures, options.jobs)
+    if options.only != "kernels":
+        results["extension"] = check_extension(options.venv, options.torch, options.architectures)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if not all(part["passed"] for part in results.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

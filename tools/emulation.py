@@ -1,0 +1,273 @@
+"""Build the CUDA kernels as host code, against the emulation header, and run steps on them.
+
+    python tools/emulation.py            # build everything and say where it is
+
+Needs a C++ compiler and nothing of CUDA. What is built lands in build/emulation, by content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import hashlib
+import os
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ("cuda/anderson_step.cu", "cuda/broyden_step.cu")
+# Rounding as the kernels ask for it and no other, so that a failure says something about them.
+FLAGS = [
+    *["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
+    *["-ffp-contract=off", "-fno-omit-frame-pointer"],
+]
+PATHS = {"warp": 0, "block": 1, "split": 2}
+# The op's tensors in the order in which emulate.cpp reads them.
+_ORDER = {
+    "anderson_step": [0, 1, 2, 3, 4, 5, 6, 11, 12, 7, 8, 9, 10],
+    "broyden_step": [0, 1, 2, 3, 4, 5, 10, 11, 6, 7, 8, 9],
+}
+TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flavour:
+    """How the kernels are built: a library for tests, or a program under a sanitizer."""
+
+    kernel_flags: tuple[str, ...] = ()
+    runtime_flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ()
+    program: bool = True
+
+
+_ADDRESS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+_THREAD = ("-O1", "-fsanitize=thread")
+FLAVOURS = {
+    "library": Flavour(("-O2",), ("-O2",), link_flags=("-shared",), program=False),
+    "address": Flavour(_ADDRESS, (*_ADDRESS, "-DEMULATION_ASAN"), _ADDRESS),
+    # The scheduler is not instrumented: it tells ThreadSanitizer about the kernel's barriers.
+    "thread": Flavour(_THREAD, ("-O2", "-DEMULATION_TSAN"), _THREAD),
+}
+
+
+class CompilerMissingError(Exception):
+    """There is no C++ compiler here."""
+
+
+def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = None) -> Path:
+    """Compile the kernels of ``sources``, csrc or a copy of it, unless that was done before.
+
+    Raises:
+        CompilerMissingError: no C++ compiler.
+        subprocess.CalledProcessError: the kernels do not compile.
+    """
+    how = FLAVOURS[flavour]
+    compiler = _compiler()
+    folder = folder or ROOT / "build" / "emulation"
+    target = folder / f"{flavour}-{_fingerprint(sources, compiler, how)}"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        objects = []
+        commands = []
+        program = ["-DEMULATION_PROGRAM"] if how.program else []
+        for name in (*KERNELS, "emulation/emulate.cpp", "emulation/cuda_emulation.cpp"):
+            runtime = name.startswith("emulation/cuda_emulation")
+            flags = how.runtime_flags if runtime else how.kernel_flags
+            objects.append(Path(scratch) / f"{Path(name).stem}.{len(objects)}.o")
+            language = ["-x", "c++"] if name.endswith(".cu") else []
+            options = [*FLAGS, *flags, *program, f"-I{sources.name}", *language]
+            files = ["-c", f"{sources.name}/{name}", "-o", str(objects[-1])]
+            commands.append([*compiler, *options, *files])
+        with ThreadPoolExecutor(_processors()) as pool:
+            list(pool.map(lambda command: _run(command, sources.parent), commands))
+        made = Path(scratch) / "made"
+        _run([*compiler, *how.link_flags, *map(str, objects), "-o", str(made)], sources.parent)
+        made.replace(target)  # at once, for test workers that build the same
+    return target
+
+
+def _compiler() -> list[str]:
+    words = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(words[0]) is None:
+        raise CompilerMissingError(f"no C++ compiler ({words[0]})")
+    return ["ccache", *words] if shutil.which("ccache") and "ccache" not in words[0] else words
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _fingerprint(sources: Path, compiler: list[str], how: Flavour) -> str:
+    digest = hashlib.sha256(repr((compiler, FLAGS, how)).encode())
+    for part in ("cuda", "ops", "emulation"):
+        for path in sorted((sources / part).iterdir()):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    # ccache then knows a file again in a copy of the sources.
+    environment = {**os.environ, "CCACHE_NOHASHDIR": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+    done.check_returncode()
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What a step did: kernel launches, and bytes of state moved."""
+
+    launches: int
+    read: int
+    read_again: int  # by the thread that has just read or written them: from a cache
+    written: int
+
+
+class EmulationError(Exception):
+    """A kernel did what a GPU would not forgive: a deadlock, a bad mask, a thread that left."""
+
+
+class Emulator:
+    """The kernels in this process."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulate.restype = ctypes.c_char_p
+
+    def step(self, op: str, path: str, seed: int = 1) -> Callable[..., Traffic]:
+        """The op ``deqcore::<op>`` on one of the three paths, with threads in a random order."""
+
+        def run(*args: Tensor | float) -> Traffic:
+            pointers, ints, doubles = _arguments(op, path, args)
+            addresses = [0 if t is None else t.data_ptr() for t in pointers]
+            message = self._library.emulate(
+                op.encode(),
+                ctypes.c_uint64(seed),
+                (ctypes.c_void_p * len(addresses))(*addresses),
+                (ctypes.c_int64 * len(ints))(*ints),
+                (ctypes.c_double * len(doubles))(*doubles),
+            )
+            if message:
+                raise EmulationError(message.decode())
+            counts = (ctypes.c_int64 * 4)()
+            self._library.emulate_statistics(counts)
+            return Traffic(*counts)
+
+        return run
+
+
+def run_program(
+    program: Path, op: str, path: str, args: Sequence[Tensor | float], seeds: Sequence[int]
+) -> tuple[subprocess.CompletedProcess[str], list[list[Tensor | None]]]:
+    """One case in a process of its own, once for each seed: what it said, and its tensors after.
+
+    The tensors come in the order of the arguments, None where the kernels get none.
+    """
+    pointers, ints, doubles = _arguments(op, path, args)
+    case = bytearray()
+    case += struct.pack("q", len(op)) + op.encode() + struct.pack("q", len(pointers))
+    for tensor in pointers:
+        if tensor is None:
+            case += struct.pack("q", -1)
+            continue
+        content = _bytes(tensor)
+        case += struct.pack("q", len(content)) + content
+    case += struct.pack(f"q{len(ints)}q", len(ints), *ints)
+    case += struct.pack(f"q{len(doubles)}d", len(doubles), *doubles)
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder) / "case", Path(folder) / "result"
+        source.write_bytes(case)
+        command = [*_without_random_addresses(), str(program), str(source), str(result)]
+        done = subprocess.run(
+            [*command, *map(str, seeds)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"},
+        )
+        content = result.read_bytes() if done.returncode == 0 else b""
+    return done, _results(op, pointers, content)
+
+
+def _results(
+    op: str, pointers: Sequence[Tensor | None], content: bytes
+) -> list[list[Tensor | None]]:
+    results, at = [], 0
+    while at < len(content):
+        tensors: list[Tensor | None] = [None] * len(pointers)
+        for index, tensor in zip(_ORDER[op], pointers, strict=True):
+            if tensor is None:
+                continue
+            size = tensor.numel() * tensor.element_size()
+            flat = torch.frombuffer(bytearray(content[at : at + size] or b"\0"), dtype=torch.uint8)
+            tensors[index] = flat[:size].view(tensor.dtype).reshape(tensor.shape)
+            at += size
+        results.append(tensors)
+    return results
+
+
+def _without_random_addresses() -> list[str]:
+    """ThreadSanitizer's shadow memory does not fit every layout that newer kernels pick."""
+    return ["setarch", "-R"] if shutil.which("setarch") else []
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _arguments(
+    op: str, path: str, args: Sequence[Tensor | float]
+) -> tuple[list[Tensor | None], list[int], list[float]]:
+    """The op's arguments as csrc/emulation/emulate.cpp reads them."""
+    tensors: list[Tensor | None] = [a for a in args if isinstance(a, Tensor)]
+    options = [a for a in args if not isinstance(a, Tensor)]
+    x, f, damping, ring = args[:4]
+    for tensor in tensors:
+        assert tensor is not None
+        assert tensor.is_contiguous()
+        assert tensor.device.type == "cpu"
+    batch, slots, dim = ring.shape
+    head = [TYPES[f.dtype], PATHS[path], batch, dim]
+    rtol, atol, patience, max_steps = options[:4]
+    if op == "anderson_step":
+        best, z_next = 6, 12
+        ridge, start, restart, safeguard, max_weight = options[4:]
+        ints = [*head, slots, len(damping), patience, max_steps, start, restart]
+        doubles = [rtol, atol, ridge, safeguard, max_weight]
+        if not args[best].shape[1]:
+            tensors[best] = None
+    else:
+        z_next = 11
+        ints = [*head, slots, options[4], len(damping), patience, max_steps]
+        doubles = [rtol, atol]
+    if f.dtype == x.dtype:
+        tensors[z_next] = None
+    return [tensors[i] for i in _ORDER[op]], ints, doubles
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--only", choices=FLAVOURS, help="build this one")
+    chosen = parser.parse_args().only
+    for flavour in [chosen] if chosen else FLAVOURS:
+        print(f"{flavour}: {build(flavour)}")
+
+
+if __name__ == "__main__":
+    main()
