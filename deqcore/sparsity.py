@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deqcore.ops import masked_dense as _masked_dense  # noqa: F401  (registers the ops)
+from deqcore.ops._library import call_pure
+
 Structure = int | str | None
 BLOCKS = (16, 32, 64)
 _STRUCTURES: tuple[Structure, ...] = (None, *BLOCKS, "2:4")
@@ -174,13 +177,13 @@ class SparsityPattern:
         rows, columns = self.shape
         if self.kept == rows * columns:
             return values.view(rows, columns)
-        return torch.ops.deqcore.masked_to_dense(values, self.indices, rows, columns)
+        return call_pure(torch.ops.deqcore.masked_to_dense, values, self.indices, rows, columns)
 
     def from_dense(self, weight: Tensor) -> Tensor:
         """The kept entries of weight [rows, columns], in row order: [kept]. Differentiable."""
         if weight.shape != self.shape:
             raise ValueError(f"weight: expected shape {self.shape}, got {tuple(weight.shape)}")
-        return torch.ops.deqcore.masked_from_dense(weight, self.indices)
+        return call_pure(torch.ops.deqcore.masked_from_dense, weight, self.indices)
 
     def difference(self, other: SparsityPattern) -> int:
         """How many entries one of two patterns of the same shape keeps and the other does not."""

@@ -29,12 +29,14 @@ Tensor masked_to_dense(const Tensor& values, const Tensor& pattern, int64_t rows
   with_size(type, [&]<typename Bits>(Bits) {
     const Bits* from = static_cast<const Bits*>(kept.const_data_ptr());
     Bits* to = static_cast<Bits*>(dense.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    const int32_t *offsets = entries.offsets, *places = entries.columns;
+    torch::stable::parallel_for(0, rows, kGrain, [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         Bits* out = to + row * columns;
         std::memset(out, 0, columns * sizeof(Bits));
-        for (int32_t i = entries.offsets[row]; i < entries.offsets[row + 1]; ++i) {
-          out[entries.columns[i]] = from[i];
+#pragma GCC unroll 4
+        for (int64_t i = offsets[row], last = offsets[row + 1]; i < last; ++i) {
+          out[places[i]] = from[i];
         }
       }
     });
@@ -55,11 +57,13 @@ Tensor masked_from_dense(const Tensor& dense, const Tensor& pattern) {
   with_size(type, [&]<typename Bits>(Bits) {
     const Bits* from = static_cast<const Bits*>(source.const_data_ptr());
     Bits* to = static_cast<Bits*>(values.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
+    const int32_t *offsets = entries.offsets, *places = entries.columns;
+    torch::stable::parallel_for(0, rows, kGrain, [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const Bits* in = from + row * columns;
-        for (int32_t i = entries.offsets[row]; i < entries.offsets[row + 1]; ++i) {
-          to[i] = in[entries.columns[i]];
+#pragma GCC unroll 4
+        for (int64_t i = offsets[row], last = offsets[row + 1]; i < last; ++i) {
+          to[i] = in[places[i]];
         }
       }
     });

@@ -47,7 +47,10 @@ template <typename T, int N, int V, int R>
   const int64_t stop = entry[0] + common;
   while (entry[0] < stop) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) add(r, entry[r]++);
+    for (int r = 0; r < R; ++r) {
+      asm("" : "+r"(entry[r]));  // or it keeps two pointers for each row instead of one index
+      add(r, entry[r]++);
+    }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -125,6 +128,51 @@ void multiply_tile(const MaskedLinearArgs& args, const Part& part, Sum<S>* tile,
   transpose_out<S, N, W>(sums, part.last - part.first, y, rows, part.tokens);
 }
 
+// A single token needs no tile: its columns are contiguous as they are. Four rows are taken at a
+// time, since a row's sum must wait for each multiply-add before the next.
+template <typename S>
+void multiply_token(const MaskedLinearArgs& args, const Part& part, Sum<S>* copy) {
+  typedef Sum<S> T;
+  const int64_t width = args.weight.width;
+  const T* x = static_cast<const T*>(args.x) + part.token * width;
+  if constexpr (sizeof(S) != sizeof(T)) {
+    const S* stored = static_cast<const S*>(args.x) + part.token * width;
+    for (int64_t i = 0; i < width; ++i) copy[i] = to_sum(stored[i]);
+    x = copy;
+  }
+  const T* values = static_cast<const T*>(args.values);
+  const T* bias = static_cast<const T*>(args.bias);
+  const int32_t *columns = args.weight.columns, *offsets = args.weight.offsets;
+  const auto add = [=](T sum, int64_t entry) __attribute__((always_inline)) {
+    return multiply_add(values[entry], x[columns[entry]], sum);
+  };
+  const auto finish = [&](int64_t row, T sum, int64_t entry) {
+    for (; entry < offsets[row + 1]; ++entry) sum = add(sum, entry);
+    static_cast<S*>(args.y)[part.token * args.weight.rows + row] = from_sum<S>(sum);
+  };
+  const auto first = [&](int64_t row) { return bias ? bias[row] : T{0}; };
+  const auto length = [&](int64_t row) { return offsets[row + 1] - offsets[row]; };
+  int64_t row = part.first;
+  for (; row + 4 <= part.last; row += 4) {
+    T a = first(row), b = first(row + 1), c = first(row + 2), d = first(row + 3);
+    int64_t i = offsets[row], j = offsets[row + 1], k = offsets[row + 2], l = offsets[row + 3];
+    const int32_t low = length(row) < length(row + 1) ? length(row) : length(row + 1);
+    const int32_t high = length(row + 2) < length(row + 3) ? length(row + 2) : length(row + 3);
+    for (const int64_t stop = i + (low < high ? low : high); i < stop; ++i, ++j, ++k, ++l) {
+      asm("" : "+r"(i), "+r"(j), "+r"(k), "+r"(l));  // or it keeps two pointers for each of them
+      a = add(a, i);
+      b = add(b, j);
+      c = add(c, k);
+      d = add(d, l);
+    }
+    finish(row, a, i);
+    finish(row + 1, b, j);
+    finish(row + 2, c, k);
+    finish(row + 3, d, l);
+  }
+  for (; row < part.last; ++row) finish(row, first(row), offsets[row]);
+}
+
 // In the narrowest tile that holds the part's tokens.
 template <typename S, int V>
 void multiply(const MaskedLinearArgs& args, const Part& part, Sum<S>* tile, Sum<S>* sums) {
@@ -132,6 +180,7 @@ void multiply(const MaskedLinearArgs& args, const Part& part, Sum<S>* tile, Sum<
   if constexpr (V > 1) {
     if (part.tokens <= N * (V - 1)) return multiply<S, V - 1>(args, part, tile, sums);
   } else {
+    if (part.tokens == 1) return multiply_token<S>(args, part, tile);
     if constexpr (N >= 16) {
       if (part.tokens <= N / 4) return multiply_tile<S, N / 4, 1>(args, part, tile, sums);
     }
@@ -158,7 +207,10 @@ void masked_linear(const MaskedLinearArgs& args, ValueType type, int64_t begin, 
     const int64_t rows = args.weight.rows, step = args.blocks.columns;
     const int64_t chunk = (rows + args.row_chunks - 1) / args.row_chunks;
     const int64_t wide = args.tokens < kTile ? (args.tokens + kLanes - 1) / kLanes * kLanes : kTile;
-    masked::Scratch<T> tile((args.weight.width < step ? args.weight.width : step) * wide);
+    const int64_t width = args.weight.width;
+    masked::Scratch<T> tile(width < step          ? width * wide
+                            : step * wide < width ? width
+                                                  : step * wide);
     masked::Scratch<T> sums(chunk * wide);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t token = task / args.row_chunks * kTile;

@@ -188,6 +188,17 @@ inline Sum<S> to_sum(S value) {
   }
 }
 
+template <typename S>
+inline S from_sum(Sum<S> value) {
+  if constexpr (sizeof(S) == sizeof(Sum<S>)) {
+    return value;
+  } else {
+    S numbers[4];
+    store_sum<S, 4>(numbers, broadcast<float, 4>(value));
+    return numbers[0];
+  }
+}
+
 // The first `count` of N numbers; the others are zero, and are not read.
 template <typename S, int N>
 inline Vector<Sum<S>, N> load_part(const S* from, int64_t count) {
