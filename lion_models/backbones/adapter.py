@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FrozenBackbone", "fingerprint"]
+__all__ = ["SPACES", "FrozenBackbone", "Normalisation", "fingerprint"]
+
+SPACES = ("token", "pixel")
+
+Normalisation: TypeAlias = tuple[float | tuple[float, ...], float | tuple[float, ...]]
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -21,24 +26,35 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 class FrozenBackbone(nn.Module):
-    """Any network as two functions: `embed` (images to tokens) and `encode` (tokens to a feature).
+    """Any network as two functions: `embed` gives what a method may tune, `encode` the feature.
+
+    In the space `token` (transformers) `embed` gives tokens (B, T, D). In the space `pixel`
+    (networks without tokens) it gives the normalised image (B, C, S, S), D being C.
 
     Its parameters get `requires_grad=False` and it stays in eval mode whatever `train()` says, so
     that neither a weight nor a running statistic of it changes.
 
     Args:
         module: the network; holds the weights.
-        embed: images (B, C, S, S), pixels in [0, 1], to tokens (B, T, D); normalises the pixels.
-        encode: tokens (B, T, D) to features (B, F), without a head.
-        name: how the user calls it.
+        embed: images (B, C, S, S), pixels in [0, 1], to tokens (B, T, D) or to normalised images
+            (B, C, S, S); normalises the pixels.
+        encode: what `embed` gives to features (B, F), without a head.
+        name: how the user calls it; `load_backbone(name)` gives it again.
         channels: C, 1 or 3.
         image_size: S in pixels.
-        token_dim: D.
+        token_dim: D; C in the space `pixel`.
         feature_dim: F.
+        space: `token` or `pixel`.
         blocks: the transformer blocks, (B, T, D) to (B, T, D) each; what deep prompts need, with
             `pool`. Left out where there are none.
         pool: what follows the blocks, (B, T, D) to (B, F).
-        normalisation: (mean, std) that `embed` applies, for the checkpoint's metadata.
+        normalisation: (mean, std) that `embed` applies, a number or one for each channel; for the
+            checkpoint's metadata.
+        licence: of the weights, where it is known.
+        source: where the weights came from.
+
+    Raises:
+        ValueError: the space is unknown, or does not go with `token_dim` or `blocks`.
     """
 
     def __init__(
@@ -52,11 +68,21 @@ class FrozenBackbone(nn.Module):
         image_size: int,
         token_dim: int,
         feature_dim: int,
+        space: str = "token",
         blocks: Sequence[nn.Module] = (),
         pool: Callable[[Tensor], Tensor] | None = None,
-        normalisation: tuple[float, float] = (0.0, 1.0),
+        normalisation: Normalisation = (0.0, 1.0),
+        licence: str = "unknown",
+        source: str = "unknown",
     ) -> None:
         super().__init__()
+        if space not in SPACES:
+            raise ValueError(f"space: expected one of {', '.join(SPACES)}, got '{space}'")
+        if space == "pixel" and (token_dim != channels or blocks):
+            raise ValueError(
+                f"space 'pixel': expected token_dim = channels = {channels} and no blocks, got "
+                f"token_dim {token_dim} and {len(blocks)} blocks; use space 'token' for tokens"
+            )
         self.module = module.requires_grad_(False).eval()
         self.embed = embed
         self.encode = encode
@@ -65,9 +91,12 @@ class FrozenBackbone(nn.Module):
         self.image_size = image_size
         self.token_dim = token_dim
         self.feature_dim = feature_dim
+        self.space = space
         self.blocks = tuple(blocks)
         self.pool = pool
         self.normalisation = normalisation
+        self.licence = licence
+        self.source = source
         self.fingerprint = fingerprint(module.state_dict())
 
     def train(self, mode: bool = True) -> FrozenBackbone:
