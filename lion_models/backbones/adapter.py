@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,27 @@ class FrozenBackbone(nn.Module):
         self.licence = licence
         self.source = source
         self.fingerprint = fingerprint(module.state_dict())
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Images to encode at once without gradients: 500 small ones, 83 of 224 x 224."""
+        return max(1, min(500, 2**22 // self.image_size**2))
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for people: name, size, fingerprint, licence and source of the weights."""
+        side = self.image_size
+        tuned = "tokens" if self.space == "token" else "the normalised image"
+        return {
+            "backbone": self.name,
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+            "sha256": self.fingerprint,
+            "licence": self.licence,
+            "source": self.source,
+            "input": f"{side}x{side} {'grey' if self.channels == 1 else 'colour'}",
+            "tuned on": f"{tuned}, width {self.token_dim}",
+            "blocks": len(self.blocks),
+            "feature": self.feature_dim,
+        }
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Stay in eval mode; see the class."""
