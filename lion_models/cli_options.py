@@ -17,7 +17,13 @@ from lion_models.training.config import OPTIMIZERS, SOLVERS, RunConfig
 Data = Annotated[
     str, typer.Option(help="mnist5k, digits, or a folder with one sub-folder of images per class.")
 ]
-Backbone = Annotated[str, typer.Option(help="tiny-vit, or a file of lion_models.pretrain.")]
+Backbone = Annotated[
+    str,
+    typer.Option(
+        help="tiny-vit, vit-s14-focus, efficientnet-lite0, timm:NAME, torchvision:NAME, hf:NAME, "
+        "or a file of lion_models.pretrain; options: NAME,image_size=112,readout=11,weights=FILE."
+    ),
+]
 Shots = Annotated[str, typer.Option(help="Training images per class, or 'all'.")]
 ValidationShots = Annotated[
     int | None, typer.Option(help="Validation images per class.", show_default="as many as --shots")

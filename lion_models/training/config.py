@@ -53,7 +53,7 @@ class RunConfig:
     Args:
         data: `mnist5k`, `digits` or an image folder.
         method: `linear`, `vpt-deep` or `lion`.
-        backbone: `tiny-vit` or a file of `lion_models.pretrain`.
+        backbone: what `load_backbone` takes: `tiny-vit`, `vit-s14-focus,readout=11`, ...
         shots: training images per class; None uses all (70/10/20 split).
         validation_shots: validation images per class; None means as many as `shots`.
         test_cap: most test images per class; None means all that are left.

@@ -21,7 +21,6 @@ from lion_models.training.config import RunConfig
 
 __all__ = ["FitState", "fit", "freeze_images", "score", "solver_figures"]
 
-EVALUATION_BATCH = 500
 CACHE_LIMIT_BYTES = 2**30
 GRADIENT_BOUND = 1.0
 
@@ -48,7 +47,7 @@ class FitState:
 def freeze_images(model: TunedClassifier, images: Tensor) -> Tensor:
     """The frozen part's output for uint8 images (n, C, S, S), in batches."""
     device = model.head.weight.device
-    batches = images.split(EVALUATION_BATCH)
+    batches = images.split(model.backbone.evaluation_batch)
     return torch.cat([model.frozen(batch.to(device).float() / 255) for batch in batches])
 
 
@@ -112,7 +111,8 @@ def score(model: TunedClassifier, fixed: Tensor, labels: Tensor) -> dict[str, fl
     """
     model.eval()
     sums: dict[str, float] = {"accuracy": 0.0, "loss": 0.0}
-    batches = zip(fixed.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    size = model.backbone.evaluation_batch
+    batches = zip(fixed.split(size), labels.split(size), strict=True)
     for batch, truth in batches:
         logits = model.tuned(batch)
         sums["accuracy"] += float((logits.argmax(1) == truth).sum())
