@@ -15,13 +15,16 @@ from lion_models.backbones import load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import (
     Augment,
     Backbone,
+    BadFiles,
     Batch,
     Data,
     Device,
     Epochs,
     Hidden,
+    Imbalance,
     Iterations,
     MaxSteps,
+    Normalisation,
     Optimizer,
     Overwrite,
     Prompts,
@@ -32,10 +35,13 @@ from lion_models.cli_options import (
     SolverName,
     Strength,
     Threads,
+    Transform,
     ValidationShots,
+    Verify,
     config_of,
     numbers,
     set_up,
+    short_name,
 )
 from lion_models.cli_progress import ProgressBars
 from lion_models.compare import comparison_table, run_comparison
@@ -49,6 +55,7 @@ from lion_models.training import (
     train_run,
 )
 from lion_models.training.config import METHODS
+from lion_models.training.run_data import open_data, split_data
 from lion_models.training.runs import read_config
 
 __all__ = ["app", "main"]
@@ -99,6 +106,11 @@ def train(
     lr: Annotated[float | None, typer.Option(show_default="the method's")] = None,
     weight_decay: Annotated[float | None, typer.Option(show_default="the method's")] = None,
     augment: Augment = None,
+    imbalance: Imbalance = None,
+    transform: Transform = "square",
+    normalisation: Normalisation = "backbone",
+    bad_files: BadFiles = "fail",
+    verify: Verify = "full",
     sides: Sides = RunConfig.sides,
     hidden: Hidden = RunConfig.hidden,
     strength: Strength = RunConfig.strength,
@@ -117,7 +129,7 @@ def train(
     """Train one method; writes RUNS/NAME."""
     set_up(threads, device)
     config = config_of(ctx).resolved()
-    folder = runs / (name or f"{Path(data).name}-{method}-s{seed}")
+    folder = runs / (name or f"{short_name(data)}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
     _check_data(config)
@@ -232,6 +244,11 @@ def compare(
     batch: Batch = 64,
     optimizer: Optimizer = "adamw",
     augment: Augment = None,
+    imbalance: Imbalance = None,
+    transform: Transform = "square",
+    normalisation: Normalisation = "backbone",
+    bad_files: BadFiles = "fail",
+    verify: Verify = "full",
     sides: Sides = RunConfig.sides,
     hidden: Hidden = RunConfig.hidden,
     strength: Strength = RunConfig.strength,
@@ -249,7 +266,7 @@ def compare(
     set_up(threads, device)
     names = [choose("--methods", part.strip(), METHODS) for part in methods.split(",")]
     base = config_of(ctx)
-    folder = runs / (name or f"compare-{Path(data).name}-{shots}")
+    folder = runs / (name or f"compare-{short_name(data)}-{shots}")
     _compare(
         folder,
         base,
@@ -348,18 +365,7 @@ def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConf
 
 def _check_data(config: RunConfig) -> None:
     """Fail on bad data before a folder is made."""
-    from lion_models.data import open_source, split_rows
-
-    backbone = load_backbone(config.backbone)
-    source = open_source(config.data, backbone.channels, backbone.image_size)
-    split_rows(
-        source.labels,
-        source.classes,
-        config.seed,
-        config.shots,
-        config.validation_shots,
-        config.test_cap,
-    )
+    split_data(open_data(config, load_backbone(config.backbone)), config)
 
 
 def _escape(text: str) -> str:
