@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from lion_models import cli_data
 from lion_models.backbones import load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import (
     Augment,
@@ -88,6 +89,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tune a frozen vision backbone with implicit prompts (LION).",
 )
+
+app.add_typer(cli_data.app, name="data")
 
 
 @app.command()

@@ -63,7 +63,7 @@ _ALL = (
     DataSet(
         "tuxpaint",
         classes=12,
-        images=272,
+        images=267,
         what="colour photographs of animals, plants and things, cut out",
         licence="GPL-2 (Bill Kendrick and others)",
         source="Debian package tuxpaint-stamps-default; tuxpaint.org",

@@ -74,7 +74,7 @@ class EmojiSource(Source):
             self._face = _open_font(self.font)
         ink = Image.new("RGBA", BOX)
         draw = ImageDraw.Draw(ink)
-        draw.text((0, 0), character, font=self._face, embedded_color=True)
+        draw.text((0, 0), character, font=self._face, embedded_color=True, fill="black")
         if ink.getbbox() is None:
             raise UserError(
                 f"--data {self.name}: the font {self.font} has no picture of U+{ord(character):X}; "

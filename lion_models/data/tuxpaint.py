@@ -17,7 +17,7 @@ from lion_models.errors import UserError
 
 __all__ = ["CLASSES", "open_tuxpaint"]
 
-# class: folders of stamps; a longer folder name overrules a shorter one that contains it.
+# class: folders of stamps, and single ones; a longer name overrules a shorter one around it.
 CLASSES = {
     "bird": ("animals/birds",),
     "flower": ("plants/flowers",),
@@ -27,6 +27,13 @@ CLASSES = {
         "animals/mammals/camel",
         "animals/mammals/deer",
         "animals/mammals/equines",
+        "animals/mammals/giraffe",
+        "animals/mammals/hippopotamus",
+        "animals/mammals/pig",
+        "animals/mammals/pig_golden",
+        "animals/mammals/pig_golden2",
+        "animals/mammals/rhino_black",
+        "animals/mammals/wildboar",
     ),
     "household": ("household",),
     "other mammal": ("animals/mammals", "animals/marsupials"),
@@ -43,6 +50,7 @@ CLASSES = {
     "vehicle": ("vehicles", "military/vehicles"),
 }
 _LEFT_OUT = frozenset({"cartoon", "toys", "plastic"})
+_OVERLAYS = frozenset({"sedan_police"})  # an emblem for the stamp of a car, no picture by itself
 
 
 def open_tuxpaint(name: str, stamps: Path, geometry: Geometry, checks: FileChecks) -> FolderSource:
@@ -61,9 +69,10 @@ def open_tuxpaint(name: str, stamps: Path, geometry: Geometry, checks: FileCheck
     paths, labels = [], []
     for path in find_images(stamps):
         inside = path.relative_to(stamps)
-        if _LEFT_OUT.intersection(inside.parts) or path.stem.endswith(("_mirror", "_flip")):
+        drawing = bool(_LEFT_OUT.intersection(inside.parts)) or path.stem in _OVERLAYS
+        if drawing or path.stem.endswith(("_mirror", "_flip")):
             continue
-        owners = [folder for folder in folders if inside.is_relative_to(folder)]
+        owners = [folder for folder in folders if inside.with_suffix("").is_relative_to(folder)]
         if owners:
             paths.append(path)
             labels.append(folders[max(owners, key=len)])
