@@ -118,7 +118,7 @@ def find_files(entry: DataSet, root: Path | None = None) -> tuple[Path, ...] | N
     """
     if root is not None:
         bare = (root,) if root.is_dir() and entry.is_folder else None
-        return _below(entry, root) or bare
+        return _below(entry, root) or _flat(entry, root) or bare
     if entry.python is not None:
         package = package_of(entry.python[0])
         return None if package is None else _below(entry, package)
@@ -155,12 +155,12 @@ def package_of(module: str) -> Path | None:
 
 
 def _below(entry: DataSet, root: Path) -> tuple[Path, ...] | None:
-    """Each file as the package lays it out, or flat in `root` by its last name."""
-    found = []
-    for inside in entry.files:
-        both = root / inside, root / Path(inside).name
-        here = [path for path in both if path.exists()]
-        if not here:
-            return None
-        found.append(here[0])
-    return tuple(found)
+    """The files where the packages lay them out."""
+    found = tuple(root / inside for inside in entry.files)
+    return found if all(path.exists() for path in found) else None
+
+
+def _flat(entry: DataSet, root: Path) -> tuple[Path, ...] | None:
+    """The files directly in a folder of the user's."""
+    found = tuple(root / Path(inside).name for inside in entry.files)
+    return found if all(path.exists() for path in found) else None

@@ -53,8 +53,8 @@ def prepare(entry: DataSet, folder: Path | None = None) -> tuple[tuple[Path, ...
     if missing:
         raise UserError(
             f"lion data prepare {entry.name}: needs {', '.join(missing)} (Debian, Ubuntu); "
-            f"elsewhere fetch {', '.join(entry.debian)} from packages.debian.org, unpack it and name "
-            f"the folder: --data {entry.name}:FOLDER"
+            f"elsewhere fetch {', '.join(entry.debian)} from packages.debian.org, unpack it and "
+            f"name the folder: --data {entry.name}:FOLDER"
         )
     with _new_folder(target) as part:
         for package in entry.debian:
