@@ -168,7 +168,8 @@ def test_train_skips_on_request_and_writes_down_what(
 ):
     bad = cut(photos / "dog" / "3.jpg")
     arguments = ("train", "--data", photos, "--backbone", backbone_file, "--shots", 2, "--epochs",
-                 1, "--method", "linear", "--runs", tmp_path / "runs", "--name", "x", "--no-test")  # fmt: skip
+                 1, "--method", "linear", "--runs", tmp_path / "runs", "--name", "x",
+                 "--no-test")  # fmt: skip
     refused = lion(*arguments)
     assert refused.code == 2
     assert f"{bad}: damaged image" in refused.err
