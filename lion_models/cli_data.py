@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,6 @@ from rich.table import Table
 
 from lion_models.data.catalogue import CATALOGUE, find_files
 from lion_models.data.hub import open_torchvision, torchvision_folder
-from lion_models.data.places import data_root
 from lion_models.data.prepare import prepare
 from lion_models.data.transforms import Geometry
 from lion_models.errors import UserError, choose
@@ -71,13 +69,12 @@ def prepare_data(
 
 
 def _prepare_torchvision(name: str, folder: Path | None) -> None:
-    if folder is not None:
-        os.environ["LION_DATA"] = str(folder)
-    source = open_torchvision(name, Geometry(3, 32), download=True)
+    source = open_torchvision(name, Geometry(3, 32), download=True, root=folder)
     out.print(
-        f"{len(source):,} images in {len(source.classes)} classes, in {torchvision_folder(name)}; "
+        f"{len(source):,} images in {len(source.classes)} classes, in "
+        f"{torchvision_folder(name, folder)}; "
         "torchvision does not record the licence: see the data set's own page",
         highlight=False,
     )
-    setting = f"LION_DATA={data_root()} " if folder is not None else ""
+    setting = f"LION_DATA={folder} " if folder is not None else ""
     out.print(f"use it with: {setting}--data torchvision:{name}", highlight=False)

@@ -15,6 +15,8 @@ from lion_models.errors import UserError
 
 __all__ = ["CATALOGUE", "DataSet", "files_of", "find_files", "package_of"]
 
+SYSTEM = Path("/")  # where a package manager installs
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -122,7 +124,7 @@ def find_files(entry: DataSet, root: Path | None = None) -> tuple[Path, ...] | N
     if entry.python is not None:
         package = package_of(entry.python[0])
         return None if package is None else _below(entry, package)
-    return _below(entry, data_root() / entry.name) or _below(entry, Path("/"))
+    return _below(entry, data_root() / entry.name) or _below(entry, SYSTEM)
 
 
 def files_of(entry: DataSet, root: Path | None = None) -> tuple[Path, ...]:

