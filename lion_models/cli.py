@@ -12,17 +12,21 @@ from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from lion_models import cli_data
 from lion_models.backbones import TINY_VIT, load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import (
     Augment,
     Backbone,
+    BadFiles,
     Batch,
     Data,
     Device,
     Epochs,
     Hidden,
+    Imbalance,
     Iterations,
     MaxSteps,
+    Normalisation,
     Optimizer,
     Overwrite,
     Prompts,
@@ -33,10 +37,13 @@ from lion_models.cli_options import (
     SolverName,
     Strength,
     Threads,
+    Transform,
     ValidationShots,
+    Verify,
     config_of,
     numbers,
     set_up,
+    short_name,
 )
 from lion_models.cli_progress import ProgressBars
 from lion_models.compare import comparison_table, run_comparison
@@ -50,6 +57,7 @@ from lion_models.training import (
     train_run,
 )
 from lion_models.training.config import METHODS
+from lion_models.training.run_data import open_data, split_data
 from lion_models.training.runs import read_config
 
 __all__ = ["app", "main"]
@@ -93,6 +101,8 @@ app = typer.Typer(
     help="Tune a frozen vision backbone with implicit prompts (LION).",
 )
 
+app.add_typer(cli_data.app, name="data")
+
 
 @app.command()
 def train(
@@ -110,6 +120,11 @@ def train(
     lr: Annotated[float | None, typer.Option(show_default="the method's")] = None,
     weight_decay: Annotated[float | None, typer.Option(show_default="the method's")] = None,
     augment: Augment = None,
+    imbalance: Imbalance = None,
+    transform: Transform = "square",
+    normalisation: Normalisation = "backbone",
+    bad_files: BadFiles = "fail",
+    verify: Verify = "full",
     sides: Sides = RunConfig.sides,
     hidden: Hidden = RunConfig.hidden,
     strength: Strength = RunConfig.strength,
@@ -128,7 +143,7 @@ def train(
     """Train one method; writes RUNS/NAME."""
     set_up(threads, device)
     config = config_of(ctx).resolved()
-    folder = runs / (name or f"{Path(data).name}-{method}-s{seed}")
+    folder = runs / (name or f"{short_name(data)}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
     _check_data(config)
@@ -243,6 +258,11 @@ def compare(
     batch: Batch = 64,
     optimizer: Optimizer = "adamw",
     augment: Augment = None,
+    imbalance: Imbalance = None,
+    transform: Transform = "square",
+    normalisation: Normalisation = "backbone",
+    bad_files: BadFiles = "fail",
+    verify: Verify = "full",
     sides: Sides = RunConfig.sides,
     hidden: Hidden = RunConfig.hidden,
     strength: Strength = RunConfig.strength,
@@ -260,7 +280,7 @@ def compare(
     set_up(threads, device)
     names = [choose("--methods", part.strip(), METHODS) for part in methods.split(",")]
     base = config_of(ctx)
-    folder = runs / (name or f"compare-{Path(data).name}-{shots}")
+    folder = runs / (name or f"compare-{short_name(data)}-{shots}")
     _compare(
         folder,
         base,
@@ -364,18 +384,7 @@ def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConf
 
 def _check_data(config: RunConfig) -> None:
     """Fail on bad data before a folder is made."""
-    from lion_models.data import open_source, split_rows
-
-    backbone = load_backbone(config.backbone)
-    source = open_source(config.data, backbone.channels, backbone.image_size)
-    split_rows(
-        source.labels,
-        source.classes,
-        config.seed,
-        config.shots,
-        config.validation_shots,
-        config.test_cap,
-    )
+    split_data(open_data(config, load_backbone(config.backbone)), config)
 
 
 def _escape(text: str) -> str:

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import deqcore
 from lion_models.backbones import FrozenBackbone
+from lion_models.backbones.normalisation import NORMALISATIONS, with_normalisation
 from lion_models.baselines import LinearProbe, VPTDeep
 from lion_models.classifier import TunedClassifier
 from lion_models.data.augment import AUGMENTATIONS
+from lion_models.data.transforms import TRANSFORMS
+from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, choose
 from lion_models.implicit_prompt import Solver
 from lion_models.lion import SIDES, Lion
@@ -51,12 +54,14 @@ class RunConfig:
     """One training run.
 
     Args:
-        data: `mnist5k`, `digits` or an image folder.
+        data: what `open_source` takes: a name of `lion data list`, a folder, and others.
         method: `linear`, `vpt-deep` or `lion`.
         backbone: what `load_backbone` takes: `tiny-vit`, `vit-s14-focus,readout=11`, ...
         shots: training images per class; None uses all (70/10/20 split).
         validation_shots: validation images per class; None means as many as `shots`.
         test_cap: most test images per class; None means all that are left.
+        imbalance: training images of the first class over those of the last, with an exponential
+            profile between; None for as many of each. Validation and test are not changed.
         seed: of the split, the initial weights, the order of batches and the dropout.
         epochs: passes over the training images.
         batch: images per step.
@@ -65,7 +70,11 @@ class RunConfig:
             tenth of the epochs, then half a cosine to zero.
         weight_decay: None means the method's default.
         augment: `none` or `affine` (small random maps of the training images); None means the
-            method's default.
+            method's default, which is `none` for every method unless `transform` is `square`.
+        transform: `square`, `vtab`, `fgvc` or `fgvc-resized`; see `lion_models.data.Geometry`.
+        normalisation: `backbone` (its own), `imagenet` or `half` (mean and deviation 0.5).
+        bad_files: `fail` on missing and damaged image files, or `skip` them with a warning.
+        verify: `full` decodes every image file once before anything starts; `header` does not.
         sides: lion: `both`, `input` or `output`.
         hidden: lion: bottleneck width.
         strength: lion: initial lambda.
@@ -83,6 +92,7 @@ class RunConfig:
     shots: int | None = 20
     validation_shots: int | None = None
     test_cap: int | None = None
+    imbalance: float | None = None
     seed: int = 42
     epochs: int = 100
     batch: int = 64
@@ -90,6 +100,10 @@ class RunConfig:
     lr: float | None = None
     weight_decay: float | None = None
     augment: str | None = None
+    transform: str = "square"
+    normalisation: str = "backbone"
+    bad_files: str = "fail"
+    verify: str = "full"
     sides: str = "both"
     hidden: int = 8
     strength: float = 1.0
@@ -105,6 +119,10 @@ class RunConfig:
         choose("--optimizer", self.optimizer, OPTIMIZERS)
         if self.augment is not None:
             choose("--augment", self.augment, AUGMENTATIONS)
+        choose("--transform", self.transform, TRANSFORMS)
+        choose("--normalisation", self.normalisation, NORMALISATIONS)
+        choose("--bad-files", self.bad_files, BAD_FILES)
+        choose("--verify", self.verify, VERIFY)
         choose("--sides", self.sides, SIDES)
         choose("--solver", self.solver, SOLVERS)
         counts = (
@@ -126,6 +144,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1000:
                 raise UserError(f"--{name}: expected a positive number, got {value}")
+        if self.imbalance is not None and not 1 <= self.imbalance < 1e6:
+            raise UserError(f"--imbalance: expected 1 or more, got {self.imbalance}")
         if self.weight_decay is not None and self.weight_decay < 0:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if not 0 <= self.prompt_dropout < 1:
@@ -135,6 +155,9 @@ class RunConfig:
     def recipe(self) -> Recipe:
         """Learning rate, weight decay and augmentation, with the method's defaults filled in."""
         default = DEFAULTS[self.method]
+        if self.transform != "square":
+            # A protocol of others, with an augmentation of its own or none: the same for all.
+            default = default._replace(augment="none")
         return Recipe(
             default.lr if self.lr is None else self.lr,
             default.weight_decay if self.weight_decay is None else self.weight_decay,
@@ -174,6 +197,7 @@ def make_solver(config: RunConfig, record_trace: bool = False) -> Solver:
 
 def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> TunedClassifier:
     """The classifier that a configuration names, freshly initialised from torch's generator."""
+    backbone = with_normalisation(backbone, config.normalisation)
     if config.method == "linear":
         return LinearProbe(backbone, classes)
     if config.method == "vpt-deep":
