@@ -19,7 +19,12 @@ class TunedClassifier(nn.Module, ABC):
     Args:
         backbone: frozen; shared by reference, never copied or changed.
         classes: number of outputs of the linear head.
+
+    Attributes:
+        replaced: number of the backbone's parameters that a method computes with copies of.
     """
+
+    replaced: int = 0
 
     def __init__(self, backbone: FrozenBackbone, classes: int) -> None:
         super().__init__()
@@ -52,7 +57,7 @@ class ParameterCount:
     Attributes:
         trained: everything that the optimizer changes, the head included.
         head: the linear head's share of it.
-        frozen: the backbone's.
+        frozen: the backbone's, without those that trained copies replace.
     """
 
     trained: int
@@ -68,7 +73,8 @@ def count_parameters(model: TunedClassifier) -> ParameterCount:
     """Count trained, head and frozen parameters."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = sum(p.numel() for p in model.head.parameters())
-    return ParameterCount(trained, head, sum(p.numel() for p in model.backbone.parameters()))
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    return ParameterCount(trained, head, backbone - model.replaced)
 
 
 def trained_state(model: TunedClassifier) -> dict[str, Tensor]:

@@ -13,18 +13,25 @@ from typer.core import TyperGroup
 
 from lion_models.backbones import load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import (
+    AdapterHidden,
+    AdapterPlace,
     Augment,
     Backbone,
     Batch,
+    CheckpointBackbone,
     Data,
     Device,
     Epochs,
     Hidden,
     Iterations,
+    LoraAlpha,
+    LoraRank,
     MaxSteps,
     Optimizer,
     Overwrite,
+    Pad,
     Prompts,
+    Readout,
     Rtol,
     Runs,
     Shots,
@@ -48,7 +55,7 @@ from lion_models.training import (
     prepare_folder,
     train_run,
 )
-from lion_models.training.config import METHODS
+from lion_models.training.config import METHODS, SHOWN_METHODS
 from lion_models.training.runs import read_config
 
 __all__ = ["app", "main"]
@@ -106,7 +113,14 @@ def train(
     rtol: Rtol = None,
     max_steps: MaxSteps = 50,
     iterations: Iterations = None,
+    readout: Readout = None,
+    checkpoint_backbone: CheckpointBackbone = False,
     prompts: Prompts = RunConfig.prompts,
+    pad: Pad = RunConfig.pad,
+    adapter_hidden: AdapterHidden = RunConfig.adapter_hidden,
+    adapter_place: AdapterPlace = RunConfig.adapter_place,
+    lora_rank: LoraRank = RunConfig.lora_rank,
+    lora_alpha: LoraAlpha = None,
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
@@ -215,7 +229,9 @@ def predict_command(
 def compare(
     ctx: typer.Context,
     data: Data,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
+    methods: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; or all.")
+    ] = ",".join(SHOWN_METHODS),
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "42,44,82,100,800",
     lrs: Annotated[
         str,
@@ -239,7 +255,14 @@ def compare(
     rtol: Rtol = None,
     max_steps: MaxSteps = 50,
     iterations: Iterations = None,
+    readout: Readout = None,
+    checkpoint_backbone: CheckpointBackbone = False,
     prompts: Prompts = RunConfig.prompts,
+    pad: Pad = RunConfig.pad,
+    adapter_hidden: AdapterHidden = RunConfig.adapter_hidden,
+    adapter_place: AdapterPlace = RunConfig.adapter_place,
+    lora_rank: LoraRank = RunConfig.lora_rank,
+    lora_alpha: LoraAlpha = None,
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     threads: Threads = 0,
@@ -247,7 +270,8 @@ def compare(
 ) -> None:
     """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
     set_up(threads, device)
-    names = [choose("--methods", part.strip(), METHODS) for part in methods.split(",")]
+    parts = METHODS if methods == "all" else methods.split(",")
+    names = [choose("--methods", part.strip(), METHODS) for part in parts]
     base = config_of(ctx)
     folder = runs / (name or f"compare-{Path(data).name}-{shots}")
     _compare(
@@ -270,7 +294,7 @@ def demo(
     """Few-shot MNIST on the embedded tiny ViT: linear probe, VPT-deep and LION."""
     set_up(threads, "cpu")
     base = RunConfig(data="mnist5k", shots=20, epochs=100)
-    _compare(runs / "demo", base, list(METHODS), [42], [], overwrite, "cpu")
+    _compare(runs / "demo", base, list(SHOWN_METHODS), [42], [], overwrite, "cpu")
 
 
 @app.command()

@@ -48,7 +48,22 @@ Iterations = Annotated[
         show_default="equilibrium",
     ),
 ]
-Prompts = Annotated[int, typer.Option(help="vpt-deep: prompt tokens per block.")]
+Readout = Annotated[
+    int | None, typer.Option(help="Block the feature is read from.", show_default="the last")
+]
+CheckpointBackbone = Annotated[
+    bool,
+    typer.Option("--checkpoint-backbone", help="Recompute the frozen blocks: less memory, slower."),
+]
+Prompts = Annotated[int, typer.Option(help="vpt-deep: tokens per block; vpt-shallow: tokens.")]
+Pad = Annotated[int, typer.Option(help="vpt-pad: width of the learned frame in pixels.")]
+AdapterHidden = Annotated[int, typer.Option(help="adapter: bottleneck width.")]
+AdapterPlace = Annotated[str, typer.Option(help="adapter: both (behind attention and MLP) or mlp.")]
+LoraRank = Annotated[int, typer.Option(help="lora: rank.")]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option(help="lora: the scale is alpha / rank.", show_default="the rank"),
+]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
 Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all cores")]

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 import deqcore
 from lion_models.backbones import FrozenBackbone
-from lion_models.baselines import LinearProbe, VPTDeep
+from lion_models.backbones.views import checkpoint_blocks, read_at
+from lion_models.baselines import (
+    ADAPTER_PLACES,
+    Adapters,
+    FineTune,
+    LinearProbe,
+    LoRA,
+    VPTDeep,
+    VPTPad,
+    VPTShallow,
+)
 from lion_models.classifier import TunedClassifier
 from lion_models.data.augment import AUGMENTATIONS
 from lion_models.errors import UserError, choose
@@ -19,13 +29,26 @@ __all__ = [
     "DEFAULTS",
     "METHODS",
     "OPTIMIZERS",
+    "SHOWN_METHODS",
     "SOLVERS",
     "RunConfig",
     "build_model",
     "make_solver",
 ]
 
-METHODS = ("linear", "vpt-deep", "lion")
+METHODS = (
+    "linear",
+    "full",
+    "bias",
+    "adapter",
+    "lora",
+    "vpt-shallow",
+    "vpt-deep",
+    "vpt-pad",
+    "lion",
+)
+# What `lion demo` and, unless told otherwise, `lion compare` run.
+SHOWN_METHODS = ("linear", "vpt-deep", "lion")
 OPTIMIZERS = ("adamw", "sgd")
 SOLVERS = ("anderson", "broyden", "picard")
 
@@ -38,10 +61,17 @@ class Recipe(NamedTuple):
     augment: str
 
 
-# Chosen from the same grid for every method; docs/lion.md shows it.
+# Those of linear, vpt-deep and lion were chosen from one grid; docs/lion.md shows it. The others
+# are starting values that no search has confirmed yet.
 DEFAULTS = {
     "linear": Recipe(0.03, 0.01, "none"),
+    "full": Recipe(0.001, 0.01, "none"),
+    "bias": Recipe(0.01, 0.01, "none"),
+    "adapter": Recipe(0.01, 0.01, "none"),
+    "lora": Recipe(0.01, 0.01, "none"),
+    "vpt-shallow": Recipe(0.03, 0.01, "none"),
     "vpt-deep": Recipe(0.03, 0.01, "none"),
+    "vpt-pad": Recipe(0.03, 0.01, "none"),
     "lion": Recipe(0.03, 0.01, "affine"),
 }
 
@@ -52,7 +82,7 @@ class RunConfig:
 
     Args:
         data: `mnist5k`, `digits` or an image folder.
-        method: `linear`, `vpt-deep` or `lion`.
+        method: one of METHODS.
         backbone: `tiny-vit` or a file of `lion_models.pretrain`.
         shots: training images per class; None uses all (70/10/20 split).
         validation_shots: validation images per class; None means as many as `shots`.
@@ -73,8 +103,16 @@ class RunConfig:
         rtol: lion: relative tolerance of the solver; None means deqcore's default.
         max_steps: lion: most evaluations of the cell per solve.
         iterations: lion: None for the equilibrium, k for k explicit layers.
-        prompts: vpt-deep: tokens per block.
+        readout: block that the feature is read from, 1 for the first; None means the last.
+        checkpoint_backbone: compute the activations of the frozen blocks again in the backward
+            pass instead of keeping them; not for `full` and `bias`.
+        prompts: vpt-deep: tokens per block; vpt-shallow: tokens.
         prompt_dropout: vpt-deep: dropout on the prompts.
+        pad: vpt-pad: width of the learned frame in pixels.
+        adapter_hidden: adapter: bottleneck width.
+        adapter_place: adapter: `both` (behind attention and MLP) or `mlp`.
+        lora_rank: lora: rank r.
+        lora_alpha: lora: the scale is alpha / r; None means a scale of one.
     """
 
     data: str
@@ -97,8 +135,15 @@ class RunConfig:
     rtol: float | None = None
     max_steps: int = 50
     iterations: int | None = None
+    readout: int | None = None
+    checkpoint_backbone: bool = False
     prompts: int = 10
     prompt_dropout: float = 0.1
+    pad: int = 2
+    adapter_hidden: int = 2
+    adapter_place: str = "both"
+    lora_rank: int = 2
+    lora_alpha: float | None = None
 
     def __post_init__(self) -> None:
         choose("--method", self.method, METHODS)
@@ -107,6 +152,7 @@ class RunConfig:
             choose("--augment", self.augment, AUGMENTATIONS)
         choose("--sides", self.sides, SIDES)
         choose("--solver", self.solver, SOLVERS)
+        choose("--adapter-place", self.adapter_place, ADAPTER_PLACES)
         counts = (
             "shots",
             "validation_shots",
@@ -117,15 +163,20 @@ class RunConfig:
             "max_steps",
             "iterations",
             "prompts",
+            "readout",
+            "pad",
+            "adapter_hidden",
+            "lora_rank",
         )
         for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, got {value}")
-        for name in ("lr", "rtol"):
+        for name in ("lr", "rtol", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1000:
-                raise UserError(f"--{name}: expected a positive number, got {value}")
+                option = name.replace("_", "-")
+                raise UserError(f"--{option}: expected a positive number, got {value}")
         if self.weight_decay is not None and self.weight_decay < 0:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if not 0 <= self.prompt_dropout < 1:
@@ -173,11 +224,35 @@ def make_solver(config: RunConfig, record_trace: bool = False) -> Solver:
 
 
 def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> TunedClassifier:
-    """The classifier that a configuration names, freshly initialised from torch's generator."""
-    if config.method == "linear":
-        return LinearProbe(backbone, classes)
-    if config.method == "vpt-deep":
-        return VPTDeep(backbone, classes, config.prompts, config.prompt_dropout)
+    """The classifier that a configuration names, freshly initialised from torch's generator.
+
+    Raises:
+        UserError: the backbone is not one that the method or an option can work with.
+    """
+    if config.readout is not None:
+        backbone = read_at(backbone, config.readout)
+    if config.checkpoint_backbone:
+        if config.method in ("full", "bias"):
+            raise UserError(
+                f"--checkpoint-backbone: saves the activations of frozen blocks; '{config.method}' "
+                "trains them; leave the option out"
+            )
+        backbone = checkpoint_blocks(backbone)
+    builders: dict[str, Callable[[], TunedClassifier]] = {
+        "linear": lambda: LinearProbe(backbone, classes),
+        "full": lambda: FineTune(backbone, classes),
+        "bias": lambda: FineTune(backbone, classes, "bias"),
+        "adapter": lambda: Adapters(backbone, classes, config.adapter_hidden, config.adapter_place),
+        "lora": lambda: LoRA(backbone, classes, config.lora_rank, config.lora_alpha),
+        "vpt-shallow": lambda: VPTShallow(backbone, classes, config.prompts),
+        "vpt-deep": lambda: VPTDeep(backbone, classes, config.prompts, config.prompt_dropout),
+        "vpt-pad": lambda: VPTPad(backbone, classes, config.pad),
+        "lion": lambda: _build_lion(config, backbone, classes),
+    }
+    return builders[config.method]()
+
+
+def _build_lion(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Lion:
     return Lion(
         backbone,
         classes,
