@@ -12,6 +12,8 @@ import typer
 
 from lion_models.data.augment import AUGMENTATIONS
 from lion_models.errors import UserError, choose
+from lion_models.implicit_prompt import SPACES
+from lion_models.lion import OUTPUT_INPUTS
 from lion_models.training.config import OPTIMIZERS, SOLVERS, RunConfig
 
 Data = Annotated[
@@ -47,6 +49,16 @@ Iterations = Annotated[
         help="lion: this many explicit layers instead of an equilibrium.",
         show_default="equilibrium",
     ),
+]
+Space = Annotated[
+    str | None,
+    typer.Option(
+        help=f"lion: {' or '.join(SPACES)}, where the input layer acts.",
+        show_default="token where the backbone has tokens",
+    ),
+]
+OutputInput = Annotated[
+    str, typer.Option(help=f"lion: {' or '.join(OUTPUT_INPUTS)}, what drives the output layer.")
 ]
 Readout = Annotated[
     int | None, typer.Option(help="Block the feature is read from.", show_default="the last")

@@ -22,8 +22,8 @@ from lion_models.baselines import (
 from lion_models.classifier import TunedClassifier
 from lion_models.data.augment import AUGMENTATIONS
 from lion_models.errors import UserError, choose
-from lion_models.implicit_prompt import Solver
-from lion_models.lion import SIDES, Lion
+from lion_models.implicit_prompt import SPACES, Solver
+from lion_models.lion import OUTPUT_INPUTS, SIDES, Lion
 
 __all__ = [
     "DEFAULTS",
@@ -103,6 +103,8 @@ class RunConfig:
         rtol: lion: relative tolerance of the solver; None means deqcore's default.
         max_steps: lion: most evaluations of the cell per solve.
         iterations: lion: None for the equilibrium, k for k explicit layers.
+        space: lion: `token` or `pixel`; None means `token` where the backbone has tokens.
+        output_input: lion: what drives the output layer, `pooled` or `embedding`; see `Lion`.
         readout: block that the feature is read from, 1 for the first; None means the last.
         checkpoint_backbone: compute the activations of the frozen blocks again in the backward
             pass instead of keeping them; not for `full` and `bias`.
@@ -135,6 +137,8 @@ class RunConfig:
     rtol: float | None = None
     max_steps: int = 50
     iterations: int | None = None
+    space: str | None = None
+    output_input: str = "pooled"
     readout: int | None = None
     checkpoint_backbone: bool = False
     prompts: int = 10
@@ -152,6 +156,9 @@ class RunConfig:
             choose("--augment", self.augment, AUGMENTATIONS)
         choose("--sides", self.sides, SIDES)
         choose("--solver", self.solver, SOLVERS)
+        if self.space is not None:
+            choose("--space", self.space, SPACES)
+        choose("--output-input", self.output_input, OUTPUT_INPUTS)
         choose("--adapter-place", self.adapter_place, ADAPTER_PLACES)
         counts = (
             "shots",
@@ -261,4 +268,6 @@ def _build_lion(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Li
         strength=config.strength,
         solver=make_solver(config),
         iterations=config.iterations,
+        space=config.space,
+        output_input=config.output_input,
     )
