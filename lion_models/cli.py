@@ -32,14 +32,23 @@ from lion_models.cli_options import (
     Overwrite,
     Pad,
     Prompts,
+    PruneAt,
     Readout,
+    Robust,
+    RobustDecay,
+    RobustOn,
+    RobustRamp,
+    RobustScope,
+    RobustSet,
     Rtol,
     Runs,
     Shots,
     Sides,
     SolverName,
     Space,
+    Sparsity,
     Strength,
+    Tau,
     Threads,
     ValidationShots,
     config_of,
@@ -117,6 +126,15 @@ def train(
     iterations: Iterations = None,
     space: Space = None,
     output_input: OutputInput = RunConfig.output_input,
+    robust: Robust = RunConfig.robust,
+    tau: Tau = RunConfig.tau,
+    robust_set: RobustSet = RunConfig.robust_set,
+    robust_scope: RobustScope = RunConfig.robust_scope,
+    robust_decay: RobustDecay = RunConfig.robust_decay,
+    robust_ramp: RobustRamp = RunConfig.robust_ramp,
+    robust_on: RobustOn = RunConfig.robust_on,
+    sparsity: Sparsity = RunConfig.sparsity,
+    prune_at: PruneAt = None,
     readout: Readout = None,
     checkpoint_backbone: CheckpointBackbone = False,
     prompts: Prompts = RunConfig.prompts,
@@ -162,6 +180,11 @@ def train(
         f"trained {counts['trained']:,} parameters ({counts['without_head']:,} without the "
         f"head), frozen {counts['frozen']:,}; {result['seconds']:.1f} s"
     )
+    if counts.get("kept", counts["trained"]) < counts["trained"]:
+        out.print(
+            f"pruned to {counts['kept']:,} parameters ({counts['kept_without_head']:,} without "
+            f"the head, of which {counts['nonzero_without_head']:,} are not zero)"
+        )
     out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png")
 
 
@@ -261,6 +284,15 @@ def compare(
     iterations: Iterations = None,
     space: Space = None,
     output_input: OutputInput = RunConfig.output_input,
+    robust: Robust = RunConfig.robust,
+    tau: Tau = RunConfig.tau,
+    robust_set: RobustSet = RunConfig.robust_set,
+    robust_scope: RobustScope = RunConfig.robust_scope,
+    robust_decay: RobustDecay = RunConfig.robust_decay,
+    robust_ramp: RobustRamp = RunConfig.robust_ramp,
+    robust_on: RobustOn = RunConfig.robust_on,
+    sparsity: Sparsity = RunConfig.sparsity,
+    prune_at: PruneAt = None,
     readout: Readout = None,
     checkpoint_backbone: CheckpointBackbone = False,
     prompts: Prompts = RunConfig.prompts,

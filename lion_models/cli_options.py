@@ -14,7 +14,8 @@ from lion_models.data.augment import AUGMENTATIONS
 from lion_models.errors import UserError, choose
 from lion_models.implicit_prompt import SPACES
 from lion_models.lion import OUTPUT_INPUTS
-from lion_models.training.config import OPTIMIZERS, SOLVERS, RunConfig
+from lion_models.robust import THRESHOLDS
+from lion_models.training.config import OPTIMIZERS, ROBUST, SOLVERS, RunConfig
 
 Data = Annotated[
     str, typer.Option(help="mnist5k, digits, or a folder with one sub-folder of images per class.")
@@ -59,6 +60,31 @@ Space = Annotated[
 ]
 OutputInput = Annotated[
     str, typer.Option(help=f"lion: {' or '.join(OUTPUT_INPUTS)}, what drives the output layer.")
+]
+Robust = Annotated[
+    str,
+    typer.Option(help=f"{' or '.join(ROBUST)}: drive weights that are not critical to zero."),
+]
+Tau = Annotated[float, typer.Option(help="cdr: share of the weights that is not critical.")]
+RobustSet = Annotated[
+    str, typer.Option(help="cdr: choose the critical set anew at every step, or a fixed one.")
+]
+RobustScope = Annotated[
+    str, typer.Option(help=f"cdr: {' or '.join(THRESHOLDS)}, what the share is taken of.")
+]
+RobustDecay = Annotated[
+    float, typer.Option(help="cdr: pull towards zero, per unit of learning rate.")
+]
+RobustRamp = Annotated[int, typer.Option(help="cdr: epochs over which tau rises from 0.")]
+RobustOn = Annotated[
+    str,
+    typer.Option(help="cdr: implicit (lion's layers), or all trained matrices of any method."),
+]
+Sparsity = Annotated[
+    float, typer.Option(help="lion: share of the implicit layers' weights that is pruned.")
+]
+PruneAt = Annotated[
+    int | None, typer.Option(help="lion: epoch that ends with pruning.", show_default="the last")
 ]
 Readout = Annotated[
     int | None, typer.Option(help="Block the feature is read from.", show_default="the last")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -24,11 +25,16 @@ from lion_models.data.augment import AUGMENTATIONS
 from lion_models.errors import UserError, choose
 from lion_models.implicit_prompt import SPACES, Solver
 from lion_models.lion import OUTPUT_INPUTS, SIDES, Lion
+from lion_models.pruning import check_prunable
+from lion_models.robust import THRESHOLDS
 
 __all__ = [
     "DEFAULTS",
     "METHODS",
     "OPTIMIZERS",
+    "ROBUST",
+    "ROBUST_ON",
+    "ROBUST_SETS",
     "SHOWN_METHODS",
     "SOLVERS",
     "RunConfig",
@@ -51,6 +57,9 @@ METHODS = (
 SHOWN_METHODS = ("linear", "vpt-deep", "lion")
 OPTIMIZERS = ("adamw", "sgd")
 SOLVERS = ("anderson", "broyden", "picard")
+ROBUST = ("none", "cdr")
+ROBUST_SETS = ("step", "fixed")
+ROBUST_ON = ("implicit", "all")
 
 
 class Recipe(NamedTuple):
@@ -105,6 +114,18 @@ class RunConfig:
         iterations: lion: None for the equilibrium, k for k explicit layers.
         space: lion: `token` or `pixel`; None means `token` where the backbone has tokens.
         output_input: lion: what drives the output layer, `pooled` or `embedding`; see `Lion`.
+        robust: `none` or `cdr`: critical weights learn, the others are driven to zero.
+        tau: cdr: share of the weights that is not critical.
+        robust_set: cdr: `step` chooses the critical set anew at every step, `fixed` once, by the
+            scores of the first tenth of the epochs.
+        robust_scope: cdr: `layer` takes the share of each matrix, `global` of all together.
+        robust_decay: cdr: pull towards zero, in weight per unit of learning rate.
+        robust_ramp: cdr: epochs over which tau rises from 0.
+        robust_on: cdr: `implicit` acts on the matrices of lion's implicit layers and leaves other
+            methods alone, `all` on every trained matrix of every method, the head's included.
+        sparsity: lion: share of each matrix of the implicit layers that is pruned; 0 for none.
+        prune_at: lion: the epoch after whose training that happens, and before its validation;
+            None means the last. Later epochs train the kept weights, without `robust`.
         readout: block that the feature is read from, 1 for the first; None means the last.
         checkpoint_backbone: compute the activations of the frozen blocks again in the backward
             pass instead of keeping them; not for `full` and `bias`.
@@ -139,6 +160,15 @@ class RunConfig:
     iterations: int | None = None
     space: str | None = None
     output_input: str = "pooled"
+    robust: str = "none"
+    tau: float = 0.5
+    robust_set: str = "step"
+    robust_scope: str = "layer"
+    robust_decay: float = 0.03
+    robust_ramp: int = 0
+    robust_on: str = "implicit"
+    sparsity: float = 0.0
+    prune_at: int | None = None
     readout: int | None = None
     checkpoint_backbone: bool = False
     prompts: int = 10
@@ -159,6 +189,7 @@ class RunConfig:
         if self.space is not None:
             choose("--space", self.space, SPACES)
         choose("--output-input", self.output_input, OUTPUT_INPUTS)
+        self._check_robust()
         choose("--adapter-place", self.adapter_place, ADAPTER_PLACES)
         counts = (
             "shots",
@@ -188,6 +219,36 @@ class RunConfig:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if not 0 <= self.prompt_dropout < 1:
             raise UserError(f"--prompt-dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
+
+    def _check_robust(self) -> None:
+        choose("--robust", self.robust, ROBUST)
+        choose("--robust-set", self.robust_set, ROBUST_SETS)
+        choose("--robust-scope", self.robust_scope, THRESHOLDS)
+        choose("--robust-on", self.robust_on, ROBUST_ON)
+        for name in ("tau", "sparsity"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UserError(f"--{name}: expected a share from 0 to below 1, got {value}")
+        for name in ("robust_decay", "robust_ramp"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option}: expected 0 or more, got {value}")
+        if self.prune_at is None:
+            return
+        if not self.sparsity:
+            raise UserError("--prune-at: says when to prune; say how much with --sparsity, too")
+        if not 1 <= self.prune_at <= self.epochs:
+            raise UserError(
+                f"--prune-at: expected an epoch from 1 to {self.epochs}, got {self.prune_at}"
+            )
+
+    @property
+    def prune_epoch(self) -> int | None:
+        """The epoch after whose training the model is pruned; None if it is not."""
+        if self.method != "lion" or not self.sparsity:
+            return None
+        return self.epochs if self.prune_at is None else self.prune_at
 
     @property
     def recipe(self) -> Recipe:
@@ -260,7 +321,7 @@ def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Tu
 
 
 def _build_lion(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Lion:
-    return Lion(
+    model = Lion(
         backbone,
         classes,
         sides=config.sides,
@@ -271,3 +332,6 @@ def _build_lion(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Li
         space=config.space,
         output_input=config.output_input,
     )
+    if config.sparsity:
+        check_prunable(model)
+    return model

@@ -135,7 +135,7 @@ def train_run(
         "seed": config.seed,
         "best_epoch": state.best_epoch,
         "validation_accuracy": chosen["validation_accuracy"],
-        "parameters": asdict(counts) | {"without_head": counts.without_head},
+        "parameters": counts.to_dict(),
         "seconds": sum(row["seconds"] for row in state.history),
         "solver": chosen["solver"],
         "traces": traces,
