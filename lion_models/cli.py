@@ -15,27 +15,45 @@ from typer.core import TyperGroup
 from lion_models import cli_data
 from lion_models.backbones import TINY_VIT, load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import (
+    AdapterHidden,
+    AdapterPlace,
     Augment,
     Backbone,
     BadFiles,
     Batch,
+    CheckpointBackbone,
     Data,
     Device,
     Epochs,
     Hidden,
     Imbalance,
     Iterations,
+    LoraAlpha,
+    LoraRank,
     MaxSteps,
     Normalisation,
     Optimizer,
+    OutputInput,
     Overwrite,
+    Pad,
     Prompts,
+    PruneAt,
+    Readout,
+    Robust,
+    RobustDecay,
+    RobustOn,
+    RobustRamp,
+    RobustScope,
+    RobustSet,
     Rtol,
     Runs,
     Shots,
     Sides,
     SolverName,
+    Space,
+    Sparsity,
     Strength,
+    Tau,
     Threads,
     Transform,
     ValidationShots,
@@ -56,13 +74,12 @@ from lion_models.training import (
     prepare_folder,
     train_run,
 )
-from lion_models.training.config import METHODS
+from lion_models.training.config import METHODS, SHOWN_METHODS
 from lion_models.training.run_data import open_data, split_data
 from lion_models.training.runs import read_config
 
 __all__ = ["app", "main"]
 
-DEMO_METHODS = ("linear", "vpt-deep", "lion")
 # 112 pixels and 20 epochs, so that two cores need minutes: a step goes through 11 blocks twice.
 VIT_DEMO = RunConfig(
     data="tuxpaint",
@@ -132,7 +149,25 @@ def train(
     rtol: Rtol = None,
     max_steps: MaxSteps = 50,
     iterations: Iterations = None,
+    space: Space = None,
+    output_input: OutputInput = RunConfig.output_input,
+    robust: Robust = RunConfig.robust,
+    tau: Tau = RunConfig.tau,
+    robust_set: RobustSet = RunConfig.robust_set,
+    robust_scope: RobustScope = RunConfig.robust_scope,
+    robust_decay: RobustDecay = RunConfig.robust_decay,
+    robust_ramp: RobustRamp = RunConfig.robust_ramp,
+    robust_on: RobustOn = RunConfig.robust_on,
+    sparsity: Sparsity = RunConfig.sparsity,
+    prune_at: PruneAt = None,
+    readout: Readout = None,
+    checkpoint_backbone: CheckpointBackbone = False,
     prompts: Prompts = RunConfig.prompts,
+    pad: Pad = RunConfig.pad,
+    adapter_hidden: AdapterHidden = RunConfig.adapter_hidden,
+    adapter_place: AdapterPlace = RunConfig.adapter_place,
+    lora_rank: LoraRank = RunConfig.lora_rank,
+    lora_alpha: LoraAlpha = None,
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
@@ -170,6 +205,11 @@ def train(
         f"trained {counts['trained']:,} parameters ({counts['without_head']:,} without the "
         f"head), frozen {counts['frozen']:,}; {result['seconds']:.1f} s"
     )
+    if counts.get("kept", counts["trained"]) < counts["trained"]:
+        out.print(
+            f"pruned to {counts['kept']:,} parameters ({counts['kept_without_head']:,} without "
+            f"the head, of which {counts['nonzero_without_head']:,} are not zero)"
+        )
     out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png")
 
 
@@ -241,7 +281,9 @@ def predict_command(
 def compare(
     ctx: typer.Context,
     data: Data,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
+    methods: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; or all.")
+    ] = ",".join(SHOWN_METHODS),
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "42,44,82,100,800",
     lrs: Annotated[
         str,
@@ -270,7 +312,25 @@ def compare(
     rtol: Rtol = None,
     max_steps: MaxSteps = 50,
     iterations: Iterations = None,
+    space: Space = None,
+    output_input: OutputInput = RunConfig.output_input,
+    robust: Robust = RunConfig.robust,
+    tau: Tau = RunConfig.tau,
+    robust_set: RobustSet = RunConfig.robust_set,
+    robust_scope: RobustScope = RunConfig.robust_scope,
+    robust_decay: RobustDecay = RunConfig.robust_decay,
+    robust_ramp: RobustRamp = RunConfig.robust_ramp,
+    robust_on: RobustOn = RunConfig.robust_on,
+    sparsity: Sparsity = RunConfig.sparsity,
+    prune_at: PruneAt = None,
+    readout: Readout = None,
+    checkpoint_backbone: CheckpointBackbone = False,
     prompts: Prompts = RunConfig.prompts,
+    pad: Pad = RunConfig.pad,
+    adapter_hidden: AdapterHidden = RunConfig.adapter_hidden,
+    adapter_place: AdapterPlace = RunConfig.adapter_place,
+    lora_rank: LoraRank = RunConfig.lora_rank,
+    lora_alpha: LoraAlpha = None,
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     threads: Threads = 0,
@@ -278,7 +338,8 @@ def compare(
 ) -> None:
     """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
     set_up(threads, device)
-    names = [choose("--methods", part.strip(), METHODS) for part in methods.split(",")]
+    parts = METHODS if methods == "all" else methods.split(",")
+    names = [choose("--methods", part.strip(), METHODS) for part in parts]
     base = config_of(ctx)
     folder = runs / (name or f"compare-{short_name(data)}-{shots}")
     _compare(
@@ -310,7 +371,7 @@ def demo(
     base = VIT_DEMO if vit else RunConfig(data="mnist5k", shots=20, epochs=100)
     base = base if data is None else replace(base, data=data)
     folder = runs / ("demo-vit" if vit else "demo")
-    _compare(folder, base, list(DEMO_METHODS), [42], [], overwrite, "cpu")
+    _compare(folder, base, list(SHOWN_METHODS), [42], [], overwrite, "cpu")
 
 
 @app.command()

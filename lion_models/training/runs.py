@@ -136,7 +136,7 @@ def train_run(
         "seed": config.seed,
         "best_epoch": state.best_epoch,
         "validation_accuracy": chosen["validation_accuracy"],
-        "parameters": asdict(counts) | {"without_head": counts.without_head},
+        "parameters": counts.to_dict(),
         "train_images": class_counts(task).tolist(),
         "skipped_files": list(source.skipped),
         "seconds": sum(row["seconds"] for row in state.history),
