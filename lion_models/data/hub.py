@@ -56,6 +56,7 @@ class PictureSource(Source):
     lengths: tuple[int, ...]
     geometry: Geometry
     official: Tensor | None = None
+    skipped: tuple[str, ...] = ()
 
     def load(self, rows: Tensor) -> Tensor:
         return self._decode(rows, training=False)
@@ -103,8 +104,9 @@ def _import(module: str, distribution: str, extra: str, option: str) -> Any:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(
-            f"--data {option}: needs the package '{distribution}', which does not import here "
-            f"({error}); run: pip install 'deqcore[{extra}]'"
+            f"--data {option}: needs the package '{distribution}', in a build that fits torch "
+            f"{torch.__version__}, but importing it fails ({error}); run: pip install "
+            f"'deqcore[{extra}]'"
         ) from error
 
 

@@ -161,8 +161,14 @@ def training_view(transform: str, augment: str, size: int) -> View | None:
     if transform not in _CROPPED and augment == "none":
         return None
     cut = {"fgvc": random_crop, "fgvc-resized": random_resized_crop}.get(transform)
+    side = Geometry(1, size, transform).training_size
 
     def view(images: Tensor) -> Tensor:
+        if tuple(images.shape[2:]) != (side, side):
+            raise ValueError(
+                f"--transform {transform}: expected training images of {side} x {side}, got "
+                f"{tuple(images.shape)}; take them with Source.load_training"
+            )
         if cut is not None:
             images = random_flip(cut(images, size))
         return jitter(images) if augment == "affine" else images

@@ -112,6 +112,13 @@ def test_view_is_fixed_only_without_randomness_and_repeats_with_the_seed():
         assert not torch.equal(first, view(images))
 
 
+def test_images_without_the_margin_of_crops_are_refused():
+    view = training_view("fgvc", "none", 56)
+    assert view is not None
+    with pytest.raises(ValueError, match="expected training images of 64 x 64, got"):
+        view(torch.rand(2, 3, 56, 56))
+
+
 def test_protocols_bring_their_own_augmentation():
     assert RunConfig("digits", "lion").recipe.augment == "affine"
     assert RunConfig("digits", "lion", transform="vtab").recipe.augment == "none"
