@@ -236,7 +236,7 @@ def rewrite(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
-    [("train800.txt", "/0.jpg 0", "/0.jpg", r"train800\.txt, line 1: expected 'path label'"),
+    [("train800.txt", "/0.jpg 0", "/0.jpg\t", r"train800\.txt, line 1: expected 'path label'"),
      ("val200.txt", "/7.jpg 1", "/7.jpg dog", r"val200\.txt, line 2: .*got 'images/train/7\.jpg d"),
      ("test.txt", " 3.jpg 1", " 3.jpg -1", r"test\.txt, line 4: .*whole number from 0"),
      ("val200.txt", "/7.jpg", "/1.jpg", r"lists images/train/1\.jpg, which train800\.txt lists"),

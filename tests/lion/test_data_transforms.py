@@ -35,6 +35,11 @@ def test_fgvc_resizes_the_shorter_side_and_takes_the_middle():
     assert larger.shape == (1, 56, 56)
 
 
+def test_a_long_thin_picture_needs_no_huge_copy():
+    geometry = Geometry(3, 224, "fgvc")
+    assert to_tensor(Image.new("L", (60_000, 2), 90), geometry).unique().tolist() == [90]
+
+
 def test_224_is_cut_out_of_256():
     assert Geometry(3, 224, "fgvc").training_size == 256
 
