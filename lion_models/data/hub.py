@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lion_models.data.base import TEST, TRAIN, VALIDATION, Source
+from lion_models.data.base import TEST, TRAIN, Source
+from lion_models.data.folder import SPLITS
 from lion_models.data.images import to_tensor
 from lion_models.data.places import data_root
 from lion_models.data.transforms import Geometry
@@ -34,15 +35,6 @@ __all__ = [
     "open_torchvision",
     "torchvision_folder",
 ]
-
-_SPLITS = {
-    "train": TRAIN,
-    "validation": VALIDATION,
-    "valid": VALIDATION,
-    "val": VALIDATION,
-    "dev": VALIDATION,
-    "test": TEST,
-}
 
 
 @dataclass
@@ -144,7 +136,7 @@ def open_torchvision(
     if "train" in known:
         wanted = [({"train": True}, TRAIN), ({"train": False}, TEST)]
     elif "split" in known:
-        wanted = [({"split": split}, _SPLITS[split]) for split in ("train", "val", "test")]
+        wanted = [({"split": split}, SPLITS[split]) for split in ("train", "val", "test")]
     else:
         wanted = [({}, TRAIN)]
     folder = torchvision_folder(name, root)
@@ -254,7 +246,7 @@ def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
 
     parts = []
     for split, dataset in splits.items():
-        if split not in _SPLITS:
+        if split not in SPLITS:
             continue
         values = [-1 if value is None else int(value) for value in dataset[label]]
         unlabelled = sum(value < 0 for value in values)
@@ -270,7 +262,7 @@ def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
                 f"--data {option}: {unlabelled} of {len(values)} rows of split '{split}' have no "
                 f"label in column '{label}'; label or remove them"
             )
-        parts.append((pictures(dataset), values, _SPLITS[split]))
+        parts.append((pictures(dataset), values, SPLITS[split]))
     return _joined(option, names, parts, geometry)
 
 
