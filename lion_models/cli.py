@@ -61,6 +61,7 @@ from lion_models.errors import UserError, choose
 from lion_models.predict import evaluate_on, format_predictions, gather_images, predict
 from lion_models.training import (
     RunConfig,
+    build_model,
     load_run,
     measure_run,
     prepare_folder,
@@ -409,7 +410,7 @@ def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConf
 
 
 def _check_data(config: RunConfig) -> None:
-    """Fail on bad data before a folder is made."""
+    """Fail on bad data, or a method that does not go with the backbone, before a folder is made."""
     from lion_models.data import open_source, split_rows
 
     backbone = load_backbone(config.backbone)
@@ -422,6 +423,7 @@ def _check_data(config: RunConfig) -> None:
         config.validation_shots,
         config.test_cap,
     )
+    build_model(config, backbone, len(source.classes))
 
 
 def _escape(text: str) -> str:
