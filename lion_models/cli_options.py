@@ -10,17 +10,54 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from lion_models.backbones.adapter import SPACES
+from lion_models.backbones.normalisation import NORMALISATIONS
 from lion_models.data.augment import AUGMENTATIONS
+from lion_models.data.transforms import TRANSFORMS
+from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, choose
-from lion_models.implicit_prompt import SPACES
 from lion_models.lion import OUTPUT_INPUTS
 from lion_models.robust import THRESHOLDS
 from lion_models.training.config import OPTIMIZERS, ROBUST, SOLVERS, RunConfig
 
 Data = Annotated[
-    str, typer.Option(help="mnist5k, digits, or a folder with one sub-folder of images per class.")
+    str,
+    typer.Option(
+        help="A name of 'lion data list', torchvision:NAME, hf:NAME, or a folder: a sub-folder of "
+        "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set."
+    ),
 ]
-Backbone = Annotated[str, typer.Option(help="tiny-vit, or a file of lion_models.pretrain.")]
+Imbalance = Annotated[
+    float | None,
+    typer.Option(
+        help="Training images of the first class over those of the last, exponential between.",
+        show_default="balanced",
+    ),
+]
+Transform = Annotated[
+    str,
+    typer.Option(
+        help=f"One of {', '.join(TRANSFORMS)}: how pictures are fitted to the backbone's square."
+    ),
+]
+Normalisation = Annotated[str, typer.Option(help=f"Of pixels: {', '.join(NORMALISATIONS)}.")]
+BadFiles = Annotated[
+    str, typer.Option(help=f"Missing and damaged image files: {' or '.join(BAD_FILES)}.")
+]
+Verify = Annotated[
+    str,
+    typer.Option(
+        help=f"{' or '.join(VERIFY)}: decode every image file once before the start, or read its "
+        "beginning only."
+    ),
+]
+Backbone = Annotated[
+    str,
+    typer.Option(
+        help="tiny-vit, vit-s14-focus, efficientnet-lite0, timm:NAME, torchvision:NAME, hf:NAME, "
+        "or a file of lion_models.pretrain; options: NAME,image_size=112,readout=11,weights=FILE."
+    ),
+]
 Shots = Annotated[str, typer.Option(help="Training images per class, or 'all'.")]
 ValidationShots = Annotated[
     int | None, typer.Option(help="Validation images per class.", show_default="as many as --shots")
@@ -140,3 +177,8 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{option}: expected numbers separated by commas, got '{text}'") from None
+
+
+def short_name(data: str) -> str:
+    """The data's part of a run's name: the last part of a path, no colon."""
+    return Path(data).name.replace(":", "-")

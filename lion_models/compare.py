@@ -12,10 +12,10 @@ from typing import Any
 from rich.table import Table
 
 from lion_models.backbones import load_backbone
-from lion_models.data import open_source
 from lion_models.errors import UserError
 from lion_models.training.config import RunConfig, build_model
 from lion_models.training.plots import plot_comparison
+from lion_models.training.run_data import open_data
 from lion_models.training.runs import measure_run, prepare_folder, read_config, train_run
 from lion_models.training.trainer import FitState
 
@@ -54,7 +54,7 @@ def run_comparison(
         The content of compare.json: `options`, `cells` and `summary`.
     """
     backbone = load_backbone(base.backbone)
-    source = open_source(base.data, backbone.channels, backbone.image_size)
+    source = open_data(base, backbone)
     for method in methods:  # fail on what does not go together before anything has run
         build_model(replace(base, method=method), backbone, len(source.classes))
     cells = []

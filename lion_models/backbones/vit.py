@@ -3,20 +3,25 @@
 Dosovitskiy et al., "An image is worth 16x16 words" (ICLR 2021); the pre-norm block, LayerNorm
 eps 1e-6 and exact GELU are the ones of the released weights. The names (`cls_token`, `pos_embed`,
 `patch_embed.proj`, `blocks.N.norm1`, `attn.qkv`, `attn.proj`, `norm2`, `mlp.fc1`, `mlp.fc2`,
-`norm`, `head`) are timm's, so that a timm state dict loads unchanged.
+`norm`, `head`) are timm's, so that a timm state dict loads unchanged. With `layer_scale` (Touvron
+et al., ICCV 2021; `ls1.gamma`, `ls2.gamma`) it is the network of DINOv2 (Oquab et al., 2023).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ViTConfig", "VisionTransformer"]
+from lion_models.backbones.adapter import FrozenBackbone, normalise
+
+__all__ = ["ViTConfig", "VisionTransformer", "freeze_vit", "resize_positions"]
 
 LAYER_NORM_EPS = 1e-6
+LAYER_SCALE_START = 1e-5
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,9 @@ class ViTConfig:
         heads: attention heads; must divide `dim`.
         mlp_ratio: hidden width of the MLP as a multiple of `dim`.
         classes: outputs of the head; 0 leaves the head out.
-        pixel_mean, pixel_std: the normalisation the weights were trained with, on pixels in [0, 1].
+        layer_scale: multiply what each half of a block adds by a learned vector, as DINOv2 does.
+        pixel_mean, pixel_std: the normalisation the weights were trained with, on pixels in [0, 1];
+            a number, or one for each channel.
     """
 
     image_size: int = 28
@@ -43,8 +50,9 @@ class ViTConfig:
     heads: int = 6
     mlp_ratio: float = 2.0
     classes: int = 0
-    pixel_mean: float = 0.0
-    pixel_std: float = 1.0
+    layer_scale: bool = False
+    pixel_mean: float | tuple[float, ...] = 0.0
+    pixel_std: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -54,7 +62,7 @@ class ViTConfig:
         if self.dim % self.heads:
             raise ValueError(f"heads: {self.heads} does not divide dim {self.dim}")
 
-    def to_dict(self) -> dict[str, int | float]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -93,17 +101,28 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), LAYER_SCALE_START))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, layer_scale: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, hidden)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(nn.Module):
@@ -122,7 +141,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, config.dim))
         hidden = int(config.mlp_ratio * config.dim)
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.heads, hidden) for _ in range(config.depth)
+            Block(config.dim, config.heads, hidden, config.layer_scale) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
         self.head: nn.Module = (
@@ -140,7 +159,7 @@ class VisionTransformer(nn.Module):
                 f"images: expected (batch, {', '.join(map(str, expected))}), "
                 f"got {tuple(images.shape)}; resize to the backbone's input first"
             )
-        normalised = (images - self.config.pixel_mean) / self.config.pixel_std
+        normalised = normalise(images, (self.config.pixel_mean, self.config.pixel_std))
         patches = self.patch_embed(normalised)
         cls_token = self.cls_token.expand(len(images), -1, -1)
         return torch.cat([cls_token, patches], dim=1) + self.pos_embed
@@ -158,6 +177,44 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) -> (B, classes) or (B, D)
         return self.head(self.encode(self.embed(images)))
+
+
+def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
+    """Position embeddings for another number of patches: (1, 1 + N, D) -> (1, 1 + grid^2, D).
+
+    Bicubic (a = -0.75, half-pixel centres) without antialiasing, as DINOv2 does it; the class
+    token's is kept.
+    """
+    cls_position, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    side = round(patches.shape[1] ** 0.5)
+    if side == grid:
+        return pos_embed
+    square = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([cls_position, resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def freeze_vit(
+    model: VisionTransformer, name: str, licence: str = "unknown", source: str = "unknown"
+) -> FrozenBackbone:
+    """Take the head off a ViT and freeze the rest; see `FrozenBackbone` for the arguments."""
+    config = model.config
+    model.head = nn.Identity()
+    return FrozenBackbone(
+        model,
+        embed=model.embed,
+        encode=model.encode,
+        name=name,
+        channels=config.channels,
+        image_size=config.image_size,
+        token_dim=config.dim,
+        feature_dim=config.dim,
+        blocks=list(model.blocks),
+        pool=model.pool,
+        normalisation=(config.pixel_mean, config.pixel_std),
+        licence=licence,
+        source=source,
+    )
 
 
 def _init_weights(module: nn.Module) -> None:

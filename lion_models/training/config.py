@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import deqcore
 from lion_models.backbones import FrozenBackbone
+from lion_models.backbones.adapter import SPACES
+from lion_models.backbones.normalisation import NORMALISATIONS, with_normalisation
 from lion_models.backbones.views import checkpoint_blocks, read_at
 from lion_models.baselines import (
     ADAPTER_PLACES,
@@ -22,8 +24,10 @@ from lion_models.baselines import (
 )
 from lion_models.classifier import TunedClassifier
 from lion_models.data.augment import AUGMENTATIONS
+from lion_models.data.transforms import TRANSFORMS
+from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, choose
-from lion_models.implicit_prompt import SPACES, Solver
+from lion_models.implicit_prompt import Solver
 from lion_models.lion import OUTPUT_INPUTS, SIDES, Lion
 from lion_models.pruning import check_prunable
 from lion_models.robust import THRESHOLDS
@@ -90,12 +94,14 @@ class RunConfig:
     """One training run.
 
     Args:
-        data: `mnist5k`, `digits` or an image folder.
+        data: what `open_source` takes: a name of `lion data list`, a folder, and others.
         method: one of METHODS.
-        backbone: `tiny-vit` or a file of `lion_models.pretrain`.
+        backbone: what `load_backbone` takes: `tiny-vit`, `vit-s14-focus`, ...
         shots: training images per class; None uses all (70/10/20 split).
         validation_shots: validation images per class; None means as many as `shots`.
         test_cap: most test images per class; None means all that are left.
+        imbalance: training images of the first class over those of the last, with an exponential
+            profile between; None for as many of each. Validation and test are not changed.
         seed: of the split, the initial weights, the order of batches and the dropout.
         epochs: passes over the training images.
         batch: images per step.
@@ -104,7 +110,11 @@ class RunConfig:
             tenth of the epochs, then half a cosine to zero.
         weight_decay: None means the method's default.
         augment: `none` or `affine` (small random maps of the training images); None means the
-            method's default.
+            method's default, which is `none` for every method unless `transform` is `square`.
+        transform: `square`, `vtab`, `fgvc` or `fgvc-resized`; see `lion_models.data.Geometry`.
+        normalisation: `backbone` (its own), `imagenet` or `half` (mean and deviation 0.5).
+        bad_files: `fail` on missing and damaged image files, or `skip` them with a warning.
+        verify: `full` decodes every image file once before anything starts; `header` does not.
         sides: lion: `both`, `input` or `output`.
         hidden: lion: bottleneck width.
         strength: lion: initial lambda.
@@ -144,6 +154,7 @@ class RunConfig:
     shots: int | None = 20
     validation_shots: int | None = None
     test_cap: int | None = None
+    imbalance: float | None = None
     seed: int = 42
     epochs: int = 100
     batch: int = 64
@@ -151,6 +162,10 @@ class RunConfig:
     lr: float | None = None
     weight_decay: float | None = None
     augment: str | None = None
+    transform: str = "square"
+    normalisation: str = "backbone"
+    bad_files: str = "fail"
+    verify: str = "full"
     sides: str = "both"
     hidden: int = 8
     strength: float = 1.0
@@ -184,6 +199,10 @@ class RunConfig:
         choose("--optimizer", self.optimizer, OPTIMIZERS)
         if self.augment is not None:
             choose("--augment", self.augment, AUGMENTATIONS)
+        choose("--transform", self.transform, TRANSFORMS)
+        choose("--normalisation", self.normalisation, NORMALISATIONS)
+        choose("--bad-files", self.bad_files, BAD_FILES)
+        choose("--verify", self.verify, VERIFY)
         choose("--sides", self.sides, SIDES)
         choose("--solver", self.solver, SOLVERS)
         if self.space is not None:
@@ -215,6 +234,8 @@ class RunConfig:
             if value is not None and not 0 < value < 1000:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option}: expected a positive number, got {value}")
+        if self.imbalance is not None and not 1 <= self.imbalance < 1e6:
+            raise UserError(f"--imbalance: expected 1 or more, got {self.imbalance}")
         if self.weight_decay is not None and self.weight_decay < 0:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if not 0 <= self.prompt_dropout < 1:
@@ -254,6 +275,9 @@ class RunConfig:
     def recipe(self) -> Recipe:
         """Learning rate, weight decay and augmentation, with the method's defaults filled in."""
         default = DEFAULTS[self.method]
+        if self.transform != "square":
+            # A protocol of others, with an augmentation of its own or none: the same for all.
+            default = default._replace(augment="none")
         return Recipe(
             default.lr if self.lr is None else self.lr,
             default.weight_decay if self.weight_decay is None else self.weight_decay,
@@ -297,6 +321,7 @@ def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Tu
     Raises:
         UserError: the backbone is not one that the method or an option can work with.
     """
+    backbone = with_normalisation(backbone, config.normalisation)
     if config.readout is not None:
         backbone = read_at(backbone, config.readout)
     if config.checkpoint_backbone:

@@ -18,8 +18,9 @@ from lion_models.classifier import (
     load_trained,
     trained_state,
 )
-from lion_models.data import Task
-from lion_models.data.augment import jitter
+from lion_models.data import Task, training_view
+from lion_models.data.lazy import Images
+from lion_models.data.transforms import View
 from lion_models.lion import Lion
 from lion_models.pruning import prune_and_rebuild
 from lion_models.seeding import seed_all
@@ -28,7 +29,6 @@ from lion_models.training.optimizer import make_optimizer
 
 __all__ = ["FitState", "fit", "freeze_images", "score", "solver_figures"]
 
-EVALUATION_BATCH = 500
 CACHE_LIMIT_BYTES = 2**30
 GRADIENT_BOUND = 1.0
 
@@ -52,27 +52,31 @@ class FitState:
     optimizer: dict[str, Any] = field(default_factory=dict)
 
 
-def freeze_images(model: TunedClassifier, images: Tensor) -> Tensor:
+def freeze_images(model: TunedClassifier, images: Images) -> Tensor:
     """The frozen part's output for uint8 images (n, C, S, S), in batches."""
     device = model.head.weight.device
-    batches = images.split(EVALUATION_BATCH)
+    batches = images.split(model.backbone.evaluation_batch)
     return torch.cat([model.frozen(batch.to(device).float() / 255) for batch in batches])
 
 
 class _Inputs:
     """Training or validation inputs: outputs of the frozen part.
 
-    They are computed once and kept where they fit in memory, unless the images are augmented.
+    They are computed once and kept where they fit in memory, unless a random view of the images
+    is taken each time.
     """
 
     def __init__(
-        self, model: TunedClassifier, images: Tensor, labels: Tensor, augment: bool = False
+        self, model: TunedClassifier, images: Images, labels: Tensor, view: View | None = None
     ) -> None:
         self.labels = labels.to(model.head.weight.device)
-        self._model, self._images, self._augment = model, images, augment
+        self._model, self._images, self._view = model, images, view
+        self._cache: Tensor | None = None
+        if view is not None:
+            return
         one = freeze_images(model, images[:1])
         fits = one.numel() * one.element_size() * len(images) <= CACHE_LIMIT_BYTES
-        self._cache = freeze_images(model, images) if fits and not augment else None
+        self._cache = freeze_images(model, images) if fits else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,9 +85,9 @@ class _Inputs:
         if self._cache is not None:
             return self._cache[rows]
         images = self._images[rows.cpu()]
-        if not self._augment:
+        if self._view is None:
             return freeze_images(self._model, images)
-        return self._model.frozen(jitter(images.to(self.labels.device).float() / 255))
+        return self._model.frozen(self._view(images.to(self.labels.device).float() / 255))
 
 
 def solver_figures(model: TunedClassifier) -> dict[str, dict[str, float]]:
@@ -119,7 +123,8 @@ def score(model: TunedClassifier, fixed: Tensor, labels: Tensor) -> dict[str, fl
     """
     model.eval()
     sums: dict[str, float] = {"accuracy": 0.0, "loss": 0.0}
-    batches = zip(fixed.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    size = model.backbone.evaluation_batch
+    batches = zip(fixed.split(size), labels.split(size), strict=True)
     for batch, truth in batches:
         logits = model.tuned(batch)
         sums["accuracy"] += float((logits.argmax(1) == truth).sum())
@@ -157,8 +162,9 @@ def fit(
         load_trained(model, state.weights)  # pruned or not, which decides the optimizer
         optimizer = make_optimizer(model, config, steps)
         optimizer.load_state_dict(state.optimizer)
-    augment = config.recipe.augment == "affine"
-    train = _Inputs(model, task.train_images, task.train_labels, augment)
+    size = model.backbone.image_size
+    view = training_view(config.transform, config.recipe.augment, size)
+    train = _Inputs(model, task.train_images, task.train_labels, view)
     validation = _Inputs(model, task.validation_images, task.validation_labels)
     validation_fixed = validation.take(torch.arange(len(validation)))
 

@@ -120,6 +120,42 @@ def test_any_module_becomes_a_backbone_through_two_functions():
     assert adapted(torch.rand(2, 3, 8, 8)).shape == (2, 5)
 
 
+def pixel_backbone(**changes: object) -> FrozenBackbone:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 4, stride=4), torch.nn.Flatten(2))
+    options: dict = {
+        "embed": lambda images: (images - 0.5) / 0.25,
+        "encode": lambda pixels: network(pixels).mean(2),
+        "name": "conv",
+        "channels": 3,
+        "image_size": 8,
+        "token_dim": 3,
+        "feature_dim": 5,
+        "space": "pixel",
+    }
+    return FrozenBackbone(network, **options | changes)
+
+
+def test_network_without_tokens_is_tuned_on_its_normalised_image():
+    backbone, images = pixel_backbone(), torch.rand(2, 3, 8, 8)
+    pixels = backbone.embed(images)
+    assert pixels.shape == images.shape
+    torch.testing.assert_close(backbone.encode(pixels), backbone(images))
+    assert backbone(images).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": "voxel"}, "expected one of token, pixel, got 'voxel'"),
+        ({"token_dim": 5}, "expected token_dim = channels = 3 and no blocks, got token_dim 5"),
+        ({"blocks": [torch.nn.Identity()]}, "3 and 1 blocks; use space 'token'"),
+    ],
+)
+def test_space_that_does_not_fit_is_named(changes: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        pixel_backbone(**changes)
+
+
 def test_fingerprint_changes_with_one_bit_and_not_with_order():
     state = small_vit().state_dict()
     assert fingerprint(state) == fingerprint(dict(reversed(state.items())))

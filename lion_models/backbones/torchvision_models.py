@@ -1,0 +1,148 @@
+"""Networks of torchvision: `torchvision:resnet50`, `torchvision:vit_b_16`, `torchvision:swin_t`."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lion_models.backbones.adapter import FrozenBackbone, Normalisation, normalise
+from lion_models.backbones.files import load_weights, not_fetched, read_state, require
+from lion_models.backbones.tiny_vit import check_readout
+from lion_models.backbones.vit import resize_positions
+from lion_models.errors import UserError
+
+__all__ = ["load_torchvision"]
+
+HEADS = ("fc", "classifier", "heads", "head")
+
+
+def load_torchvision(
+    name: str,
+    model_name: str,
+    *,
+    image_size: int | None = None,
+    readout: int | None = None,
+    weights: str | None = None,
+) -> FrozenBackbone:
+    """Any classifier of torchvision, frozen, with what enters its last linear layer as feature.
+
+    Vision transformers are tuned on their tokens (with blocks for deep prompts), Swin on the
+    tokens that enter its first stage, every other network on its normalised image.
+
+    Args:
+        name: what the backbone will be called.
+        model_name: torchvision's.
+        image_size: None means the pretrained weights'.
+        readout: vision transformers: the block that is read; None means the last.
+        weights: a state dict in torchvision's names; `random` for an untrained network; None
+            fetches torchvision's default weights, or takes them from torch's cache.
+
+    Raises:
+        UserError: torchvision is missing, does not know the name, or has no weights for it here.
+    """
+    full = f"torchvision:{model_name}"
+    models = require("torchvision.models", full, "torchvision")
+    known = models.list_models(module=models)
+    if model_name not in known:
+        near = difflib.get_close_matches(model_name, known, n=1)
+        hint = f"; did you mean 'torchvision:{near[0]}'?" if near else ""
+        raise UserError(f"--backbone: torchvision has no classifier '{model_name}'{hint}")
+    default = models.get_model_weights(model_name).DEFAULT
+    preset = default.transforms()
+    size = preset.crop_size[0] if image_size is None else image_size
+    vit = model_name.startswith("vit_")
+    network = models.get_model(model_name, weights=None, **({"image_size": size} if vit else {}))
+    if weights != "random":
+        state = _state(default, full, weights)
+        if vit:
+            positions = resize_positions(state["encoder.pos_embedding"], size // network.patch_size)
+            state["encoder.pos_embedding"] = positions
+        load_weights(network, state, full, [f"{head}." for head in HEADS])
+    normalisation: Normalisation = (tuple(preset.mean), tuple(preset.std))
+    common: dict[str, Any] = {
+        "name": name,
+        "channels": 3,
+        "image_size": size,
+        "feature_dim": _remove_head(network),
+        "normalisation": normalisation,
+        "licence": "see the weights' page",
+        "source": str(default) if weights is None else weights,
+    }
+    if vit:
+        layers = network.encoder.layers
+        network.encoder.layers = layers[: check_readout(readout, len(layers))]
+        return _vit(network, common)
+    if readout is not None:
+        raise UserError(f"--backbone {full}: readout: only vision transformers have one")
+    if model_name.startswith("swin_"):
+        return _swin(network, common)
+    return FrozenBackbone(
+        network,
+        embed=lambda images: normalise(images, normalisation),
+        encode=network.forward,
+        token_dim=3,
+        space="pixel",
+        **common,
+    )
+
+
+def _state(default: Any, full: str, weights: str | None) -> dict[str, Tensor]:
+    if weights is not None:
+        return read_state(Path(weights).expanduser())
+    try:
+        return default.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # of urllib, of the disk, of torch.load
+        raise not_fetched(
+            full, error, f"fetch {default.url} elsewhere and add ',weights=FILE' to the name"
+        ) from error
+
+
+def _remove_head(network: nn.Module) -> int:
+    """Put an identity in the place of the last linear layer; its input width."""
+    head = next(name for name in HEADS if hasattr(network, name))
+    linears = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
+    last = next(name for name in reversed(linears) if name.split(".")[0] == head)
+    width = network.get_submodule(last).in_features
+    network.set_submodule(last, nn.Identity())
+    return int(width)  # type: ignore[arg-type]
+
+
+def _vit(network: Any, common: dict[str, Any]) -> FrozenBackbone:
+    encoder = network.encoder
+
+    def embed(images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, 1 + N, D)
+        patches = network._process_input(normalise(images, common["normalisation"]))
+        cls_token = network.class_token.expand(len(images), -1, -1)
+        return torch.cat([cls_token, patches], dim=1) + encoder.pos_embedding
+
+    def pool(tokens: Tensor) -> Tensor:
+        return network.heads(encoder.ln(tokens[:, 0]))
+
+    return FrozenBackbone(
+        network,
+        embed=embed,
+        encode=lambda tokens: pool(encoder.layers(tokens)),
+        token_dim=network.hidden_dim,
+        blocks=list(encoder.layers),
+        pool=pool,
+        **common,
+    )
+
+
+def _swin(network: Any, common: dict[str, Any]) -> FrozenBackbone:
+    patch_embed, stages = network.features[0], network.features[1:]
+
+    def embed(images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, H W, D)
+        return patch_embed(normalise(images, common["normalisation"])).flatten(1, 2)
+
+    def encode(tokens: Tensor) -> Tensor:
+        side = round(tokens.shape[1] ** 0.5)
+        last = network.norm(stages(tokens.unflatten(1, (side, side))))
+        return network.flatten(network.avgpool(network.permute(last)))
+
+    dim = patch_embed[0].out_channels
+    return FrozenBackbone(network, embed=embed, encode=encode, token_dim=dim, **common)
