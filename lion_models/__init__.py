@@ -1,7 +1,15 @@
 """Implicit vision prompt tuning (LION) on frozen backbones, built on `deqcore`."""
 
 from lion_models.backbones import FrozenBackbone, load_backbone
-from lion_models.baselines import LinearProbe, VPTDeep
+from lion_models.baselines import (
+    Adapters,
+    FineTune,
+    LinearProbe,
+    LoRA,
+    VPTDeep,
+    VPTPad,
+    VPTShallow,
+)
 from lion_models.classifier import count_parameters
 from lion_models.data import make_task, open_source
 from lion_models.errors import UserError
@@ -10,13 +18,18 @@ from lion_models.lion import Lion
 from lion_models.training import RunConfig, build_model, fit, load_run
 
 __all__ = [
+    "Adapters",
+    "FineTune",
     "FrozenBackbone",
     "ImplicitPrompt",
     "LinearProbe",
     "Lion",
+    "LoRA",
     "RunConfig",
     "UserError",
     "VPTDeep",
+    "VPTPad",
+    "VPTShallow",
     "build_model",
     "count_parameters",
     "fit",

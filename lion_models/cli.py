@@ -12,31 +12,56 @@ from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from lion_models import cli_data
 from lion_models.backbones import TINY_VIT, load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import (
+    AdapterHidden,
+    AdapterPlace,
     Augment,
     Backbone,
+    BadFiles,
     Batch,
+    CheckpointBackbone,
     Data,
     Device,
     Epochs,
     Hidden,
+    Imbalance,
     Iterations,
+    LoraAlpha,
+    LoraRank,
     MaxSteps,
+    Normalisation,
     Optimizer,
+    OutputInput,
     Overwrite,
+    Pad,
     Prompts,
+    PruneAt,
+    Readout,
+    Robust,
+    RobustDecay,
+    RobustOn,
+    RobustRamp,
+    RobustScope,
+    RobustSet,
     Rtol,
     Runs,
     Shots,
     Sides,
     SolverName,
+    Space,
+    Sparsity,
     Strength,
+    Tau,
     Threads,
+    Transform,
     ValidationShots,
+    Verify,
     config_of,
     numbers,
     set_up,
+    short_name,
 )
 from lion_models.cli_progress import ProgressBars
 from lion_models.compare import comparison_table, run_comparison
@@ -49,12 +74,12 @@ from lion_models.training import (
     prepare_folder,
     train_run,
 )
-from lion_models.training.config import METHODS
+from lion_models.training.config import METHODS, SHOWN_METHODS
+from lion_models.training.run_data import open_data, split_data
 from lion_models.training.runs import read_config
 
 __all__ = ["app", "main"]
 
-DEMO_METHODS = ("linear", "vpt-deep", "lion")
 # 112 pixels and 20 epochs, so that two cores need minutes: a step goes through 11 blocks twice.
 VIT_DEMO = RunConfig(
     data="tuxpaint",
@@ -93,6 +118,8 @@ app = typer.Typer(
     help="Tune a frozen vision backbone with implicit prompts (LION).",
 )
 
+app.add_typer(cli_data.app, name="data")
+
 
 @app.command()
 def train(
@@ -110,6 +137,11 @@ def train(
     lr: Annotated[float | None, typer.Option(show_default="the method's")] = None,
     weight_decay: Annotated[float | None, typer.Option(show_default="the method's")] = None,
     augment: Augment = None,
+    imbalance: Imbalance = None,
+    transform: Transform = "square",
+    normalisation: Normalisation = "backbone",
+    bad_files: BadFiles = "fail",
+    verify: Verify = "full",
     sides: Sides = RunConfig.sides,
     hidden: Hidden = RunConfig.hidden,
     strength: Strength = RunConfig.strength,
@@ -117,7 +149,25 @@ def train(
     rtol: Rtol = None,
     max_steps: MaxSteps = 50,
     iterations: Iterations = None,
+    space: Space = None,
+    output_input: OutputInput = RunConfig.output_input,
+    robust: Robust = RunConfig.robust,
+    tau: Tau = RunConfig.tau,
+    robust_set: RobustSet = RunConfig.robust_set,
+    robust_scope: RobustScope = RunConfig.robust_scope,
+    robust_decay: RobustDecay = RunConfig.robust_decay,
+    robust_ramp: RobustRamp = RunConfig.robust_ramp,
+    robust_on: RobustOn = RunConfig.robust_on,
+    sparsity: Sparsity = RunConfig.sparsity,
+    prune_at: PruneAt = None,
+    readout: Readout = None,
+    checkpoint_backbone: CheckpointBackbone = False,
     prompts: Prompts = RunConfig.prompts,
+    pad: Pad = RunConfig.pad,
+    adapter_hidden: AdapterHidden = RunConfig.adapter_hidden,
+    adapter_place: AdapterPlace = RunConfig.adapter_place,
+    lora_rank: LoraRank = RunConfig.lora_rank,
+    lora_alpha: LoraAlpha = None,
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
@@ -128,7 +178,7 @@ def train(
     """Train one method; writes RUNS/NAME."""
     set_up(threads, device)
     config = config_of(ctx).resolved()
-    folder = runs / (name or f"{Path(data).name}-{method}-s{seed}")
+    folder = runs / (name or f"{short_name(data)}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
     _check_data(config)
@@ -155,6 +205,11 @@ def train(
         f"trained {counts['trained']:,} parameters ({counts['without_head']:,} without the "
         f"head), frozen {counts['frozen']:,}; {result['seconds']:.1f} s"
     )
+    if counts.get("kept", counts["trained"]) < counts["trained"]:
+        out.print(
+            f"pruned to {counts['kept']:,} parameters ({counts['kept_without_head']:,} without "
+            f"the head, of which {counts['nonzero_without_head']:,} are not zero)"
+        )
     out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png")
 
 
@@ -226,7 +281,9 @@ def predict_command(
 def compare(
     ctx: typer.Context,
     data: Data,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
+    methods: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; or all.")
+    ] = ",".join(SHOWN_METHODS),
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "42,44,82,100,800",
     lrs: Annotated[
         str,
@@ -243,6 +300,11 @@ def compare(
     batch: Batch = 64,
     optimizer: Optimizer = "adamw",
     augment: Augment = None,
+    imbalance: Imbalance = None,
+    transform: Transform = "square",
+    normalisation: Normalisation = "backbone",
+    bad_files: BadFiles = "fail",
+    verify: Verify = "full",
     sides: Sides = RunConfig.sides,
     hidden: Hidden = RunConfig.hidden,
     strength: Strength = RunConfig.strength,
@@ -250,7 +312,25 @@ def compare(
     rtol: Rtol = None,
     max_steps: MaxSteps = 50,
     iterations: Iterations = None,
+    space: Space = None,
+    output_input: OutputInput = RunConfig.output_input,
+    robust: Robust = RunConfig.robust,
+    tau: Tau = RunConfig.tau,
+    robust_set: RobustSet = RunConfig.robust_set,
+    robust_scope: RobustScope = RunConfig.robust_scope,
+    robust_decay: RobustDecay = RunConfig.robust_decay,
+    robust_ramp: RobustRamp = RunConfig.robust_ramp,
+    robust_on: RobustOn = RunConfig.robust_on,
+    sparsity: Sparsity = RunConfig.sparsity,
+    prune_at: PruneAt = None,
+    readout: Readout = None,
+    checkpoint_backbone: CheckpointBackbone = False,
     prompts: Prompts = RunConfig.prompts,
+    pad: Pad = RunConfig.pad,
+    adapter_hidden: AdapterHidden = RunConfig.adapter_hidden,
+    adapter_place: AdapterPlace = RunConfig.adapter_place,
+    lora_rank: LoraRank = RunConfig.lora_rank,
+    lora_alpha: LoraAlpha = None,
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     threads: Threads = 0,
@@ -258,9 +338,10 @@ def compare(
 ) -> None:
     """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
     set_up(threads, device)
-    names = [choose("--methods", part.strip(), METHODS) for part in methods.split(",")]
+    parts = METHODS if methods == "all" else methods.split(",")
+    names = [choose("--methods", part.strip(), METHODS) for part in parts]
     base = config_of(ctx)
-    folder = runs / (name or f"compare-{Path(data).name}-{shots}")
+    folder = runs / (name or f"compare-{short_name(data)}-{shots}")
     _compare(
         folder,
         base,
@@ -290,7 +371,7 @@ def demo(
     base = VIT_DEMO if vit else RunConfig(data="mnist5k", shots=20, epochs=100)
     base = base if data is None else replace(base, data=data)
     folder = runs / ("demo-vit" if vit else "demo")
-    _compare(folder, base, list(DEMO_METHODS), [42], [], overwrite, "cpu")
+    _compare(folder, base, list(SHOWN_METHODS), [42], [], overwrite, "cpu")
 
 
 @app.command()
@@ -364,18 +445,7 @@ def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConf
 
 def _check_data(config: RunConfig) -> None:
     """Fail on bad data before a folder is made."""
-    from lion_models.data import open_source, split_rows
-
-    backbone = load_backbone(config.backbone)
-    source = open_source(config.data, backbone.channels, backbone.image_size)
-    split_rows(
-        source.labels,
-        source.classes,
-        config.seed,
-        config.shots,
-        config.validation_shots,
-        config.test_cap,
-    )
+    split_data(open_data(config, load_backbone(config.backbone)), config)
 
 
 def _escape(text: str) -> str:

@@ -10,12 +10,46 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from lion_models.backbones.normalisation import NORMALISATIONS
 from lion_models.data.augment import AUGMENTATIONS
+from lion_models.data.transforms import TRANSFORMS
+from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, choose
-from lion_models.training.config import OPTIMIZERS, SOLVERS, RunConfig
+from lion_models.implicit_prompt import SPACES
+from lion_models.lion import OUTPUT_INPUTS
+from lion_models.robust import THRESHOLDS
+from lion_models.training.config import OPTIMIZERS, ROBUST, SOLVERS, RunConfig
 
 Data = Annotated[
-    str, typer.Option(help="mnist5k, digits, or a folder with one sub-folder of images per class.")
+    str,
+    typer.Option(
+        help="A name of 'lion data list', torchvision:NAME, hf:NAME, or a folder: a sub-folder of "
+        "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set."
+    ),
+]
+Imbalance = Annotated[
+    float | None,
+    typer.Option(
+        help="Training images of the first class over those of the last, exponential between.",
+        show_default="balanced",
+    ),
+]
+Transform = Annotated[
+    str,
+    typer.Option(
+        help=f"One of {', '.join(TRANSFORMS)}: how pictures are fitted to the backbone's square."
+    ),
+]
+Normalisation = Annotated[str, typer.Option(help=f"Of pixels: {', '.join(NORMALISATIONS)}.")]
+BadFiles = Annotated[
+    str, typer.Option(help=f"Missing and damaged image files: {' or '.join(BAD_FILES)}.")
+]
+Verify = Annotated[
+    str,
+    typer.Option(
+        help=f"{' or '.join(VERIFY)}: decode every image file once before the start, or read its "
+        "beginning only."
+    ),
 ]
 Backbone = Annotated[
     str,
@@ -54,7 +88,57 @@ Iterations = Annotated[
         show_default="equilibrium",
     ),
 ]
-Prompts = Annotated[int, typer.Option(help="vpt-deep: prompt tokens per block.")]
+Space = Annotated[
+    str | None,
+    typer.Option(
+        help=f"lion: {' or '.join(SPACES)}, where the input layer acts.",
+        show_default="token where the backbone has tokens",
+    ),
+]
+OutputInput = Annotated[
+    str, typer.Option(help=f"lion: {' or '.join(OUTPUT_INPUTS)}, what drives the output layer.")
+]
+Robust = Annotated[
+    str,
+    typer.Option(help=f"{' or '.join(ROBUST)}: drive weights that are not critical to zero."),
+]
+Tau = Annotated[float, typer.Option(help="cdr: share of the weights that is not critical.")]
+RobustSet = Annotated[
+    str, typer.Option(help="cdr: choose the critical set anew at every step, or a fixed one.")
+]
+RobustScope = Annotated[
+    str, typer.Option(help=f"cdr: {' or '.join(THRESHOLDS)}, what the share is taken of.")
+]
+RobustDecay = Annotated[
+    float, typer.Option(help="cdr: pull towards zero, per unit of learning rate.")
+]
+RobustRamp = Annotated[int, typer.Option(help="cdr: epochs over which tau rises from 0.")]
+RobustOn = Annotated[
+    str,
+    typer.Option(help="cdr: implicit (lion's layers), or all trained matrices of any method."),
+]
+Sparsity = Annotated[
+    float, typer.Option(help="lion: share of the implicit layers' weights that is pruned.")
+]
+PruneAt = Annotated[
+    int | None, typer.Option(help="lion: epoch that ends with pruning.", show_default="the last")
+]
+Readout = Annotated[
+    int | None, typer.Option(help="Block the feature is read from.", show_default="the last")
+]
+CheckpointBackbone = Annotated[
+    bool,
+    typer.Option("--checkpoint-backbone", help="Recompute the frozen blocks: less memory, slower."),
+]
+Prompts = Annotated[int, typer.Option(help="vpt-deep: tokens per block; vpt-shallow: tokens.")]
+Pad = Annotated[int, typer.Option(help="vpt-pad: width of the learned frame in pixels.")]
+AdapterHidden = Annotated[int, typer.Option(help="adapter: bottleneck width.")]
+AdapterPlace = Annotated[str, typer.Option(help="adapter: both (behind attention and MLP) or mlp.")]
+LoraRank = Annotated[int, typer.Option(help="lora: rank.")]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option(help="lora: the scale is alpha / rank.", show_default="the rank"),
+]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
 Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all cores")]
@@ -93,3 +177,8 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{option}: expected numbers separated by commas, got '{text}'") from None
+
+
+def short_name(data: str) -> str:
+    """The data's part of a run's name: the last part of a path, no colon."""
+    return Path(data).name.replace(":", "-")

@@ -12,10 +12,10 @@ from typing import Any
 from rich.table import Table
 
 from lion_models.backbones import load_backbone
-from lion_models.data import open_source
 from lion_models.errors import UserError
 from lion_models.training.config import RunConfig
 from lion_models.training.plots import plot_comparison
+from lion_models.training.run_data import open_data
 from lion_models.training.runs import measure_run, prepare_folder, read_config, train_run
 from lion_models.training.trainer import FitState
 
@@ -54,7 +54,7 @@ def run_comparison(
         The content of compare.json: `options`, `cells` and `summary`.
     """
     backbone = load_backbone(base.backbone)
-    source = open_source(base.data, backbone.channels, backbone.image_size)
+    source = open_data(base, backbone)
     cells = []
     for seed in seeds:
         for method in methods:
@@ -122,10 +122,20 @@ def _read_cell(folder: Path) -> dict[str, Any]:
         "validation_accuracy": result["validation_accuracy"],
         "trained": result["parameters"]["trained"],
         "without_head": result["parameters"]["without_head"],
+        **_kept_counts(result["parameters"]),
         "seconds": result["seconds"],
         "solver_steps": sum(steps) / len(steps) if steps else None,
         "curve": [row["validation_accuracy"] for row in rows],
         "traces": result["traces"],
+    }
+
+
+def _kept_counts(counts: dict[str, int]) -> dict[str, int]:
+    """What pruning leaves; runs of versions without pruning kept everything."""
+    return {
+        "kept": counts.get("kept", counts["trained"]),
+        "kept_without_head": counts.get("kept_without_head", counts["without_head"]),
+        "nonzero_without_head": counts.get("nonzero_without_head", counts["without_head"]),
     }
 
 
@@ -147,6 +157,9 @@ def summarise(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "validation_accuracy": statistics.fmean(c["validation_accuracy"] for c in own),
                 "without_head": own[0]["without_head"],
                 "trained": own[0]["trained"],
+                "kept": own[0]["kept"],
+                "kept_without_head": own[0]["kept_without_head"],
+                "nonzero_without_head": statistics.fmean(c["nonzero_without_head"] for c in own),
                 "seconds": statistics.fmean(cell["seconds"] for cell in own),
                 "solver_steps": steps,
             }
@@ -155,10 +168,14 @@ def summarise(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def comparison_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
-    """Test accuracy, trained weights with and without the head, seconds, solver steps."""
+    """Test accuracy, trained weights with and without the head, kept ones, seconds, solver steps.
+
+    Kept are the weights that pruning leaves, without the head. VPT-deep is compared with the
+    weights trained, not with those kept.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
-    for heading in ("accuracy", "trained", "no head", "vs VPT-deep", "seconds", "steps"):
+    for heading in ("accuracy", "trained", "no head", "kept", "vs VPT-deep", "seconds", "steps"):
         table.add_column(heading, justify="right", no_wrap=True)
     vpt = next((row["without_head"] for row in summary if row["method"] == "vpt-deep"), None)
     for row in summary:
@@ -170,6 +187,7 @@ def comparison_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
             f"{100 * row['test_accuracy']:.1f}%{spread}",
             f"{row['trained']:,}",
             f"{row['without_head']:,}",
+            f"{row['kept_without_head']:,}",
             relative,
             f"{row['seconds']:.1f}",
             steps,

@@ -7,20 +7,21 @@ from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone
 from lion_models.classifier import TunedClassifier
-from lion_models.errors import choose
-from lion_models.implicit_prompt import ImplicitPrompt, Solver
+from lion_models.errors import UserError, choose
+from lion_models.implicit_prompt import SPACES, ImplicitPrompt, Solver
 
-__all__ = ["SIDES", "Lion"]
+__all__ = ["OUTPUT_INPUTS", "SIDES", "Lion"]
 
 SIDES = ("both", "input", "output")
+OUTPUT_INPUTS = ("pooled", "embedding")
 
 
 class Lion(TunedClassifier):
     """One implicit layer in front of the backbone's encoder, one behind it, then a linear head.
 
     That two equilibrium layers enrich the input and the representation of a frozen backbone is the
-    paper's [paper]; that both are bottlenecks, on the tokens and on the pooled feature, is
-    ours [ours].
+    paper's [paper]; that both are bottlenecks, on the tokens or the image and on the pooled
+    feature, is ours [ours].
 
     Args:
         backbone: frozen.
@@ -30,6 +31,15 @@ class Lion(TunedClassifier):
         strength: initial lambda of each layer.
         solver: for both layers; None means Anderson with its defaults.
         iterations: None for equilibria, k for k explicit layers; see `ImplicitPrompt`.
+        space: of the input layer: `token` (what `embed` gives), `pixel` (the image); None means
+            `token` where the backbone has tokens.
+        output_input: what drives the output layer's equilibrium, which is added to the pooled
+            feature in either case: `pooled` (that feature) or `embedding` (the mean of the tokens
+            that the backbone makes of the image, before the input layer adds to them).
+
+    Raises:
+        UserError: a backbone without tokens where they are asked for, or with tokens of another
+            width than the feature's for `embedding`.
     """
 
     def __init__(
@@ -41,25 +51,50 @@ class Lion(TunedClassifier):
         strength: float = 1.0,
         solver: Solver | None = None,
         iterations: int | None = None,
+        space: str | None = None,
+        output_input: str = "pooled",
     ) -> None:
         super().__init__(backbone, classes)
         choose("--sides", sides, SIDES)
+        choose("--output-input", output_input, OUTPUT_INPUTS)
+        tokens, self._embeds_pixels = _what_embed_gives(backbone)
+        if space is None:
+            space = "token" if tokens else "pixel"
+        choose("--space", space, SPACES)
+        if space == "token" and not tokens and sides != "output":
+            raise UserError(f"--space token: '{backbone.name}' has no tokens; use --space pixel")
+        if output_input == "embedding" and sides != "input":
+            _check_embedding(backbone, tokens)
+        self.space = space
+        self.output_input = output_input
 
-        def layer(dim: int) -> ImplicitPrompt:
-            return ImplicitPrompt(dim, hidden, strength, solver, iterations)
+        def layer(dim: int, space: str = "token") -> ImplicitPrompt:
+            return ImplicitPrompt(dim, hidden, strength, solver, iterations, space)
 
-        self.input_prompt = layer(backbone.token_dim) if sides != "output" else None
+        width = backbone.token_dim if space == "token" else backbone.channels
+        self.input_prompt = layer(width, space) if sides != "output" else None
         self.output_prompt = layer(backbone.feature_dim) if sides != "input" else None
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:
-        """Tokens (B, T, D), or features (B, F) when no layer sits in front of the encoder."""
-        return self.backbone.embed(images) if self.input_prompt else self.backbone(images)
+        """What the first trained layer sees: images (B, C, S, S) -> (B, ...).
+
+        Tokens (B, T, D) or images (B, C, S, S) with an input layer. Without one, the feature
+        (B, F), or feature and mean token (B, 2F) where the latter drives the output layer.
+        """
+        if self.input_prompt is not None:
+            early = self.space == "pixel" and not self._embeds_pixels
+            return images if early else self.backbone.embed(images)
+        tokens = self.backbone.embed(images)
+        feature = self.backbone.encode(tokens)
+        if self.output_input == "pooled":
+            return feature
+        return torch.cat([feature, tokens.mean(1)], dim=1)
 
     def tuned(self, fixed: Tensor) -> Tensor:  # output of `frozen` -> (B, classes)
-        feature = self.backbone.encode(self.input_prompt(fixed)) if self.input_prompt else fixed
-        if self.output_prompt:
-            feature = self.output_prompt(feature)
+        feature, source = self._features(fixed)
+        if self.output_prompt is not None:
+            feature = self.output_prompt(feature, source)
         return self.head(feature)
 
     @property
@@ -77,9 +112,41 @@ class Lion(TunedClassifier):
             solver: one with `record_trace=True`.
         """
         traces = {}
-        if self.input_prompt:
+        if self.input_prompt is not None:
             traces["input"] = self.input_prompt.residual_trace(fixed, solver)
-            fixed = self.backbone.encode(self.input_prompt(fixed))
-        if self.output_prompt:
-            traces["output"] = self.output_prompt.residual_trace(fixed, solver)
+        if self.output_prompt is not None:
+            feature, source = self._features(fixed)
+            driver = feature if source is None else source
+            traces["output"] = self.output_prompt.residual_trace(driver, solver)
         return {side: trace for side, trace in traces.items() if trace is not None}
+
+    def _features(self, fixed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The feature (B, F) in front of the output layer, and what else drives that, (B, F)."""
+        embedding = self.output_input == "embedding"
+        if self.input_prompt is None:
+            width = self.backbone.feature_dim
+            return (fixed[:, :width], fixed[:, width:]) if embedding else (fixed, None)
+        tokens = prompted = self.input_prompt(fixed)
+        if self.space == "token":
+            tokens = fixed
+        elif not self._embeds_pixels:
+            tokens = prompted = self.backbone.embed(prompted)
+        return self.backbone.encode(prompted), tokens.mean(1) if embedding else None
+
+
+@torch.no_grad()
+def _what_embed_gives(backbone: FrozenBackbone) -> tuple[bool, bool]:
+    """Whether `embed` gives tokens (B, T, D), and whether it gives an image of the input's size."""
+    shape = (1, backbone.channels, backbone.image_size, backbone.image_size)
+    parameter = next(backbone.parameters(), torch.empty(0))
+    given = backbone.embed(torch.zeros(shape, device=parameter.device, dtype=parameter.dtype))
+    return given.dim() == 3 and given.shape[-1] == backbone.token_dim, given.shape == shape
+
+
+def _check_embedding(backbone: FrozenBackbone, tokens: bool) -> None:
+    if not tokens or backbone.token_dim != backbone.feature_dim:
+        width = f"tokens of width {backbone.token_dim}" if tokens else "no tokens"
+        raise UserError(
+            f"--output-input embedding: needs tokens as wide as the feature "
+            f"({backbone.feature_dim}), '{backbone.name}' has {width}; use --output-input pooled"
+        )

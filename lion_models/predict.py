@@ -49,7 +49,10 @@ def predict(run: LoadedRun, images: Sequence[Path]) -> list[dict[str, Any]]:
     for start in range(0, len(images), CHUNK):
         paths = images[start : start + CHUNK]
         pixels = torch.stack(
-            [decode_image(path, backbone.channels, backbone.image_size) for path in paths]
+            [
+                decode_image(path, backbone.channels, backbone.image_size, run.config.transform)
+                for path in paths
+            ]
         )
         with torch.no_grad():
             probabilities = run.model(pixels.to(device).float() / 255).softmax(1).cpu()
@@ -87,7 +90,8 @@ def evaluate_on(run: LoadedRun, data: str) -> dict[str, float]:
         UserError: the data's classes are not the run's.
     """
     model = run.model
-    source = open_source(data, model.backbone.channels, model.backbone.image_size)
+    backbone, transform = model.backbone, run.config.transform
+    source = open_source(data, backbone.channels, backbone.image_size, transform=transform)
     if source.classes != run.classes:
         raise UserError(
             f"--data {data}: has classes {', '.join(source.classes)}; the run was "

@@ -40,18 +40,16 @@ void copy_best_out(X* best, const X* g, const X* h, X damping, int count) {
   for (int i = 0; i < count; ++i) best[i] = h[i] - damping * g[i];
 }
 
-// Stores g and h of one block; leaves g and f in double for the sums.
+// Stores g and h of one block, and f as X where it is not X already.
 template <typename X, typename F>
 void push_block(const X* __restrict x, const F* __restrict f, X damping, int count,
-                X* __restrict g_slot, X* __restrict h_slot, double* __restrict wide_g,
-                double* __restrict wide_f) {
+                X* __restrict g_slot, X* __restrict h_slot, X* __restrict wide_f) {
   for (int i = 0; i < count; ++i) {
     const X value = to_compute(f[i]);
     const X g = value - to_compute(to_state<F>(x[i]));  // f was evaluated at x as F
     g_slot[i] = g;
     h_slot[i] = x[i] + damping * g;
-    wide_g[i] = g;
-    wide_f[i] = value;
+    if constexpr (sizeof(F) != sizeof(X)) wide_f[i] = value;
   }
 }
 
@@ -60,30 +58,36 @@ template <typename X, typename F>
 void push(const AndersonArgs& args, int64_t row, int64_t begin, int64_t end, double* sums) {
   const Row<X, F> at(args, row);
   const int64_t dim = args.dim, memory = args.memory, slot = next_slot(args, row);
-  const int64_t history = anderson_history(args, row);
+  const int history = static_cast<int>(anderson_history(args, row));
   const bool evict = anderson_evicts_best(args, row);
   const int64_t step = args.rows.counters[row * kCounters + kSteps] + 1;
   const X damping = static_cast<X>(damping_at(args.damping, args.damping_length, step));
   const X old_damping =
       static_cast<X>(damping_at(args.damping, args.damping_length, step - memory));
 
-  const bool prefetch = history * dim * static_cast<int64_t>(sizeof(X)) <= kCacheable;
+  // The mix reads h as soon as this row's sums are known: have it in the cache by then, where it
+  // fits but is not there already.
+  const int64_t row_bytes = memory * dim * static_cast<int64_t>(sizeof(X));
+  const bool prefetch = row_bytes <= kCacheable && 2 * row_bytes * args.batch > kCacheable;
   alignas(64) double lanes[(kAndersonMaxMemory + 1) * kLanes];
   std::fill_n(lanes, (history + 1) * kLanes, 0.0);
-  alignas(64) double wide_g[kBlock], wide_f[kBlock];
+  alignas(64) X wide_f[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
     X* g_slot = at.g_ring + slot * dim + first;
     X* h_slot = at.h_ring + slot * dim + first;
     if (evict) copy_best_out(at.best + first, g_slot, h_slot, old_damping, count);
-    push_block(at.x + first, at.f + first, damping, count, g_slot, h_slot, wide_g, wide_f);
-    add_dot(wide_f, wide_f, count, lanes);
-    for (int64_t age = 0; age < history; ++age) {
+    push_block(at.x + first, at.f + first, damping, count, g_slot, h_slot, wide_f);
+    const X* f = wide_f;
+    if constexpr (sizeof(F) == sizeof(X)) f = at.f + first;
+    add_square(f, count, lanes);
+    const X* residuals[kAndersonMaxMemory];
+    for (int age = 0; age < history; ++age) {
       const int64_t other = (slot + memory - age) % memory;
-      // The mix reads h as soon as this row's sums are known: have it in the cache by then.
+      residuals[age] = at.g_ring + other * dim + first;
       if (prefetch) fetch_ahead(at.h_ring + other * dim + first, count);
-      add_dot(at.g_ring + other * dim + first, wide_g, count, lanes + (age + 1) * kLanes);
     }
+    add_all_dots<1, true>(residuals, history, residuals, count, lanes + kLanes);
   }
   for (int64_t i = 0; i <= history; ++i) sums[i] = sum_lanes(lanes + i * kLanes);
 }

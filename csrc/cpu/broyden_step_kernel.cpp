@@ -34,8 +34,8 @@ void residual_block(const X* __restrict x, const F* __restrict f, int count, X* 
   for (int i = 0; i < count; ++i) g[i] = to_compute(f[i]) - to_compute(to_state<F>(x[i]));
 }
 
-template <typename T>
-void widen(const T* __restrict from, int count, double* __restrict to) {
+template <typename X, typename F>
+void widen(const F* __restrict from, int count, X* __restrict to) {
   for (int i = 0; i < count; ++i) to[i] = to_compute(from[i]);
 }
 
@@ -43,27 +43,31 @@ void widen(const T* __restrict from, int count, double* __restrict to) {
 template <typename X, typename F>
 void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, double* sums) {
   const Row<X, F> at(args, row);
-  const int64_t stored = broyden_history(args, row);
+  const int stored = static_cast<int>(broyden_history(args, row));
   alignas(64) double lanes[(2 * kBroydenMaxMemory + 2) * kLanes];
   std::fill_n(lanes, (2 * stored + 2) * kLanes, 0.0);
-  alignas(64) double wide_g[kBlock], wide_f[kBlock], newest[kBlock];
-  alignas(64) X g[kBlock];
+  alignas(64) X g[kBlock], wide_f[kBlock];
+  const X* steps[kBroydenMaxMemory];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
     residual_block(at.x + first, at.f + first, count, g);
-    widen(g, count, wide_g);
-    widen(at.f + first, count, wide_f);
-    add_dot(wide_g, wide_g, count, lanes);
-    add_dot(wide_f, wide_f, count, lanes + kLanes);
-    if (stored > 0) widen(at.s_ring + (stored - 1) * args.dim + first, count, newest);
-    for (int64_t j = 0; j < stored; ++j) {
-      const X* s = at.s_ring + j * args.dim + first;
-      fetch_ahead(s + kBlock, kBlock);
-      add_dot(s, wide_g, count, lanes + (2 + 2 * j) * kLanes);
-      add_dot(s, newest, count, lanes + (3 + 2 * j) * kLanes);
+    const X* f = wide_f;
+    if constexpr (sizeof(F) == sizeof(X)) {
+      f = at.f + first;
+    } else {
+      widen(at.f + first, count, wide_f);
     }
+    add_square<X>(g, count, lanes);
+    add_square<X>(f, count, lanes + kLanes);
+    for (int j = 0; j < stored; ++j) {
+      steps[j] = at.s_ring + j * args.dim + first;
+      fetch_ahead(steps[j] + kBlock, kBlock);
+    }
+    if (stored == 0) continue;
+    const X* const rights[] = {g, steps[stored - 1]};
+    add_all_dots<2, false>(steps, stored, rights, count, lanes + 2 * kLanes);
   }
-  for (int64_t i = 0; i < 2 * stored + 2; ++i) sums[i] = sum_lanes(lanes + i * kLanes);
+  for (int i = 0; i < 2 * stored + 2; ++i) sums[i] = sum_lanes(lanes + i * kLanes);
 }
 
 // Phase 2 on [begin, end) of a row.

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -23,13 +25,15 @@ constexpr int kBlock = 512;  // elements that stay in the first-level cache betw
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 8;  // doubles in a register
+constexpr int kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kWidth = 4;
+constexpr int kRegisters = 16;
 #else
 constexpr int kWidth = 2;
+constexpr int kRegisters = 16;
 #endif
 typedef double Doubles __attribute__((vector_size(kWidth * 8)));
-typedef float Floats __attribute__((vector_size(kWidth * 4)));
 
 [[gnu::always_inline]] inline Doubles load_doubles(const double* from) {
   Doubles out;
@@ -38,9 +42,14 @@ typedef float Floats __attribute__((vector_size(kWidth * 4)));
 }
 
 [[gnu::always_inline]] inline Doubles load_doubles(const float* from) {
-  Floats narrow;
-  std::memcpy(&narrow, from, sizeof(narrow));
-  return __builtin_convertvector(narrow, Doubles);
+  // By name: GCC converts a vector in halves.
+#if defined(__AVX512F__)
+  return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+  return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  return Doubles{from[0], from[1]};
+#endif
 }
 
 [[gnu::always_inline]] inline void store_doubles(double* to, Doubles value) {
@@ -57,26 +66,89 @@ typedef float Floats __attribute__((vector_size(kWidth * 4)));
 #endif
 }
 
-// sums[lane] += a . b over one block, for lane = index % kLanes.
-template <typename T>
-[[gnu::always_inline]] inline void add_dot(const T* a, const double* b, int count, double* sums) {
-  constexpr int kParts = kLanes / kWidth;
-  Doubles parts[kParts];
-#pragma GCC unroll 16
-  for (int p = 0; p < kParts; ++p) parts[p] = load_doubles(sums + p * kWidth);
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-#pragma GCC unroll 16
-    for (int p = 0; p < kParts; ++p) {
-      parts[p] = multiply_add_doubles(load_doubles(a + i + p * kWidth),
-                                      load_doubles(b + i + p * kWidth), parts[p]);
+// The largest power of two that is at most `most` and divides `parts`, itself one.
+constexpr int fitting_parts(int parts, int most) {
+  while (parts > 1 && parts > most) parts /= 2;
+  return parts;
+}
+
+// body(k) for k = 0 .. kCount - 1 with k known to the compiler, so that arrays stay in registers.
+template <int kCount, typename Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+  [&]<int... k>(std::integer_sequence<int, k...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, k>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// sums[l][r][lane] += lefts[l] . rights[r] over one block, for lane = index % kLanes. Every load and
+// conversion serves all sums; as many accumulators as there are registers run side by side. kSelf:
+// lefts[0] is rights[0].
+template <int kLefts, int kRights, bool kSelf, typename T>
+inline void add_dots(const T* const* lefts, const T* const* rights, int count, double* sums) {
+  constexpr int kParts = kLanes / kWidth, kSums = kLefts * kRights;
+  constexpr int kTogether = fitting_parts(kParts, (kRegisters - 2) / (kSums + kRights));
+  const int whole = count / kLanes * kLanes;
+  for (int first = 0; first < kParts; first += kTogether) {
+    Doubles totals[kSums * kTogether];
+    double* const at = sums + first * kWidth;
+    unrolled<kSums * kTogether>([&](auto k) __attribute__((always_inline)) {
+      totals[k] = load_doubles(at + k / kTogether * kLanes + k % kTogether * kWidth);
+    });
+    for (int i = first * kWidth; i < whole; i += kLanes) {
+      unrolled<kTogether>([&](auto part) __attribute__((always_inline)) {
+        Doubles right[kRights];
+        unrolled<kRights>([&](auto r) __attribute__((always_inline)) {
+          right[r] = load_doubles(rights[r] + i + part * kWidth);
+        });
+        unrolled<kLefts>([&](auto l) __attribute__((always_inline)) {
+          const Doubles left =
+              kSelf && l == 0 ? right[0] : load_doubles(lefts[l] + i + part * kWidth);
+          unrolled<kRights>([&](auto r) __attribute__((always_inline)) {
+            Doubles& total = totals[(l * kRights + r) * kTogether + part];
+            total = multiply_add_doubles(left, right[r], total);
+          });
+        });
+      });
+    }
+    unrolled<kSums * kTogether>([&](auto k) __attribute__((always_inline)) {
+      store_doubles(at + k / kTogether * kLanes + k % kTogether * kWidth, totals[k]);
+    });
+  }
+  for (int i = whole; i < count; ++i) {
+    for (int k = 0; k < kSums; ++k) {
+      double& sum = sums[k * kLanes + i % kLanes];
+      sum = multiply_add(static_cast<double>(lefts[k / kRights][i]),
+                         static_cast<double>(rights[k % kRights][i]), sum);
     }
   }
-#pragma GCC unroll 16
-  for (int p = 0; p < kParts; ++p) store_doubles(sums + p * kWidth, parts[p]);
-  for (; i < count; ++i) {
-    sums[i % kLanes] = multiply_add(static_cast<double>(a[i]), b[i], sums[i % kLanes]);
+}
+
+// |a|^2 over one block, into kLanes sums.
+template <typename T>
+inline void add_square(const T* a, int count, double* sums) {
+  add_dots<1, 1, true>(&a, &a, count, sums);
+}
+
+// The same as add_dots for any number of lefts: sums [lefts][kRights][kLanes].
+template <int kRights, bool kSelf, typename T>
+inline void add_all_dots(const T* const* lefts, int count_lefts, const T* const* rights, int count,
+                         double* sums) {
+  constexpr int kMost = kRights == 1 ? 5 : 4;  // a memory of 5 in one go
+  constexpr int kStride = kRights * kLanes;
+  const auto add = [&]<int kLefts, bool kFirst>(int from) {
+    add_dots<kLefts, kRights, kFirst>(lefts + from, rights, count, sums + from * kStride);
+  };
+  int done = 0;
+  if (kSelf && count_lefts >= kMost) {
+    add.template operator()<kMost, true>(0);
+    done = kMost;
+  } else if (kSelf) {
+    add.template operator()<1, true>(0);
+    done = 1;
   }
+  for (; done + kMost <= count_lefts; done += kMost) add.template operator()<kMost, false>(done);
+  for (; done + 2 <= count_lefts; done += 2) add.template operator()<2, false>(done);
+  if (done < count_lefts) add.template operator()<1, false>(done);
 }
 
 inline double sum_lanes(double* sums) {

@@ -43,11 +43,17 @@ DEQCORE_DEVICE F to_state(X value) {
   if constexpr (sizeof(F) != 2) {
     return value;
   } else if constexpr (__is_same(F, BFloat16)) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    BFloat16 out;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+    return out;
+#else
     uint32_t bits;
     memcpy(&bits, &value, sizeof(bits));
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return BFloat16{static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+#endif
   } else {
     Half out{0};
 #if defined(__CUDA_ARCH__)

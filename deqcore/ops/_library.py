@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("deqcore", "DEF")
 
 
 def call_step(op: Callable[..., None], *args: object) -> None:
-    """Call a step op; outside grad mode past autograd, whose Python kernel doubles its cost."""
-    if torch.is_grad_enabled():
+    """Call a step op; past autograd unless it has to refuse: its Python kernel doubles the cost."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         op(*args)
         return
     with torch._C._AutoDispatchBelowAutograd():
@@ -30,7 +31,7 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
     op = getattr(torch.ops.deqcore, name).default
 
     def forbid_autograd(keyset: torch._C.DispatchKeySet, *args: object) -> None:
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError(
                 f"deqcore::{name} changes solver state in place and has no derivative; call it "
@@ -43,7 +44,7 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
     torch.library.register_fake(f"deqcore::{name}", lambda *args: None, lib=LIBRARY)
 
 
-def call_pure(op: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
+def call_pure(op: Callable[..., Tensor], *args: object) -> Tensor:
     """Call an op without side effects; outside grad mode past autograd, as :func:`call_step`."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
@@ -54,10 +55,10 @@ def call_pure(op: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
 def define_pure(
     name: str,
     schema: str,
-    reference: Callable[..., torch.Tensor],
-    fake: Callable[..., torch.Tensor],
-    setup: Callable[[Any, Any, torch.Tensor], None],
-    backward: Callable[[Any, torch.Tensor], Any],
+    reference: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    setup: Callable[[Any, Any, Tensor], None],
+    backward: Callable[[Any, Tensor], Any],
 ) -> None:
     """Register an op without side effects, with its derivative (``setup`` and ``backward``).
 

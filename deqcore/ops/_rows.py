@@ -38,11 +38,14 @@ class Rows(NamedTuple):
         """All rows active, except those of ``frozen`` (bool [B]), which count as converged."""
         status = torch.full((batch,), ACTIVE, dtype=torch.int8, device=device)
         residuals = torch.full((batch, 3), torch.inf, dtype=torch.float64, device=device)
-        if frozen is not None:
+        counters = torch.zeros(batch, 5, dtype=torch.int32, device=device)
+        if frozen is None:
+            remaining = torch.full((1,), batch, dtype=torch.int32, device=device)
+        else:
             status.masked_fill_(frozen, int(Status.CONVERGED))
             residuals.masked_fill_(frozen[:, None], 0.0)
-        counters = torch.zeros(batch, 5, dtype=torch.int32, device=device)
-        return cls(status, counters, residuals, _count_active(status))
+            remaining = _count_active(status)
+        return cls(status, counters, residuals, remaining)
 
 
 def _count_active(status: Tensor) -> Tensor:

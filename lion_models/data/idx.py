@@ -5,12 +5,17 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["read_idx", "read_idx_pair"]
+from lion_models.data.base import TEST, TRAIN, ArraySource
+from lion_models.data.transforms import Geometry
+from lion_models.errors import UserError
+
+__all__ = ["is_idx_folder", "open_idx", "read_idx", "read_idx_pair"]
 
 _UNSIGNED_BYTE = 0x08
 
@@ -34,7 +39,7 @@ def read_idx(path: Path) -> Tensor:
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != _UNSIGNED_BYTE:
         raise ValueError(f"{path}: not an IDX file of unsigned bytes (starts with {raw[:4]!r})")
@@ -72,3 +77,51 @@ def read_idx_pair(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 def _plain_or_gz(path: Path) -> Path:
     return path if path.is_file() else path.with_name(path.name + ".gz")
+
+
+def is_idx_folder(folder: Path) -> bool:
+    """Whether a folder holds images or labels in MNIST's naming, of either part."""
+    return any(folder.glob("*-images-idx3-ubyte*")) or any(folder.glob("*-labels-idx1-ubyte*"))
+
+
+def open_idx(
+    name: str, folder: Path, geometry: Geometry, classes: tuple[str, ...] | None = None
+) -> ArraySource:
+    """Open a folder of IDX files; the `t10k` pair, where there is one, is the test set.
+
+    Args:
+        name: what the user wrote.
+        folder: see `read_idx_pair`.
+        geometry: how pictures are fitted to the backbone.
+        classes: names; None names the classes by their numbers.
+
+    Raises:
+        UserError: a file is missing or damaged, or there is only one class.
+    """
+    parts = [("train", TRAIN)]
+    if any((folder / f"t10k-{kind}-ubyte{end}").is_file() for kind in _KINDS for end in _ENDS):
+        parts.append(("t10k", TEST))
+    try:
+        pairs = [(*read_idx_pair(folder, split), part) for split, part in parts]
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"--data: {error}") from error
+    shapes = {tuple(images.shape[1:]) for images, _, _ in pairs}
+    if len(shapes) > 1:
+        raise UserError(
+            f"--data: {folder}: training and test images differ in size ({shapes}); "
+            "expected both pairs of one data set"
+        )
+    labels = torch.cat([labels for _, labels, _ in pairs])
+    if classes is None:
+        classes = tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
+    if len(classes) < 2:
+        raise UserError(f"--data: {folder} holds {len(classes)} classes; expected at least two")
+    official = torch.cat(
+        [torch.full((len(labels),), part, dtype=torch.int8) for _, labels, part in pairs]
+    )
+    images = torch.cat([images for images, _, _ in pairs])
+    return ArraySource(name, classes, labels, images, geometry, official)
+
+
+_KINDS = ("images-idx3", "labels-idx1")
+_ENDS = ("", ".gz")

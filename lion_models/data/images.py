@@ -11,40 +11,60 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from lion_models.data.transforms import Geometry
 from lion_models.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "check_header", "decode_image", "to_tensor"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "check_header",
+    "check_whole",
+    "decode_file",
+    "decode_image",
+    "to_tensor",
+]
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 )
 
 
-def decode_image(path: Path, channels: int, size: int) -> Tensor:
-    """Read one image file: uint8 (channels, size, size).
+def decode_image(path: Path, channels: int, size: int, transform: str = "square") -> Tensor:
+    """Read one image file as it is evaluated: uint8 (channels, size, size).
 
     EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits,
-    and the whole picture is resized to the square (its sides are not cropped).
+    and the picture is fitted to the square.
 
     Args:
         path: the file.
         channels: 1 for grey, 3 for colour, whatever the file holds.
         size: height and width in pixels.
+        transform: see `Geometry`; `square` resizes the whole picture, its sides are not cropped.
 
     Raises:
         UserError: no such file, or not a whole image.
     """
+    return decode_file(path, Geometry(channels, size, transform))
+
+
+def decode_file(path: Path, geometry: Geometry, training: bool = False) -> Tensor:
+    """`decode_image` with its options in one; `training` keeps the margin of random crops."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected an image")
     with _opened(path) as image:
         image.load()
-        return to_tensor(ImageOps.exif_transpose(image), channels, size)
+        return to_tensor(ImageOps.exif_transpose(image), geometry, training)
 
 
 def check_header(path: Path) -> None:
     """Raise UserError unless the file begins as an image does; cheap enough for whole folders."""
     with _opened(path):
         pass
+
+
+def check_whole(path: Path) -> None:
+    """Raise UserError unless the whole file can be decoded; costs as much as decoding it."""
+    with _opened(path) as image:
+        image.load()
 
 
 @contextmanager
@@ -61,18 +81,16 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: damaged image ({error}); remove or replace it") from error
 
 
-def to_tensor(image: Image.Image, channels: int, size: int) -> Tensor:
-    """A Pillow image of any mode to uint8 (channels, size, size)."""
+def to_tensor(image: Image.Image, geometry: Geometry, training: bool = False) -> Tensor:
+    """A Pillow image of any mode to uint8 (C, S, S), or (C, R, R) for training."""
     image = _eight_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(ground, image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    image = geometry.picture(image.convert("L" if geometry.channels == 1 else "RGB"), training)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    return pixels.unsqueeze(0) if geometry.channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

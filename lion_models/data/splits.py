@@ -12,15 +12,24 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lion_models.data.sources import Source
+from lion_models.data.base import TEST, TRAIN, VALIDATION, Source
+from lion_models.data.lazy import Images, decoded_or_lazy
 from lion_models.errors import UserError
 
-__all__ = ["SealedTest", "Split", "Task", "make_task", "split_rows"]
+__all__ = [
+    "SealedTest",
+    "Split",
+    "Task",
+    "class_counts",
+    "make_task",
+    "split_rows",
+    "split_source",
+]
 
 TEST_SHARE = 0.3
 VALIDATION_SHARE = 0.1
@@ -38,12 +47,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """What a method may learn from: images uint8 (n, C, S, S), labels int64 (n,), no test set."""
+    """What a method may learn from: images uint8 (n, C, S, S), labels int64 (n,), no test set.
+
+    Training images are (n, C, R, R), R > S, where the transform crops at random; see `Geometry`.
+    """
 
     classes: tuple[str, ...]
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    validation_images: Tensor
+    validation_images: Images
     validation_labels: Tensor
 
 
@@ -111,50 +123,174 @@ def split_rows(
     shots: int | None,
     validation_shots: int | None = None,
     test_cap: int | None = None,
+    *,
+    official: Tensor | None = None,
+    imbalance: float | None = None,
 ) -> Split:
     """Divide the rows of every class into train, validation and test.
 
     Args:
         labels: int64 (N,).
         classes: class names, for the messages.
-        seed: draws training and validation rows; the test rows (30% of a class) do not depend on
-            it.
+        seed: draws training and validation rows; the test rows (30% of a class, or the data set's
+            own) do not depend on it.
         shots: training images per class; None takes all that test and validation leave.
-        validation_shots: validation images per class; None takes as many as `shots`, or 10% of the
-            class when `shots` is None.
+        validation_shots: validation images per class; None takes all of the data set's own
+            validation part, else as many as `shots`, or 10% of the class when `shots` is None.
         test_cap: most test images per class; None keeps all.
+        official: int8 (N,), the part of each row in the data set's own split; see `Source`. A part
+            that it does not have is drawn from its training rows.
+        imbalance: training images of the first class over those of the last, 1 or more. Class c of
+            C keeps floor(n imbalance^(-c / (C-1))) of them, n being `shots` or the most that
+            every class can give (Cui et al., CVPR 2019, section 5.1). Validation stays as it is in
+            the balanced split, of which this one is a part.
 
     Raises:
         UserError: a class has too few images.
     """
-    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for label, name in enumerate(classes):
-        rows = (labels == label).nonzero().squeeze(1)
-        count = len(rows)
-        rows = rows[torch.randperm(count, generator=_generator(_TEST_SEED, label))]
-        test_count = max(1, round(TEST_SHARE * count))
-        test, rest = rows[:test_count][:test_cap], rows[test_count:]
-        if validation_shots is not None:
-            held = validation_shots
-        else:
-            held = max(1, round(VALIDATION_SHARE * count)) if shots is None else shots
-        wanted = len(rest) - held if shots is None else shots
-        if wanted < 1 or wanted + held > len(rest):
+    factors = _profile(len(classes), imbalance)
+    pools = [_pool(labels, official, seed, label, test_cap) for label in range(len(classes))]
+    held = _validation_counts(pools, shots, validation_shots, balanced=imbalance is not None)
+    rooms = [
+        len(pool.train) - (0 if pool.validation is not None else count)
+        for pool, count in zip(pools, held, strict=True)
+    ]
+    if imbalance is None:
+        wanted = rooms if shots is None else [shots] * len(classes)
+    else:
+        most = min(room / factor for room, factor in zip(rooms, factors, strict=True))
+        top = most if shots is None else shots
+        wanted = [int(top * factor + 1e-9) for factor in factors]
+        if wanted[-1] < 1 <= wanted[0]:
             raise UserError(
-                f"class '{name}' has {count} images, of which {test_count} are kept for the test; "
-                f"{max(wanted, 1)} for training and {held} for validation are more than the "
-                f"{len(rest)} left; lower --shots or --validation-shots, or add images"
+                f"--imbalance {imbalance:g}: leaves class '{classes[-1]}' no image, because the "
+                f"first class has {wanted[0]}; lower --imbalance to at most {wanted[0]} or raise "
+                "--shots"
             )
-        rest = rest[torch.randperm(len(rest), generator=_generator(seed, label))]
-        parts[0].append(rest[:wanted])
-        parts[1].append(rest[wanted : wanted + held])
-        parts[2].append(test)
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for pool, name, count, keep, room in zip(pools, classes, wanted, held, rooms, strict=True):
+        _check_room(pool, name, count, keep, room, shots)
+        parts[0].append(pool.train[:count])
+        if pool.validation is not None:
+            parts[1].append(pool.validation[:keep])
+        else:
+            start = room if shots is None else min(shots, room)
+            parts[1].append(pool.train[start : start + keep])
+        parts[2].append(pool.test)
     train_rows, validation_rows, test_rows = (torch.cat(part).sort().values for part in parts)
     return Split(train_rows, validation_rows, test_rows)
 
 
+class _Pool(NamedTuple):
+    """The rows of one class, shuffled: training by the seed, test by a seed of its own."""
+
+    train: Tensor
+    validation: Tensor | None
+    test: Tensor
+    images: int
+    tested: int
+
+
+def _pool(
+    labels: Tensor, official: Tensor | None, seed: int, label: int, test_cap: int | None
+) -> _Pool:
+    rows = (labels == label).nonzero().squeeze(1)
+    count = len(rows)
+    part = torch.full_like(rows, TRAIN) if official is None else official[rows]
+    own_test, own_validation = (
+        official is not None and bool((official == role).any()) for role in (TEST, VALIDATION)
+    )
+    shuffled = torch.randperm(count, generator=_generator(_TEST_SEED, label))
+    rows, part = rows[shuffled], part[shuffled]
+    train = rows[part == TRAIN]
+    if own_test:
+        test = rows[part == TEST]
+    else:
+        taken = max(1, round(TEST_SHARE * len(train)))
+        test, train = train[:taken], train[taken:]
+    train = train[torch.randperm(len(train), generator=_generator(seed, label))]
+    validation = None
+    if own_validation:
+        validation = rows[part == VALIDATION]
+        order = torch.randperm(len(validation), generator=_generator(seed, label))
+        validation = validation[order]
+    return _Pool(train, validation, test[:test_cap], count, len(test))
+
+
+def _profile(classes: int, imbalance: float | None) -> list[float]:
+    if imbalance is None or classes < 2:
+        return [1.0] * classes
+    if not imbalance >= 1:
+        raise UserError(f"--imbalance: expected 1 or more, got {imbalance:g}")
+    return [imbalance ** (-label / (classes - 1)) for label in range(classes)]
+
+
+def _validation_counts(
+    pools: list[_Pool], shots: int | None, validation_shots: int | None, balanced: bool
+) -> list[int]:
+    """Validation images of each class; `balanced` takes the same share of all."""
+    if validation_shots is not None:
+        return [validation_shots] * len(pools)
+    smallest = min(pool.images for pool in pools)
+    counts = []
+    for pool in pools:
+        if pool.validation is not None:
+            counts.append(len(pool.validation))
+        elif shots is not None:
+            counts.append(shots)
+        else:
+            share = smallest if balanced else pool.images
+            counts.append(max(1, round(VALIDATION_SHARE * share)))
+    return counts
+
+
+def _check_room(
+    pool: _Pool, name: str, wanted: int, held: int, room: int, shots: int | None
+) -> None:
+    if pool.validation is not None:
+        if held > len(pool.validation):
+            raise UserError(
+                f"class '{name}' has {len(pool.validation)} images in the data set's own "
+                f"validation part, {held} were asked for; lower --validation-shots"
+            )
+        # Small sets of many classes do leave one out of their own training part.
+        if wanted <= room and (wanted >= 1 or shots is None):
+            return
+        raise UserError(
+            f"class '{name}' has {len(pool.train)} images in the data set's own training part, "
+            f"{wanted} were asked for; lower --shots or use --shots all"
+        )
+    if wanted < 1 or wanted > room:
+        raise UserError(
+            f"class '{name}' has {pool.images} images, of which {pool.tested} are kept for the "
+            f"test; {max(wanted, 1)} for training and {held} for validation are more than the "
+            f"{len(pool.train)} left; lower --shots or --validation-shots, or add images"
+        )
+
+
 def _generator(seed: int, label: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + label)
+
+
+def split_source(
+    source: Source,
+    seed: int,
+    shots: int | None,
+    validation_shots: int | None = None,
+    test_cap: int | None = None,
+    imbalance: float | None = None,
+) -> Split:
+    """`split_rows` of a source, with the split that the data set brings."""
+    return split_rows(
+        source.labels,
+        source.classes,
+        seed,
+        shots,
+        validation_shots,
+        test_cap,
+        official=source.official,
+        imbalance=imbalance,
+    )
 
 
 def make_task(
@@ -163,13 +299,22 @@ def make_task(
     shots: int | None,
     validation_shots: int | None = None,
     test_cap: int | None = None,
+    imbalance: float | None = None,
 ) -> Task:
-    """Split a source and decode its training and validation images; see `split_rows`."""
-    split = split_rows(source.labels, source.classes, seed, shots, validation_shots, test_cap)
+    """Split a source and take its training and validation images; see `split_rows`.
+
+    They are decoded at once where they fit into `DECODED_LIMIT_BYTES`, else batch by batch.
+    """
+    split = split_source(source, seed, shots, validation_shots, test_cap, imbalance)
     return Task(
         classes=source.classes,
-        train_images=source.load(split.train),
+        train_images=decoded_or_lazy(source.load_training, split.train),
         train_labels=source.labels[split.train],
-        validation_images=source.load(split.validation),
+        validation_images=decoded_or_lazy(source.load, split.validation),
         validation_labels=source.labels[split.validation],
     )
+
+
+def class_counts(task: Task) -> Tensor:
+    """Training images of each class: int64 (C,)."""
+    return torch.bincount(task.train_labels, minlength=len(task.classes))

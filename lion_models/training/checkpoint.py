@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone, fingerprint, load_backbone
-from lion_models.classifier import TunedClassifier, trained_state
+from lion_models.classifier import TunedClassifier, load_trained, trained_state
 from lion_models.errors import UserError
 from lion_models.training.config import RunConfig, build_model
 
@@ -112,13 +112,16 @@ def load_run(path: Path, backbone: FrozenBackbone | None = None) -> LoadedRun:
     config = RunConfig.from_dict(json.loads(metadata["config"]))
     classes = tuple(json.loads(metadata["classes"]))
     model = build_model(config, backbone, len(classes))
+    unfit = (
+        f"{file}: its weights do not fit method '{config.method}': {{}}; "
+        "it was written by another version"
+    )
+    try:
+        load_trained(model, weights)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(unfit.format(error)) from error
     expected = {name: tuple(value.shape) for name, value in trained_state(model).items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != found:
-        differing = sorted(set(expected.items()) ^ set(found.items()))[:4]
-        raise UserError(
-            f"{file}: its weights do not fit method '{config.method}': {differing}; "
-            "it was written by another version"
-        )
-    model.load_state_dict(weights, strict=False)
+        raise UserError(unfit.format(sorted(set(expected.items()) ^ set(found.items()))[:4]))
     return LoadedRun(model.eval(), config, classes, fingerprint(weights))

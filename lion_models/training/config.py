@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import deqcore
 from lion_models.backbones import FrozenBackbone
-from lion_models.baselines import LinearProbe, VPTDeep
+from lion_models.backbones.normalisation import NORMALISATIONS, with_normalisation
+from lion_models.backbones.views import checkpoint_blocks, read_at
+from lion_models.baselines import (
+    ADAPTER_PLACES,
+    Adapters,
+    FineTune,
+    LinearProbe,
+    LoRA,
+    VPTDeep,
+    VPTPad,
+    VPTShallow,
+)
 from lion_models.classifier import TunedClassifier
 from lion_models.data.augment import AUGMENTATIONS
+from lion_models.data.transforms import TRANSFORMS
+from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, choose
-from lion_models.implicit_prompt import Solver
-from lion_models.lion import SIDES, Lion
+from lion_models.implicit_prompt import SPACES, Solver
+from lion_models.lion import OUTPUT_INPUTS, SIDES, Lion
+from lion_models.pruning import check_prunable
+from lion_models.robust import THRESHOLDS
 
 __all__ = [
     "DEFAULTS",
     "METHODS",
     "OPTIMIZERS",
+    "ROBUST",
+    "ROBUST_ON",
+    "ROBUST_SETS",
+    "SHOWN_METHODS",
     "SOLVERS",
     "RunConfig",
     "build_model",
     "make_solver",
 ]
 
-METHODS = ("linear", "vpt-deep", "lion")
+METHODS = (
+    "linear",
+    "full",
+    "bias",
+    "adapter",
+    "lora",
+    "vpt-shallow",
+    "vpt-deep",
+    "vpt-pad",
+    "lion",
+)
+# What `lion demo` and, unless told otherwise, `lion compare` run.
+SHOWN_METHODS = ("linear", "vpt-deep", "lion")
 OPTIMIZERS = ("adamw", "sgd")
 SOLVERS = ("anderson", "broyden", "picard")
+ROBUST = ("none", "cdr")
+ROBUST_SETS = ("step", "fixed")
+ROBUST_ON = ("implicit", "all")
 
 
 class Recipe(NamedTuple):
@@ -38,10 +73,17 @@ class Recipe(NamedTuple):
     augment: str
 
 
-# Chosen from the same grid for every method; docs/lion.md shows it.
+# Those of linear, vpt-deep and lion were chosen from one grid; docs/lion.md shows it. The others
+# are starting values that no search has confirmed yet.
 DEFAULTS = {
     "linear": Recipe(0.03, 0.01, "none"),
+    "full": Recipe(0.001, 0.01, "none"),
+    "bias": Recipe(0.01, 0.01, "none"),
+    "adapter": Recipe(0.01, 0.01, "none"),
+    "lora": Recipe(0.01, 0.01, "none"),
+    "vpt-shallow": Recipe(0.03, 0.01, "none"),
     "vpt-deep": Recipe(0.03, 0.01, "none"),
+    "vpt-pad": Recipe(0.03, 0.01, "none"),
     "lion": Recipe(0.03, 0.01, "affine"),
 }
 
@@ -51,12 +93,14 @@ class RunConfig:
     """One training run.
 
     Args:
-        data: `mnist5k`, `digits` or an image folder.
-        method: `linear`, `vpt-deep` or `lion`.
-        backbone: what `load_backbone` takes: `tiny-vit`, `vit-s14-focus,readout=11`, ...
+        data: what `open_source` takes: a name of `lion data list`, a folder, and others.
+        method: one of METHODS.
+        backbone: what `load_backbone` takes: `tiny-vit`, `vit-s14-focus`, ...
         shots: training images per class; None uses all (70/10/20 split).
         validation_shots: validation images per class; None means as many as `shots`.
         test_cap: most test images per class; None means all that are left.
+        imbalance: training images of the first class over those of the last, with an exponential
+            profile between; None for as many of each. Validation and test are not changed.
         seed: of the split, the initial weights, the order of batches and the dropout.
         epochs: passes over the training images.
         batch: images per step.
@@ -65,7 +109,11 @@ class RunConfig:
             tenth of the epochs, then half a cosine to zero.
         weight_decay: None means the method's default.
         augment: `none` or `affine` (small random maps of the training images); None means the
-            method's default.
+            method's default, which is `none` for every method unless `transform` is `square`.
+        transform: `square`, `vtab`, `fgvc` or `fgvc-resized`; see `lion_models.data.Geometry`.
+        normalisation: `backbone` (its own), `imagenet` or `half` (mean and deviation 0.5).
+        bad_files: `fail` on missing and damaged image files, or `skip` them with a warning.
+        verify: `full` decodes every image file once before anything starts; `header` does not.
         sides: lion: `both`, `input` or `output`.
         hidden: lion: bottleneck width.
         strength: lion: initial lambda.
@@ -73,8 +121,30 @@ class RunConfig:
         rtol: lion: relative tolerance of the solver; None means deqcore's default.
         max_steps: lion: most evaluations of the cell per solve.
         iterations: lion: None for the equilibrium, k for k explicit layers.
-        prompts: vpt-deep: tokens per block.
+        space: lion: `token` or `pixel`; None means `token` where the backbone has tokens.
+        output_input: lion: what drives the output layer, `pooled` or `embedding`; see `Lion`.
+        robust: `none` or `cdr`: critical weights learn, the others are driven to zero.
+        tau: cdr: share of the weights that is not critical.
+        robust_set: cdr: `step` chooses the critical set anew at every step, `fixed` once, by the
+            scores of the first tenth of the epochs.
+        robust_scope: cdr: `layer` takes the share of each matrix, `global` of all together.
+        robust_decay: cdr: pull towards zero, in weight per unit of learning rate.
+        robust_ramp: cdr: epochs over which tau rises from 0.
+        robust_on: cdr: `implicit` acts on the matrices of lion's implicit layers and leaves other
+            methods alone, `all` on every trained matrix of every method, the head's included.
+        sparsity: lion: share of each matrix of the implicit layers that is pruned; 0 for none.
+        prune_at: lion: the epoch after whose training that happens, and before its validation;
+            None means the last. Later epochs train the kept weights, without `robust`.
+        readout: block that the feature is read from, 1 for the first; None means the last.
+        checkpoint_backbone: compute the activations of the frozen blocks again in the backward
+            pass instead of keeping them; not for `full` and `bias`.
+        prompts: vpt-deep: tokens per block; vpt-shallow: tokens.
         prompt_dropout: vpt-deep: dropout on the prompts.
+        pad: vpt-pad: width of the learned frame in pixels.
+        adapter_hidden: adapter: bottleneck width.
+        adapter_place: adapter: `both` (behind attention and MLP) or `mlp`.
+        lora_rank: lora: rank r.
+        lora_alpha: lora: the scale is alpha / r; None means a scale of one.
     """
 
     data: str
@@ -83,6 +153,7 @@ class RunConfig:
     shots: int | None = 20
     validation_shots: int | None = None
     test_cap: int | None = None
+    imbalance: float | None = None
     seed: int = 42
     epochs: int = 100
     batch: int = 64
@@ -90,6 +161,10 @@ class RunConfig:
     lr: float | None = None
     weight_decay: float | None = None
     augment: str | None = None
+    transform: str = "square"
+    normalisation: str = "backbone"
+    bad_files: str = "fail"
+    verify: str = "full"
     sides: str = "both"
     hidden: int = 8
     strength: float = 1.0
@@ -97,16 +172,43 @@ class RunConfig:
     rtol: float | None = None
     max_steps: int = 50
     iterations: int | None = None
+    space: str | None = None
+    output_input: str = "pooled"
+    robust: str = "none"
+    tau: float = 0.5
+    robust_set: str = "step"
+    robust_scope: str = "layer"
+    robust_decay: float = 0.03
+    robust_ramp: int = 0
+    robust_on: str = "implicit"
+    sparsity: float = 0.0
+    prune_at: int | None = None
+    readout: int | None = None
+    checkpoint_backbone: bool = False
     prompts: int = 10
     prompt_dropout: float = 0.1
+    pad: int = 2
+    adapter_hidden: int = 2
+    adapter_place: str = "both"
+    lora_rank: int = 2
+    lora_alpha: float | None = None
 
     def __post_init__(self) -> None:
         choose("--method", self.method, METHODS)
         choose("--optimizer", self.optimizer, OPTIMIZERS)
         if self.augment is not None:
             choose("--augment", self.augment, AUGMENTATIONS)
+        choose("--transform", self.transform, TRANSFORMS)
+        choose("--normalisation", self.normalisation, NORMALISATIONS)
+        choose("--bad-files", self.bad_files, BAD_FILES)
+        choose("--verify", self.verify, VERIFY)
         choose("--sides", self.sides, SIDES)
         choose("--solver", self.solver, SOLVERS)
+        if self.space is not None:
+            choose("--space", self.space, SPACES)
+        choose("--output-input", self.output_input, OUTPUT_INPUTS)
+        self._check_robust()
+        choose("--adapter-place", self.adapter_place, ADAPTER_PLACES)
         counts = (
             "shots",
             "validation_shots",
@@ -117,24 +219,64 @@ class RunConfig:
             "max_steps",
             "iterations",
             "prompts",
+            "readout",
+            "pad",
+            "adapter_hidden",
+            "lora_rank",
         )
         for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, got {value}")
-        for name in ("lr", "rtol"):
+        for name in ("lr", "rtol", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1000:
-                raise UserError(f"--{name}: expected a positive number, got {value}")
+                option = name.replace("_", "-")
+                raise UserError(f"--{option}: expected a positive number, got {value}")
+        if self.imbalance is not None and not 1 <= self.imbalance < 1e6:
+            raise UserError(f"--imbalance: expected 1 or more, got {self.imbalance}")
         if self.weight_decay is not None and self.weight_decay < 0:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if not 0 <= self.prompt_dropout < 1:
             raise UserError(f"--prompt-dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
 
+    def _check_robust(self) -> None:
+        choose("--robust", self.robust, ROBUST)
+        choose("--robust-set", self.robust_set, ROBUST_SETS)
+        choose("--robust-scope", self.robust_scope, THRESHOLDS)
+        choose("--robust-on", self.robust_on, ROBUST_ON)
+        for name in ("tau", "sparsity"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UserError(f"--{name}: expected a share from 0 to below 1, got {value}")
+        for name in ("robust_decay", "robust_ramp"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option}: expected 0 or more, got {value}")
+        if self.prune_at is None:
+            return
+        if not self.sparsity:
+            raise UserError("--prune-at: says when to prune; say how much with --sparsity, too")
+        if not 1 <= self.prune_at <= self.epochs:
+            raise UserError(
+                f"--prune-at: expected an epoch from 1 to {self.epochs}, got {self.prune_at}"
+            )
+
+    @property
+    def prune_epoch(self) -> int | None:
+        """The epoch after whose training the model is pruned; None if it is not."""
+        if self.method != "lion" or not self.sparsity:
+            return None
+        return self.epochs if self.prune_at is None else self.prune_at
+
     @property
     def recipe(self) -> Recipe:
         """Learning rate, weight decay and augmentation, with the method's defaults filled in."""
         default = DEFAULTS[self.method]
+        if self.transform != "square":
+            # A protocol of others, with an augmentation of its own or none: the same for all.
+            default = default._replace(augment="none")
         return Recipe(
             default.lr if self.lr is None else self.lr,
             default.weight_decay if self.weight_decay is None else self.weight_decay,
@@ -173,12 +315,37 @@ def make_solver(config: RunConfig, record_trace: bool = False) -> Solver:
 
 
 def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> TunedClassifier:
-    """The classifier that a configuration names, freshly initialised from torch's generator."""
-    if config.method == "linear":
-        return LinearProbe(backbone, classes)
-    if config.method == "vpt-deep":
-        return VPTDeep(backbone, classes, config.prompts, config.prompt_dropout)
-    return Lion(
+    """The classifier that a configuration names, freshly initialised from torch's generator.
+
+    Raises:
+        UserError: the backbone is not one that the method or an option can work with.
+    """
+    backbone = with_normalisation(backbone, config.normalisation)
+    if config.readout is not None:
+        backbone = read_at(backbone, config.readout)
+    if config.checkpoint_backbone:
+        if config.method in ("full", "bias"):
+            raise UserError(
+                f"--checkpoint-backbone: saves the activations of frozen blocks; '{config.method}' "
+                "trains them; leave the option out"
+            )
+        backbone = checkpoint_blocks(backbone)
+    builders: dict[str, Callable[[], TunedClassifier]] = {
+        "linear": lambda: LinearProbe(backbone, classes),
+        "full": lambda: FineTune(backbone, classes),
+        "bias": lambda: FineTune(backbone, classes, "bias"),
+        "adapter": lambda: Adapters(backbone, classes, config.adapter_hidden, config.adapter_place),
+        "lora": lambda: LoRA(backbone, classes, config.lora_rank, config.lora_alpha),
+        "vpt-shallow": lambda: VPTShallow(backbone, classes, config.prompts),
+        "vpt-deep": lambda: VPTDeep(backbone, classes, config.prompts, config.prompt_dropout),
+        "vpt-pad": lambda: VPTPad(backbone, classes, config.pad),
+        "lion": lambda: _build_lion(config, backbone, classes),
+    }
+    return builders[config.method]()
+
+
+def _build_lion(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Lion:
+    model = Lion(
         backbone,
         classes,
         sides=config.sides,
@@ -186,4 +353,9 @@ def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Tu
         strength=config.strength,
         solver=make_solver(config),
         iterations=config.iterations,
+        space=config.space,
+        output_input=config.output_input,
     )
+    if config.sparsity:
+        check_prunable(model)
+    return model

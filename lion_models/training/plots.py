@@ -16,7 +16,17 @@ from lion_models.training.config import RunConfig
 __all__ = ["METHOD_COLOURS", "plot_comparison", "plot_run"]
 
 # Okabe & Ito's palette: told apart with any colour vision.
-METHOD_COLOURS = {"linear": "#999999", "vpt-deep": "#0072B2", "lion": "#D55E00"}
+METHOD_COLOURS = {
+    "linear": "#999999",
+    "full": "#000000",
+    "bias": "#F0E442",
+    "adapter": "#009E73",
+    "lora": "#CC79A7",
+    "vpt-shallow": "#56B4E9",
+    "vpt-deep": "#0072B2",
+    "vpt-pad": "#E69F00",
+    "lion": "#D55E00",
+}
 SIDE_COLOURS = {"input": "#009E73", "output": "#CC79A7"}
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone, load_backbone
 from lion_models.classifier import TunedClassifier, count_parameters
-from lion_models.data import SealedTest, Source, Task, make_task, open_source, split_rows
+from lion_models.data import SealedTest, Source, Task, class_counts
 from lion_models.errors import UserError
 from lion_models.lion import Lion
 from lion_models.seeding import seed_all
 from lion_models.training.checkpoint import CHECKPOINT, load_run, save_checkpoint
 from lion_models.training.config import RunConfig, build_model, make_solver
 from lion_models.training.plots import plot_run
+from lion_models.training.run_data import open_data, split_data, take_task
 from lion_models.training.trainer import FitState, fit, freeze_images, score
 
 __all__ = ["measure_run", "prepare_folder", "read_config", "train_run"]
@@ -108,8 +109,8 @@ def train_run(
         )
     backbone = load_backbone(config.backbone) if backbone is None else backbone
     backbone = backbone.to(device)
-    source = source or open_source(config.data, backbone.channels, backbone.image_size)
-    task = make_task(source, config.seed, config.shots, config.validation_shots, config.test_cap)
+    source = source or open_data(config, backbone)
+    task = take_task(source, config, backbone)
     seed_all(config.seed)
     model = build_model(config, backbone, len(task.classes)).to(device)
     traces = {"before": _traces(model, task, config)}
@@ -127,7 +128,7 @@ def train_run(
 
     state = fit(model, task, config, state, after_epoch)
     traces["after"] = _traces(model, task, config)
-    save_checkpoint(folder / CHECKPOINT, state.best, config, backbone, task.classes)
+    save_checkpoint(folder / CHECKPOINT, state.best, config, model.backbone, task.classes)
     chosen = state.history[state.best_epoch - 1]
     counts = count_parameters(model)
     result = {
@@ -135,7 +136,9 @@ def train_run(
         "seed": config.seed,
         "best_epoch": state.best_epoch,
         "validation_accuracy": chosen["validation_accuracy"],
-        "parameters": asdict(counts) | {"without_head": counts.without_head},
+        "parameters": counts.to_dict(),
+        "train_images": class_counts(task).tolist(),
+        "skipped_files": list(source.skipped),
         "seconds": sum(row["seconds"] for row in state.history),
         "solver": chosen["solver"],
         "traces": traces,
@@ -169,16 +172,8 @@ def measure_run(
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     run = load_run(folder, backbone)
     config, model = run.config, run.model.to(device)
-    channels, size = model.backbone.channels, model.backbone.image_size
-    source = source or open_source(config.data, channels, size)
-    split = split_rows(
-        source.labels,
-        source.classes,
-        config.seed,
-        config.shots,
-        config.validation_shots,
-        config.test_cap,
-    )
+    source = source or open_data(config, model.backbone)
+    split = split_data(source, config)
 
     def measure(images: Tensor, labels: Tensor) -> dict[str, float]:
         return score(model, freeze_images(model, images), labels.to(device))

@@ -12,12 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lion_models.classifier import TunedClassifier, trained_state
-from lion_models.data import Task
-from lion_models.data.augment import jitter
+from lion_models.classifier import (
+    TunedClassifier,
+    count_parameters,
+    load_trained,
+    trained_state,
+)
+from lion_models.data import Task, training_view
+from lion_models.data.lazy import Images
+from lion_models.data.transforms import View
 from lion_models.lion import Lion
+from lion_models.pruning import prune_and_rebuild
 from lion_models.seeding import seed_all
 from lion_models.training.config import RunConfig
+from lion_models.training.optimizer import make_optimizer
 
 __all__ = ["FitState", "fit", "freeze_images", "score", "solver_figures"]
 
@@ -44,7 +52,7 @@ class FitState:
     optimizer: dict[str, Any] = field(default_factory=dict)
 
 
-def freeze_images(model: TunedClassifier, images: Tensor) -> Tensor:
+def freeze_images(model: TunedClassifier, images: Images) -> Tensor:
     """The frozen part's output for uint8 images (n, C, S, S), in batches."""
     device = model.head.weight.device
     batches = images.split(model.backbone.evaluation_batch)
@@ -54,17 +62,21 @@ def freeze_images(model: TunedClassifier, images: Tensor) -> Tensor:
 class _Inputs:
     """Training or validation inputs: outputs of the frozen part.
 
-    They are computed once and kept where they fit in memory, unless the images are augmented.
+    They are computed once and kept where they fit in memory, unless a random view of the images
+    is taken each time.
     """
 
     def __init__(
-        self, model: TunedClassifier, images: Tensor, labels: Tensor, augment: bool = False
+        self, model: TunedClassifier, images: Images, labels: Tensor, view: View | None = None
     ) -> None:
         self.labels = labels.to(model.head.weight.device)
-        self._model, self._images, self._augment = model, images, augment
+        self._model, self._images, self._view = model, images, view
+        self._cache: Tensor | None = None
+        if view is not None:
+            return
         one = freeze_images(model, images[:1])
         fits = one.numel() * one.element_size() * len(images) <= CACHE_LIMIT_BYTES
-        self._cache = freeze_images(model, images) if fits and not augment else None
+        self._cache = freeze_images(model, images) if fits else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,9 +85,9 @@ class _Inputs:
         if self._cache is not None:
             return self._cache[rows]
         images = self._images[rows.cpu()]
-        if not self._augment:
+        if self._view is None:
             return freeze_images(self._model, images)
-        return self._model.frozen(jitter(images.to(self.labels.device).float() / 255))
+        return self._model.frozen(self._view(images.to(self.labels.device).float() / 255))
 
 
 def solver_figures(model: TunedClassifier) -> dict[str, dict[str, float]]:
@@ -132,7 +144,8 @@ def fit(
 ) -> FitState:
     """Train a model and leave it with the weights that validation chose.
 
-    The best epoch has the highest validation accuracy, the lower validation loss deciding ties.
+    The best epoch has the highest validation accuracy, the lower validation loss deciding ties;
+    where the run prunes, it is one of those measured pruned.
 
     Args:
         model: freshly built from `config.seed`; its device is used.
@@ -141,49 +154,48 @@ def fit(
         state: of an interrupted fit, to continue it.
         on_epoch: called after every epoch with the state so far.
     """
-    optimizer = _make_optimizer(model, config)
+    steps = math.ceil(len(task.train_labels) / config.batch)
     if state is None:
         state = FitState()
+        optimizer = make_optimizer(model, config, steps)
     else:
-        model.load_state_dict(state.weights, strict=False)
+        load_trained(model, state.weights)  # pruned or not, which decides the optimizer
+        optimizer = make_optimizer(model, config, steps)
         optimizer.load_state_dict(state.optimizer)
-    augment = config.recipe.augment == "affine"
-    train = _Inputs(model, task.train_images, task.train_labels, augment)
+    size = model.backbone.image_size
+    view = training_view(config.transform, config.recipe.augment, size)
+    train = _Inputs(model, task.train_images, task.train_labels, view)
     validation = _Inputs(model, task.validation_images, task.validation_labels)
     validation_fixed = validation.take(torch.arange(len(validation)))
 
     for epoch in range(len(state.history) + 1, config.epochs + 1):
         start = time.perf_counter()
         row = _train_epoch(model, optimizer, train, config, epoch)
+        if epoch == config.prune_epoch:
+            optimizer = prune_and_rebuild(
+                model, optimizer, config.sparsity, lambda: make_optimizer(model, config, steps)
+            )
+        if config.prune_epoch is not None:
+            row["kept"] = count_parameters(model).kept
         sums = score(model, validation_fixed, validation.labels)
         row["validation_accuracy"] = sums["accuracy"] / len(validation)
         row["validation_loss"] = sums["loss"] / len(validation)
         row["seconds"] = time.perf_counter() - start
-        if state.best_epoch == 0 or _rank(row) > _rank(state.history[state.best_epoch - 1]):
+        eligible = config.prune_epoch is None or epoch >= config.prune_epoch
+        better = state.best_epoch == 0 or _rank(row) > _rank(state.history[state.best_epoch - 1])
+        if eligible and better:
             state.best_epoch, state.best = epoch, trained_state(model)
         state.history.append(row)
         state.weights, state.optimizer = trained_state(model), optimizer.state_dict()
         on_epoch(state)
 
-    model.load_state_dict(state.best, strict=False)
+    load_trained(model, state.best)
     model.eval()
     return state
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:
     return row["validation_accuracy"], -row["validation_loss"]
-
-
-def _make_optimizer(model: TunedClassifier, config: RunConfig) -> torch.optim.Optimizer:
-    lr, weight_decay, _ = config.recipe
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2]},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
 
 def _train_epoch(

@@ -15,9 +15,18 @@ from typer.testing import CliRunner
 
 from lion_models.backbones import FrozenBackbone, freeze_vit
 from lion_models.cli import app
+from lion_models.data.places import data_root
 from lion_models.pretrain import save_weights
 
 CLASSES = ("dark", "light", "middle")
+PREPARED = data_root()  # what the machine's user has prepared, before the tests look elsewhere
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from or written to the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("LION_DATA", raising=False)
 
 
 @pytest.fixture

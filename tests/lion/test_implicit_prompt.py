@@ -148,6 +148,109 @@ def test_output_side_alone_caches_features_and_input_side_tokens(backbone: Froze
     assert Lion(backbone, 3, "both").frozen(images).shape == (2, 5, SMALL.dim)
 
 
+def colour_network(pixels_from_embed: bool = False) -> FrozenBackbone:
+    """A backbone without tokens: `embed` gives feature maps, or the normalised image."""
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(3, 5, 3)
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        return (network(x) if pixels_from_embed else x).relu().mean((2, 3))
+
+    return FrozenBackbone(
+        network, embed=(lambda x: 2 * x - 1) if pixels_from_embed else network, encode=encode,
+        name="colour", channels=3, image_size=10, token_dim=3 if pixels_from_embed else 5,
+        feature_dim=5,
+    )  # fmt: skip
+
+
+@given(channels=st.integers(1, 4), hidden=st.integers(1, 9))
+def test_pixel_layer_has_the_documented_number_of_parameters(channels: int, hidden: int):
+    layer = ImplicitPrompt(channels, hidden, space="pixel")
+    count = sum(p.numel() for p in layer.parameters())
+    assert count == channels * (18 * hidden + 1) + 2 * hidden + 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["noise", "smooth", "black", "stripes"])
+def test_untrained_pixel_solves_converge_in_few_steps(channels: int, kind: str):
+    images = torch.rand(8, channels, 32, 32)
+    if kind == "smooth":
+        images = torch.nn.functional.avg_pool2d(images, 7, 1, 3)
+    elif kind == "black":
+        images = torch.zeros_like(images)
+    elif kind == "stripes":
+        images = torch.arange(32).remainder(2).float().expand_as(images)
+    layer = ImplicitPrompt(channels, 8, space="pixel")
+    layer(images)
+    assert layer.layer.report.converged.all()
+    assert layer.layer.report.steps.max() <= 15
+
+
+def test_pixel_layer_s_gradients_equal_many_explicit_steps():
+    gradients = []
+    for iterations in (None, 80):
+        torch.manual_seed(1)
+        layer = ImplicitPrompt(2, 3, 0.5, EXACT, iterations, "pixel").double()
+        x = torch.rand(3, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+        layer(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in layer.parameters())])
+    for implicit, explicit in zip(*gradients, strict=True):
+        torch.testing.assert_close(implicit, explicit, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("pixels_from_embed", [False, True])
+def test_backbone_without_tokens_is_prompted_in_pixels(pixels_from_embed: bool):
+    backbone = colour_network(pixels_from_embed)
+    model, images = Lion(backbone, 3, hidden=4), torch.rand(2, 3, 10, 10)
+    assert model.space == "pixel"
+    if not pixels_from_embed:
+        assert torch.equal(model.frozen(images), images)
+        prompted = backbone(model.input_prompt(images))
+    else:
+        prompted = backbone.encode(model.input_prompt(2 * images - 1))
+    expected = model.head(model.output_prompt(prompted))
+    torch.testing.assert_close(model(images), expected)
+    expected.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(UserError, match="--space token: 'colour' has no tokens"):
+        Lion(backbone, 3, space="token")
+    with pytest.raises(UserError, match="--output-input embedding: needs tokens as wide"):
+        Lion(backbone, 3, output_input="embedding")
+    traces = model.residual_traces(model.frozen(images), deqcore.Anderson(record_trace=True))
+    assert set(traces) == {"input", "output"}
+
+
+def test_vision_transformer_can_be_prompted_in_pixels(backbone: FrozenBackbone):
+    model, images = Lion(backbone, 3, hidden=4, space="pixel"), torch.rand(2, 1, 12, 12)
+    feature = backbone(model.input_prompt(images))
+    torch.testing.assert_close(model(images), model.head(model.output_prompt(feature)))
+    counts = count_parameters(model)
+    assert counts.without_head == (18 * 4 + 1) + 2 * 4 + 1 + layer_parameters(SMALL.dim, 4)
+
+
+@pytest.mark.parametrize("sides", ["both", "output"])
+@pytest.mark.parametrize("space", ["token", "pixel"])
+def test_output_layer_can_be_driven_by_the_embedding(
+    sides: str, space: str, backbone: FrozenBackbone
+):
+    model = Lion(backbone, 3, sides, 4, space=space, output_input="embedding")
+    images = torch.rand(2, 1, 12, 12)
+    tokens = backbone.embed(images)
+    prompted, source = tokens, tokens.mean(1)
+    if sides == "both" and space == "token":
+        prompted = model.input_prompt(tokens)
+    elif sides == "both":
+        prompted = backbone.embed(model.input_prompt(images))
+        source = prompted.mean(1)
+    feature = backbone.encode(prompted)
+    z = (model.output_prompt(feature, source) - feature) / model.output_prompt.strength
+    injected = torch.nn.functional.layer_norm(source, (SMALL.dim,))
+    torch.testing.assert_close(model.output_prompt.layer(injected), z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(images), model.head(model.output_prompt(feature, source)))
+    traces = model.residual_traces(model.frozen(images), deqcore.Anderson(record_trace=True))
+    assert len(traces) == (2 if sides == "both" else 1)
+
+
 def test_lion_models_uses_public_names_of_deqcore_only():
     for path in Path(lion_models.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from lion_models.training import (
     train_run,
 )
 from lion_models.training.checkpoint import read_checkpoint
-from lion_models.training.config import METHODS
+from lion_models.training.config import METHODS, SHOWN_METHODS
 from lion_models.training.trainer import solver_figures
 
 
@@ -105,8 +106,10 @@ class KilledError(Exception):
     """Stands for a process that ends without warning."""
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [*product(SHOWN_METHODS, ("adamw", "sgd")), ("full", "adamw"), ("lora", "sgd")],
+)
 def test_resumed_run_gives_the_same_weights_bit_for_bit(
     method: str, optimizer: str, config: RunConfig, tmp_path: Path
 ):

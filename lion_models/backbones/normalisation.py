@@ -1,0 +1,63 @@
+"""Another normalisation of the pixels than the one that a backbone was trained with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion_models.backbones.adapter import FrozenBackbone
+from lion_models.errors import choose
+
+__all__ = ["NORMALISATIONS", "with_normalisation"]
+
+NORMALISATIONS = ("backbone", "imagenet", "half")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def with_normalisation(backbone: FrozenBackbone, name: str) -> FrozenBackbone:
+    """The same frozen weights behind another normalisation.
+
+    A backbone normalises pixels itself, so they are mapped beforehand such that its own mean and
+    deviation turn them into what the other ones would give.
+
+    Args:
+        backbone: left as it is; the result shares its weights.
+        name: `backbone` (its own), `imagenet` (mean and deviation of each channel; their averages
+            for grey) or `half` (mean and deviation 0.5, as Inception).
+    """
+    choose("--normalisation", name, NORMALISATIONS)
+    if name == "backbone":
+        return backbone
+    if name == "half":
+        mean, std = [0.5], [0.5]
+    elif backbone.channels == 3:
+        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
+    else:
+        mean, std = [sum(IMAGENET_MEAN) / 3], [sum(IMAGENET_STD) / 3]
+    own_mean, own_std = (_per_channel(value) for value in backbone.normalisation)
+    scale = own_std / _per_channel(std)
+    shift = own_mean - _per_channel(mean) * scale
+    embed = backbone.embed
+
+    def normalised(images: Tensor) -> Tensor:
+        return embed(images * scale.to(images) + shift.to(images))
+
+    other = copy.copy(backbone)
+    other.embed = normalised
+    other.normalisation = (_plain(mean), _plain(std))
+    return other
+
+
+def _per_channel(value: float | Sequence[float]) -> Tensor:
+    """(C, 1, 1), or (1, 1, 1) for one number."""
+    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+
+
+def _plain(values: list[float]) -> Any:
+    """One number where there is one, as `FrozenBackbone` describes a normalisation."""
+    return values[0] if len(values) == 1 else tuple(values)

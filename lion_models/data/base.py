@@ -1,0 +1,131 @@
+"""What a source of images is, and the kinds that hold arrays and files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lion_models.data.images import decode_file
+from lion_models.data.transforms import Geometry
+from lion_models.errors import UserError
+
+__all__ = ["TEST", "TRAIN", "VALIDATION", "ArraySource", "FolderSource", "Source", "check_fit"]
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+
+
+class Source(ABC):
+    """Images with labels.
+
+    Attributes:
+        name: what the user wrote.
+        classes: class names; a label is an index into them.
+        labels: int64 (N,).
+        official: int8 (N,) of `TRAIN`, `VALIDATION` and `TEST` where the data set brings a split of
+            its own; None where all rows are free to be divided.
+        skipped: a line for each damaged or missing file that was left out.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: Tensor
+    official: Tensor | None = None
+    skipped: tuple[str, ...] = ()
+
+    @abstractmethod
+    def load(self, rows: Tensor) -> Tensor:
+        """Decode the images of int64 `rows` (n,) as they are evaluated: uint8 (n, C, S, S)."""
+
+    def load_training(self, rows: Tensor) -> Tensor:
+        """Decode with the margin that random crops move in: uint8 (n, C, R, R), R >= S."""
+        return self.load(rows)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class ArraySource(Source):
+    """Images that already lie in memory.
+
+    Args:
+        name, classes, labels, official: see `Source`.
+        images: (N, C, H, W), uint8, or float32 with values from 0 to 255.
+        geometry: what makes a backbone's input of them; None hands out uint8 images as they are.
+
+    Raises:
+        UserError: the shape is another one, or there is not one label to an image.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: Tensor
+    images: Tensor
+    geometry: Geometry | None = None
+    official: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dim() != 4 or self.images.shape[1] not in (1, 3):
+            raise UserError(
+                f"{self.name}: expected images (N, 1 or 3, height, width), got "
+                f"{tuple(self.images.shape)}; put the channels second and add one if there is none"
+            )
+        if self.labels.shape != self.images.shape[:1]:
+            raise UserError(
+                f"{self.name}: {len(self.images)} images but labels of shape "
+                f"{tuple(self.labels.shape)}; expected one label to an image"
+            )
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise UserError(
+                f"{self.name}: labels run from {self.labels.min()} to {self.labels.max()}; "
+                f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
+            )
+
+    def load(self, rows: Tensor) -> Tensor:
+        images = self.images[rows]
+        return images if self.geometry is None else self.geometry.arrays(images)
+
+    def load_training(self, rows: Tensor) -> Tensor:
+        images = self.images[rows]
+        return images if self.geometry is None else self.geometry.arrays(images, training=True)
+
+
+@dataclass
+class FolderSource(Source):
+    """Image files, decoded on demand."""
+
+    name: str
+    classes: tuple[str, ...]
+    labels: Tensor
+    paths: tuple[Path, ...]
+    geometry: Geometry
+    official: Tensor | None = None
+    skipped: tuple[str, ...] = ()
+
+    def load(self, rows: Tensor) -> Tensor:
+        return self._decode(rows, training=False)
+
+    def load_training(self, rows: Tensor) -> Tensor:
+        return self._decode(rows, training=True)
+
+    def _decode(self, rows: Tensor, training: bool) -> Tensor:
+        if len(rows) == 0:
+            return self.geometry.empty(training)
+        return torch.stack(
+            [decode_file(self.paths[row], self.geometry, training) for row in rows.tolist()]
+        )
+
+
+def check_fit(source: Source, channels: int, size: int) -> None:
+    """Raise UserError unless a source's images have the shape that a backbone takes."""
+    found = tuple(source.load(torch.arange(min(1, len(source)))).shape[1:])
+    if found != (channels, size, size):
+        raise UserError(
+            f"{source.name}: its images are {found}, the backbone takes "
+            f"{(channels, size, size)} (channels, height, width); give the source a Geometry of "
+            f"{channels} channels and size {size}, or resize the images"
+        )

@@ -1,0 +1,315 @@
+"""Data sets of torchvision and of Hugging Face; both packages are optional.
+
+A set's own test and validation parts keep their roles. Images are decoded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lion_models.data.base import TEST, TRAIN, VALIDATION, Source
+from lion_models.data.images import to_tensor
+from lion_models.data.places import data_root
+from lion_models.data.transforms import Geometry
+from lion_models.errors import UserError
+
+__all__ = [
+    "PictureSource",
+    "is_saved_dataset",
+    "open_hugging_face",
+    "open_saved_dataset",
+    "open_torchvision",
+    "torchvision_folder",
+]
+
+_SPLITS = {
+    "train": TRAIN,
+    "validation": VALIDATION,
+    "valid": VALIDATION,
+    "val": VALIDATION,
+    "dev": VALIDATION,
+    "test": TEST,
+}
+
+
+@dataclass
+class PictureSource(Source):
+    """Pictures that another library hands out by number."""
+
+    name: str
+    classes: tuple[str, ...]
+    labels: Tensor
+    pictures: tuple[Callable[[int], Any], ...]
+    lengths: tuple[int, ...]
+    geometry: Geometry
+    official: Tensor | None = None
+
+    def load(self, rows: Tensor) -> Tensor:
+        return self._decode(rows, training=False)
+
+    def load_training(self, rows: Tensor) -> Tensor:
+        return self._decode(rows, training=True)
+
+    def _decode(self, rows: Tensor, training: bool) -> Tensor:
+        if len(rows) == 0:
+            return self.geometry.empty(training)
+        return torch.stack(
+            [to_tensor(self._picture(row), self.geometry, training) for row in rows.tolist()]
+        )
+
+    def _picture(self, row: int) -> Image.Image:
+        part = 0
+        while row >= self.lengths[part]:
+            row -= self.lengths[part]
+            part += 1
+        try:
+            return _as_picture(self.pictures[part](row))
+        except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"--data {self.name}: image {row} of part {part + 1} cannot be decoded ({error}); "
+                "remove the row from the data set or fetch it again"
+            ) from error
+
+
+def _as_picture(value: Any) -> Image.Image:
+    if isinstance(value, Image.Image):
+        value.load()
+        return value
+    if isinstance(value, Mapping):
+        content = value.get("bytes")
+        picture = Image.open(io.BytesIO(content) if content else value["path"])
+        picture.load()
+        return picture
+    if isinstance(value, Tensor):
+        value = value.movedim(0, -1).squeeze(-1).numpy()
+    return Image.fromarray(np.asarray(value, dtype=np.uint8))
+
+
+def _import(module: str, distribution: str, extra: str, option: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"--data {option}: needs the package '{distribution}', which does not import here "
+            f"({error}); run: pip install 'deqcore[{extra}]'"
+        ) from error
+
+
+def torchvision_folder(name: str, root: Path | None = None) -> Path:
+    """Where torchvision's files of a data set lie; `root` None is `data_root()`."""
+    return (data_root() if root is None else root) / "torchvision" / name
+
+
+def open_torchvision(
+    name: str, geometry: Geometry, download: bool = False, root: Path | None = None
+) -> PictureSource:
+    """Open a classification data set of torchvision.
+
+    Args:
+        name: the class in `torchvision.datasets`, such as `CIFAR10`.
+        geometry: how pictures are fitted to the backbone.
+        download: let torchvision fetch what is missing.
+        root: where data sets are kept; None means `data_root()`.
+
+    Raises:
+        UserError: torchvision is missing, has no such data set, its files are not here, or its
+            labels are not classes.
+    """
+    option = f"torchvision:{name}"
+    library = _import("torchvision.datasets", "torchvision", "torchvision", option)
+    kind: Any = getattr(library, name, None)
+    if not inspect.isclass(kind):
+        near = difflib.get_close_matches(name, dir(library), n=1)
+        hint = f"; did you mean torchvision:{near[0]}?" if near else ""
+        raise UserError(f"--data {option}: torchvision.datasets has no '{name}'{hint}")
+    build: Callable[..., Any] = kind
+    known = inspect.signature(kind).parameters
+    shared = {"download": download} if "download" in known else {}
+    wanted: list[tuple[dict[str, Any], int]]
+    if "train" in known:
+        wanted = [({"train": True}, TRAIN), ({"train": False}, TEST)]
+    elif "split" in known:
+        wanted = [({"split": split}, _SPLITS[split]) for split in ("train", "val", "test")]
+    else:
+        wanted = [({}, TRAIN)]
+    folder = torchvision_folder(name, root)
+    advice = "check the network" if download else f"run: lion data prepare {option}"
+    parts = []
+    for arguments, part in wanted:
+        try:
+            parts.append((build(str(folder), **arguments, **shared), part))
+        except ValueError:
+            # torchvision's answer to a split that the set does not have
+            if part == TRAIN:
+                raise UserError(
+                    f"--data {option}: torchvision knows no part 'train' of it; "
+                    "save the images as a folder with one sub-folder per class instead"
+                ) from None
+        except (RuntimeError, OSError, TypeError) as error:
+            raise UserError(
+                f"--data {option}: cannot be opened in {folder} ({error}); {advice}"
+            ) from error
+    first = parts[0][0]
+    names = getattr(first, "classes", None) or getattr(first, "categories", None)
+    labels = [_torchvision_labels(dataset, option) for dataset, _ in parts]
+
+    def pictures(dataset: Any) -> Callable[[int], Any]:
+        return lambda row: dataset[row][0]
+
+    return _joined(
+        option,
+        names,
+        [
+            (pictures(dataset), each, part)
+            for (dataset, part), each in zip(parts, labels, strict=True)
+        ],
+        geometry,
+    )
+
+
+def _torchvision_labels(dataset: Any, option: str) -> list[int]:
+    for attribute in ("targets", "labels", "_labels", "y"):
+        if hasattr(dataset, attribute):
+            values = getattr(dataset, attribute)
+            break
+    else:
+        values = [dataset[row][1] for row in range(len(dataset))]
+    try:
+        return [int(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--data {option}: its labels are not one class to an image ({error}); expected a "
+            "classification data set"
+        ) from error
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` of Hugging Face datasets wrote a folder."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def open_saved_dataset(folder: Path, geometry: Geometry) -> PictureSource:
+    """Open a folder that `save_to_disk` wrote; see `open_hugging_face`."""
+    option = str(folder)
+    library = _import("datasets", "datasets", "datasets", option)
+    try:
+        return _open_splits(option, library.load_from_disk(option), geometry)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"--data: {folder} cannot be read as a saved data set ({error}); save or copy it again"
+        ) from error
+
+
+def open_hugging_face(name: str, geometry: Geometry) -> PictureSource:
+    """Open a data set of the Hugging Face hub, or of its local cache.
+
+    Args:
+        name: as `datasets.load_dataset` takes it, with `:CONFIGURATION` where there is one.
+        geometry: how pictures are fitted to the backbone.
+
+    Raises:
+        UserError: the package is missing, the data set cannot be loaded, or it has no column of
+            images, or none or several of labels.
+    """
+    option = f"hf:{name}"
+    library = _import("datasets", "datasets", "datasets", option)
+    base, _, configuration = name.partition(":")
+    try:
+        loaded = library.load_dataset(base, configuration or None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--data {option}: cannot be loaded ({type(error).__name__}: {error}); check the name "
+            "and the network, or give a folder that save_to_disk wrote"
+        ) from error
+    return _open_splits(option, loaded, geometry)
+
+
+def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
+    splits: dict[str, Any] = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
+    if len(splits) == 1:
+        splits = {"train": next(iter(splits.values()))}
+    elif "train" not in splits:
+        raise UserError(
+            f"--data {option}: has the splits {', '.join(splits)}; expected one called 'train'"
+        )
+    image, label, names = _columns(option, splits["train"].features)
+
+    def pictures(dataset: Any) -> Callable[[int], Any]:
+        return lambda row: dataset[row][image]
+
+    parts = []
+    for split, dataset in splits.items():
+        if split not in _SPLITS:
+            continue
+        values = [-1 if value is None else int(value) for value in dataset[label]]
+        unlabelled = sum(value < 0 for value in values)
+        if unlabelled and unlabelled == len(values) and split == "test":
+            warnings.warn(
+                f"--data {option}: its split 'test' has no labels and is left out; the test set is "
+                "drawn from the rest",
+                stacklevel=4,
+            )
+            continue
+        if unlabelled:
+            raise UserError(
+                f"--data {option}: {unlabelled} of {len(values)} rows of split '{split}' have no "
+                f"label in column '{label}'; label or remove them"
+            )
+        parts.append((pictures(dataset), values, _SPLITS[split]))
+    return _joined(option, names, parts, geometry)
+
+
+def _columns(option: str, features: Mapping[str, Any]) -> tuple[str, str, Sequence[str] | None]:
+    """The columns of images and of labels, and the names of the classes."""
+    kinds = {column: type(feature).__name__ for column, feature in features.items()}
+    images = [column for column, kind in kinds.items() if kind == "Image"]
+    labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
+    if len(labels) != 1:
+        labels = [column for column in kinds if column in ("label", "labels")][:1]
+    if len(images) != 1 or not labels:
+        shown = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+        raise UserError(
+            f"--data {option}: expected one column of images and one of class labels, or one "
+            f"called 'label'; it has {shown}; rename or remove columns and save it to disk"
+        )
+    return images[0], labels[0], getattr(features[labels[0]], "names", None)
+
+
+def _joined(
+    option: str,
+    names: Sequence[str] | None,
+    parts: Sequence[tuple[Callable[[int], Any], list[int], int]],
+    geometry: Geometry,
+) -> PictureSource:
+    """One source of several parts, each with its pictures, its labels and its role."""
+    labels = torch.tensor([label for _, each, _ in parts for label in each], dtype=torch.int64)
+    official = torch.tensor([part for _, each, part in parts for _ in each], dtype=torch.int8)
+    count = int(labels.max()) + 1 if len(labels) else 0
+    classes = tuple(names) if names else tuple(str(label) for label in range(count))
+    if len(classes) < 2 or count > len(classes) or bool((labels < 0).any()):
+        raise UserError(
+            f"--data {option}: labels run to {count - 1} for {len(classes)} class names; expected "
+            "at least two classes and every label from 0 to one less than their number"
+        )
+    return PictureSource(
+        option,
+        classes,
+        labels,
+        tuple(pictures for pictures, _, _ in parts),
+        tuple(len(each) for _, each, _ in parts),
+        geometry,
+        official if len(parts) > 1 else None,
+    )

@@ -1,0 +1,167 @@
+"""Find damaged image files before any work starts, and remember which files were whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL
+from tqdm import tqdm
+
+from lion_models.data.images import check_header, check_whole
+from lion_models.data.places import cache_root, write_json
+from lion_models.errors import UserError, choose
+
+__all__ = [
+    "BAD_FILES",
+    "VERIFY",
+    "BadFilesWarning",
+    "FileChecks",
+    "find_damaged",
+    "judge_damaged",
+]
+
+BAD_FILES = ("fail", "skip")
+VERIFY = ("full", "header")
+SHOWN = 20
+
+# size in bytes, modification time in ns, what is wrong with the file (None: nothing)
+Verdict = tuple[int, int, str | None]
+
+
+@dataclass(frozen=True)
+class FileChecks:
+    """What is done about damaged files; see `open_source`."""
+
+    bad_files: str = "fail"
+    verify: str = "full"
+
+    def __post_init__(self) -> None:
+        choose("--bad-files", self.bad_files, BAD_FILES)
+        choose("--verify", self.verify, VERIFY)
+
+
+class BadFilesWarning(UserWarning):
+    """Files that were left out because `--bad-files skip` was asked for; lists every one."""
+
+
+def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dict[Path, str]:
+    """Which files cannot be used, and why.
+
+    Args:
+        paths: files below `root`.
+        root: names the remembered verdicts in the user's cache.
+        verify: `full` decodes every file, once: the verdict is remembered for the file's path, size
+            and modification time. `header` reads beginnings only, so that data which is cut off or
+            damaged inside is found when the image is used.
+
+    Returns:
+        A message for each file that is missing or damaged.
+    """
+    if verify == "header":
+        found = _each(paths, check_header, "reading image headers")
+        return {path: text for path, text in found.items() if text is not None}
+    store = _store_of(root)
+    known = _read_store(store)
+    names = {path: os.path.abspath(path) for path in paths}
+    stamps = {path: _stamp(path) for path in paths}
+    fresh = [path for path in paths if known.get(names[path], (None,))[:2] != stamps[path]]
+    judged = _each(fresh, check_whole, "checking image files")
+    for path, text in judged.items():
+        known[names[path]] = (*stamps[path], text)
+    if fresh:
+        listed = set(names.values())
+        kept = {name: verdict for name, verdict in known.items() if name in listed}
+        try:
+            write_json(store, {"pillow": PIL.__version__, "files": kept})
+        except OSError as error:  # a cache: the next opening decodes again
+            warnings.warn(f"{store}: not written ({error})", stacklevel=2)
+    verdicts = {path: known[names[path]][2] for path in paths}
+    return {path: text for path, text in verdicts.items() if text is not None}
+
+
+def judge_damaged(problems: Sequence[str], bad_files: str, where: str) -> None:
+    """Fail on damaged files, or warn of every one that is left out.
+
+    Args:
+        problems: one message per file.
+        bad_files: `fail` or `skip`.
+        where: the data they belong to, for the message.
+
+    Raises:
+        UserError: there are some, and `bad_files` is `fail`.
+    """
+    if not problems:
+        return
+    if bad_files == "skip":
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        text = f"--data: left out {len(problems)} unusable files of {where}:{lines}"
+        warnings.warn(text, BadFilesWarning, stacklevel=3)
+        return
+    advice = "--bad-files skip trains without it"
+    if len(problems) == 1:
+        raise UserError(f"{problems[0]}; {advice}")
+    lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
+    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    raise UserError(
+        f"--data: {len(problems)} unusable files in {where}; {advice.replace('it', 'them')}:"
+        f"{lines}{more}"
+    )
+
+
+def _each(
+    paths: Sequence[Path], check: Callable[[Path], None], what: str
+) -> dict[Path, str | None]:
+    def problem(path: Path) -> str | None:
+        if not path.is_file():
+            return f"{path}: no such file; expected an image"
+        try:
+            check(path)
+        except UserError as error:
+            return str(error)
+        return None
+
+    workers = min(8, os.cpu_count() or 1)
+    # Pillow decodes outside of Python's lock. The bar shows up only where there is much to do.
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(paths), desc=what, unit="file", delay=1.0, leave=False) as bar,
+    ):
+        found: dict[Path, str | None] = {}
+        for path, text in zip(paths, pool.map(problem, paths), strict=True):
+            found[path] = text
+            bar.update()
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _store_of(root: Path) -> Path:
+    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]
+    return cache_root() / "verified" / f"{digest}.json"
+
+
+def _read_store(store: Path) -> dict[str, Verdict]:
+    """What is remembered; nothing where the file is missing, damaged or of another Pillow."""
+    try:
+        stored = json.loads(store.read_text())
+        if stored["pillow"] != PIL.__version__:
+            return {}
+        return {
+            str(name): (int(size), int(time), text)
+            for name, (size, time, text) in stored["files"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

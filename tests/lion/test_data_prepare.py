@@ -1,0 +1,148 @@
+"""Fetching Debian packages, through stand-ins for apt and dpkg."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Lion
+
+from lion_models.data import catalogue
+
+COPYRIGHT = "./usr/share/doc/fonts-noto-color-emoji/copyright"
+FONT = "./usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+LISTING = "./usr/share/unicode/emoji/emoji-test.txt"
+CONTENT = {
+    "fonts-noto-color-emoji": {FONT: "font", COPYRIGHT: "OFL"},
+    "unicode-data": {LISTING: "list", "./usr/share/unicode/huge.txt": "not wanted"},
+    "tuxpaint-stamps-default": {
+        "./usr/share/tuxpaint/stamps/animals/a.png": "png",
+        "./usr/share/tuxpaint/stamps/animals/a.ogg": "sound",
+        "./usr/share/tuxpaint/stamps/../../../../../escaped.png": "evil",
+    },
+}  # fmt: skip
+
+APT_GET = """#!/bin/sh
+echo "$*" >> "{log}"
+for last; do :; done
+test -f "{store}/$last.deb" || {{ echo "E: Unable to locate package $last" >&2; exit 100; }}
+cp "{store}/$last.deb" "{part}$last""_1.0_all.deb"
+"""
+
+
+def write_tool(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine whose apt-get copies from `store` and whose packages are plain tar files."""
+    tools, store = tmp_path / "bin", tmp_path / "store"
+    tools.mkdir()
+    store.mkdir()
+    for package, files in CONTENT.items():
+        with tarfile.open(store / f"{package}.deb", "w") as tar:
+            for name, text in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(text)
+                tar.addfile(member, io.BytesIO(text.encode()))
+            link = tarfile.TarInfo("./usr/share/tuxpaint/stamps/link.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    write_tool(tools, "apt-get", APT_GET.format(log=tmp_path / "log", store=store, part="./"))
+    write_tool(tools, "apt-cache", "#!/bin/sh\necho 'Size: 10240'\n")
+    write_tool(tools, "dpkg-deb", '#!/bin/sh\ntest "$1" = --fsys-tarfile && cat "$2"\n')
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("LION_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(catalogue, "SYSTEM", tmp_path / "nothing installed")
+    return tmp_path
+
+
+def below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def test_prepare_keeps_what_is_read_and_the_copyright_file(lion: Lion, debian: Path):
+    done = lion("data", "prepare", "emoji")
+    assert done.code == 0, done.err
+    assert "licence: font: OFL-1.1" in done.out
+    assert "source: Debian packages fonts-noto-color-emoji and unicode-data" in done.out
+    assert "use it with: --data emoji" in done.out
+    assert below(debian / "data") == {
+        f"emoji/{FONT[2:]}",
+        f"emoji/{LISTING[2:]}",
+        "emoji/usr/share/doc/fonts-noto-color-emoji/copyright",
+    }
+    assert (debian / "data/emoji" / LISTING).read_text() == "list"
+
+
+def test_prepare_does_nothing_a_second_time(lion: Lion, debian: Path):
+    lion("data", "prepare", "emoji")
+    calls = (debian / "log").read_text()
+    again = lion("data", "prepare", "emoji")
+    assert again.code == 0
+    assert "already here:" in again.out
+    assert (debian / "log").read_text() == calls
+
+
+def test_links_and_paths_that_lead_outside_are_not_written(lion: Lion, debian: Path):
+    done = lion("data", "prepare", "tuxpaint", "--folder", debian / "a folder")
+    assert done.code == 0, done.err
+    assert f"--data tuxpaint:{debian}/a folder/tuxpaint" in done.out
+    assert below(debian / "a folder") == {"tuxpaint/usr/share/tuxpaint/stamps/animals/a.png"}
+    assert not list(debian.rglob("escaped.png"))
+
+
+def test_failures_are_named_and_leave_nothing(lion: Lion, debian: Path):
+    unknown = lion("data", "prepare", "fashion-mnist")
+    assert unknown.code == 2
+    assert "Unable to locate package dataset-fashion-mnist; check the network" in unknown.err
+    archive = debian / "store/unicode-data.deb"
+    archive.write_bytes(archive.read_bytes()[:700])
+    damaged = lion("data", "prepare", "emoji")
+    assert damaged.code == 2
+    assert "unicode-data_1.0_all.deb: damaged" in damaged.err
+    (debian / "store/fonts-noto-color-emoji.deb").rename(archive)
+    (debian / "store/tuxpaint-stamps-default.deb").rename(
+        debian / "store/fonts-noto-color-emoji.deb"
+    )
+    other = lion("data", "prepare", "emoji")
+    assert other.code == 2
+    assert "does not hold usr/share/unicode/emoji/emoji-test.txt" in other.err
+    assert below(debian / "data") == set()
+    assert list((debian / "data").iterdir()) == []
+
+
+def test_an_unfinished_folder_is_replaced_and_old_leftovers_are_removed(lion: Lion, debian: Path):
+    old, fresh = debian / "data/.emoji-old", debian / "data/.emoji-fresh"
+    for folder in (debian / "data/emoji", old, fresh):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("x")
+    os.utime(old, (time.time() - 10**6,) * 2)
+    assert lion("data", "prepare", "emoji").code == 0
+    assert not (debian / "data/emoji/half").exists()
+    assert not old.exists()
+    assert fresh.exists()  # of another process, at work
+
+
+def test_a_machine_without_apt_is_told_what_to_do(lion: Lion, debian: Path, monkeypatch):
+    monkeypatch.setenv("PATH", str(debian / "nothing"))
+    done = lion("data", "prepare", "emoji")
+    assert done.code == 2
+    assert "needs apt-get, apt-cache, dpkg-deb" in done.err
+    assert "--data emoji:FOLDER" in done.err
+
+
+def test_sets_of_python_packages_and_unknown_names(lion: Lion):
+    here = lion("data", "prepare", "digits")
+    assert "already here:" in here.out
+    unknown = lion("data", "prepare", "fashion-mnst")
+    assert unknown.code == 2
+    assert "did you mean 'fashion-mnist'" in unknown.err
