@@ -63,10 +63,8 @@ def check(backbone: FrozenBackbone, expected: Any, space: str, blocks: int) -> N
     assert feature.std() > 0
     assert (backbone.space, len(backbone.blocks)) == (space, blocks)
     assert not backbone.module.training
-    if space == "pixel":
-        assert tokens.shape == images.shape
-        return
-    assert tokens.shape[2] == backbone.token_dim
+    width = tokens.shape[1 if space == "pixel" else 2]
+    assert (width, tokens.dim()) == (backbone.token_dim, 4 if space == "pixel" else 3)
     methods = [Lion(backbone, 3, hidden=2)]
     if blocks:
         methods.append(VPTDeep(backbone, 3, prompts=2))
