@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
-from lion_models.backbones import load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import (
+    Accumulate,
+    Amp,
     Augment,
     Backbone,
     Batch,
+    ClassWeights,
     Data,
     Device,
+    Ema,
     Epochs,
     Hidden,
     Iterations,
+    Jobs,
     MaxSteps,
     Optimizer,
     Overwrite,
+    Patience,
     Prompts,
     Rtol,
     Runs,
@@ -36,20 +39,18 @@ from lion_models.cli_options import (
     config_of,
     numbers,
     set_up,
+    with_run_options,
 )
-from lion_models.cli_progress import ProgressBars
+from lion_models.cli_progress import CellBars, ProgressBars
+from lion_models.cli_runs import evaluate, info, predict_command
+from lion_models.cli_sweep import sweep
 from lion_models.compare import comparison_table, run_comparison
 from lion_models.errors import UserError, choose
-from lion_models.predict import evaluate_on, format_predictions, gather_images, predict
-from lion_models.training import (
-    RunConfig,
-    load_run,
-    measure_run,
-    prepare_folder,
-    train_run,
-)
+from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.config import METHODS
-from lion_models.training.runs import read_config
+from lion_models.training.ranks import joined_ranks
+from lion_models.training.runs import check_data, read_config
+from lion_models.training.workbench import Workbench
 
 __all__ = ["app", "main"]
 
@@ -107,29 +108,47 @@ def train(
     max_steps: MaxSteps = 50,
     iterations: Iterations = None,
     prompts: Prompts = RunConfig.prompts,
+    amp: Amp = "none",
+    accumulate: Accumulate = 1,
+    ema: Ema = None,
+    patience: Patience = None,
+    class_weights: ClassWeights = "none",
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
     test: Annotated[bool, typer.Option(help="Read the test set at the end.")] = True,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write scalars to RUNS/NAME/tensorboard.")
+    ] = False,
     threads: Threads = 0,
     device: Device = "cpu",
 ) -> None:
-    """Train one method; writes RUNS/NAME."""
+    """Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
     set_up(threads, device)
     config = config_of(ctx).resolved()
     folder = runs / (name or f"{Path(data).name}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
-    _check_data(config)
-    prepare_folder(folder, config, resume, overwrite)
-    with ProgressBars() as bars:
-        result = train_run(
-            folder,
-            config,
-            test=test,
-            device=device,
-            on_epoch=lambda state: bars.update(config, state),
-        )
+    bench = Workbench(device)
+    with joined_ranks(device) as ranks:
+        if ranks.first:
+            check_data(config, bench)
+            prepare_folder(folder, config, resume, overwrite)
+        with ProgressBars() as bars:
+            result = train_run(
+                folder,
+                config,
+                test=test,
+                bench=bench,
+                on_epoch=lambda state: bars.update(config, state),
+                tensorboard=tensorboard,
+                ranks=ranks,
+            )
+    if ranks.first:
+        _show_result(folder, result)
+
+
+def _show_result(folder: Path, result: dict[str, Any]) -> None:
     counts = result["parameters"]
     out.print(
         f"chosen epoch {result['best_epoch']}: validation accuracy "
@@ -147,71 +166,8 @@ def train(
     out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png")
 
 
-@app.command("eval")
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or its checkpoint with --data.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Other data with the same classes; every image of it is used.",
-            show_default="the run's own test set, read once",
-        ),
-    ] = None,
-    threads: Threads = 0,
-    device: Device = "cpu",
-) -> None:
-    """Accuracy of a run: on its own test set (measured once, then remembered) or on other data."""
-    set_up(threads, device)
-    if data is None:
-        if not run.is_dir():
-            load_run(run)
-            raise UserError(f"{run}: is a checkpoint file; name the run's folder, or add --data")
-        figures = measure_run(run, device=device)["test"]
-        where = "the run's test set"
-    else:
-        loaded = load_run(run)
-        loaded.model.to(device)
-        figures = evaluate_on(loaded, data)
-        where = data
-    out.print(
-        f"accuracy {100 * figures['accuracy']:.2f}%, cross-entropy {figures['loss']:.4f} "
-        f"nats over {figures['images']} images of {where}",
-        highlight=False,
-    )
-
-
-@app.command("predict")
-def predict_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder or checkpoint.")],
-    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    form: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
-    output: Annotated[Path | None, typer.Option("--output", help="Write csv or json here.")] = None,
-    threads: Threads = 0,
-    device: Device = "cpu",
-) -> None:
-    """Class and probability of images."""
-    set_up(threads, device)
-    choose("--format", form, ["table", "csv", "json"])
-    if output is not None and not output.resolve().parent.is_dir():
-        raise UserError(f"--output: folder {output.parent} does not exist; create it first")
-    images = gather_images(paths)
-    loaded = load_run(run)
-    loaded.model.to(device)
-    rows = predict(loaded, images)
-    if output is not None:
-        kind = "json" if form == "json" or output.suffix == ".json" else "csv"
-        output.write_text(format_predictions(rows, kind) + "\n")
-        out.print(f"wrote {len(rows)} predictions to {output}")
-    elif form == "table":
-        table = Table("file", "class", "probability")
-        for row in rows:
-            table.add_row(_escape(row["file"]), _escape(row["class"]), f"{row['probability']:.3f}")
-        out.print(table)
-    else:
-        typer.echo(format_predictions(rows, form))
-
-
 @app.command()
+@with_run_options(train, "method", "seed", "lr", "weight_decay")
 def compare(
     ctx: typer.Context,
     data: Data,
@@ -225,23 +181,10 @@ def compare(
         ),
     ] = "",
     name: Annotated[str | None, typer.Option(show_default="compare-DATA-SHOTS")] = None,
-    backbone: Backbone = "tiny-vit",
     shots: Shots = "20",
-    validation_shots: ValidationShots = None,
-    epochs: Epochs = 100,
-    batch: Batch = 64,
-    optimizer: Optimizer = "adamw",
-    augment: Augment = None,
-    sides: Sides = RunConfig.sides,
-    hidden: Hidden = RunConfig.hidden,
-    strength: Strength = RunConfig.strength,
-    solver: SolverName = "anderson",
-    rtol: Rtol = None,
-    max_steps: MaxSteps = 50,
-    iterations: Iterations = None,
-    prompts: Prompts = RunConfig.prompts,
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
+    jobs: Jobs = 1,
     threads: Threads = 0,
     device: Device = "cpu",
 ) -> None:
@@ -250,14 +193,9 @@ def compare(
     names = [choose("--methods", part.strip(), METHODS) for part in methods.split(",")]
     base = config_of(ctx)
     folder = runs / (name or f"compare-{Path(data).name}-{shots}")
+    rates = numbers("--lrs", lrs, float) if lrs else []
     _compare(
-        folder,
-        base,
-        names,
-        numbers("--seeds", seeds, int),
-        numbers("--lrs", lrs, float) if lrs else [],
-        overwrite,
-        device,
+        folder, base, names, numbers("--seeds", seeds, int), rates, overwrite, device, jobs, threads
     )
 
 
@@ -273,42 +211,6 @@ def demo(
     _compare(runs / "demo", base, list(METHODS), [42], [], overwrite, "cpu")
 
 
-@app.command()
-def info(
-    run: Annotated[
-        Path | None,
-        typer.Argument(help="A run's folder or checkpoint.", show_default="the embedded backbone"),
-    ] = None,
-) -> None:
-    """What a run or the embedded backbone is: parameters, fingerprint, figures."""
-    if run is None:
-        backbone = load_backbone("tiny-vit")
-        training = read_vit(tiny_vit_path())[1]["training"]
-        facts: dict[str, Any] = {
-            "backbone": backbone.name,
-            "sha256": backbone.fingerprint,
-            "parameters": sum(p.numel() for p in backbone.parameters()),
-            **training,
-        }
-    else:
-        loaded = load_run(run)
-        result = run / "result.json"
-        facts = {
-            "classes": ", ".join(loaded.classes),
-            "weights sha256": loaded.weights,
-            **loaded.config.to_dict(),
-        }
-        if result.is_file():
-            figures = json.loads(result.read_text())
-            facts |= figures["parameters"] | {
-                key: figures.get(key) for key in ("best_epoch", "validation_accuracy", "test")
-            }
-    table = Table("", "", show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, _escape(str(value)))
-    out.print(table)
-
-
 def _compare(
     folder: Path,
     base: RunConfig,
@@ -317,9 +219,10 @@ def _compare(
     rates: list[float],
     overwrite: bool,
     device: str,
+    jobs: int = 1,
+    threads: int = 0,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with ProgressBars() as bars:
+    with CellBars(jobs) as bars:
         result = run_comparison(
             folder,
             base,
@@ -328,7 +231,9 @@ def _compare(
             rates,
             overwrite=overwrite,
             device=device,
-            on_epoch=bars.update,
+            jobs=jobs,
+            threads=threads or None,
+            on_cells=bars.one_by_one,
         )
     shots = f"{base.shots} images a class" if base.shots else "all images"
     seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
@@ -346,24 +251,17 @@ def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConf
     return RunConfig.from_dict(stored.to_dict() | given)
 
 
-def _check_data(config: RunConfig) -> None:
-    """Fail on bad data before a folder is made."""
-    from lion_models.data import open_source, split_rows
-
-    backbone = load_backbone(config.backbone)
-    source = open_source(config.data, backbone.channels, backbone.image_size)
-    split_rows(
-        source.labels,
-        source.classes,
-        config.seed,
-        config.shots,
-        config.validation_shots,
-        config.test_cap,
-    )
-
-
 def _escape(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+for _name, _command in (
+    ("sweep", with_run_options(train, "method", "seed")(sweep)),
+    ("eval", evaluate),
+    ("predict", predict_command),
+    ("info", info),
+):
+    app.command(_name)(_command)
 
 
 def main() -> None:

@@ -11,17 +11,15 @@ from typing import Any
 
 from rich.table import Table
 
-from lion_models.backbones import load_backbone
-from lion_models.data import open_source
+from lion_models.cells import Cell, OnEvent, check_cells, run_cells
 from lion_models.errors import UserError
+from lion_models.files import write_json
 from lion_models.training.config import RunConfig
 from lion_models.training.plots import plot_comparison
-from lion_models.training.runs import measure_run, prepare_folder, read_config, train_run
-from lion_models.training.trainer import FitState
+from lion_models.training.runs import check_data, read_config
+from lion_models.training.workbench import Workbench
 
 __all__ = ["comparison_table", "run_comparison", "summarise"]
-
-OnEpoch = Callable[[RunConfig, FitState], None]
 
 
 def run_comparison(
@@ -33,7 +31,9 @@ def run_comparison(
     *,
     overwrite: bool = False,
     device: str = "cpu",
-    on_epoch: OnEpoch = lambda config, state: None,
+    jobs: int = 1,
+    threads: int | None = None,
+    on_cells: Callable[[Sequence[Cell]], OnEvent] = lambda cells: lambda event: None,
 ) -> dict[str, Any]:
     """Train every method with every seed, test each once, and write compare.json and compare.png.
 
@@ -48,47 +48,49 @@ def run_comparison(
             tested. Empty means each method's default.
         overwrite: replace cells that were run with other options.
         device: where to train.
-        on_epoch: called after every epoch.
+        jobs, threads: see `run_cells`.
+        on_cells: given the cells of a phase, gives what to call with their events.
 
     Returns:
         The content of compare.json: `options`, `cells` and `summary`.
+
+    Raises:
+        UserError: a folder holds something else, or a run failed.
     """
-    backbone = load_backbone(base.backbone)
-    source = open_source(base.data, backbone.channels, backbone.image_size)
-    cells = []
+    bench = Workbench(device)
+
+    def run(cells: list[Cell]) -> None:
+        check_cells(cells, overwrite)
+        outcome = run_cells(
+            cells, jobs=jobs, threads=threads, device=device, on_event=on_cells(cells), bench=bench
+        )
+        if outcome.failures:
+            index, message = next(iter(outcome.failures.items()))
+            others = f" (and {len(outcome.failures) - 1} more)" if len(outcome.failures) > 1 else ""
+            raise UserError(f"{cells[index].folder.name}: {message}{others}")
+
+    if any(not (folder / f"{methods[0]}-s{seed}").exists() for seed in seeds):
+        check_data(replace(base, seed=seeds[0]), bench)
+    groups = []
     for seed in seeds:
         for method in methods:
-            best: tuple[float, Path] | None = None
+            group = []
             for lr in rates or (base.lr,):
                 config = replace(base, method=method, seed=seed, lr=lr).resolved()
                 name = f"{method}-s{seed}" + (f"-lr{lr:g}" if rates else "")
-                _prepare_cell(folder / name, config, overwrite)
-
-                def tell(state: FitState, config: RunConfig = config) -> None:
-                    on_epoch(config, state)
-
-                result = train_run(
-                    folder / name,
-                    config,
-                    test=False,
-                    device=device,
-                    backbone=backbone,
-                    source=source,
-                    on_epoch=tell,
-                )
-                if best is None or result["validation_accuracy"] > best[0]:
-                    best = result["validation_accuracy"], folder / name
-            if best is not None:
-                measure_run(best[1], device=device, backbone=backbone, source=source)
-                cells.append(_read_cell(best[1]))
+                group.append(Cell(folder / name, config, test=not rates))
+            groups.append(group)
+    run([cell for group in groups for cell in group])
+    if rates:
+        groups = [[replace(_best(group), test=True)] for group in groups]
+        run([group[0] for group in groups])
+    cells = [_read_cell(group[0].folder) for group in groups]
     options = base.to_dict()
     for key in ("method", "seed"):
         del options[key]
     summary = summarise(cells)
     written = {"options": options, "cells": cells, "summary": summary}
-    partial = folder / "compare.part"
-    partial.write_text(json.dumps(written, indent=2) + "\n")
-    partial.replace(folder / "compare.json")
+    write_json(folder / "compare.json", written)
     shots = f"{base.shots} images a class" if base.shots else "all images"
     plural = "seed" if len(seeds) == 1 else "seeds"
     title = f"{base.data}, {shots}, frozen {base.backbone}, {len(seeds)} {plural}"
@@ -96,15 +98,9 @@ def run_comparison(
     return written
 
 
-def _prepare_cell(folder: Path, config: RunConfig, overwrite: bool) -> None:
-    started = (folder / "config.json").is_file()
-    if started and read_config(folder) == config:
-        return
-    if started and not overwrite:
-        raise UserError(
-            f"{folder} was run with other options; use --overwrite to replace it, or another --name"
-        )
-    prepare_folder(folder, config, resume=False, overwrite=overwrite)
+def _best(cells: Sequence[Cell]) -> Cell:
+    """The cell with the highest validation accuracy; the first of several."""
+    return max(cells, key=lambda cell: (cell.result() or {})["validation_accuracy"])
 
 
 def _read_cell(folder: Path) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone, fingerprint, load_backbone
 from lion_models.classifier import TunedClassifier, trained_state
 from lion_models.errors import UserError
+from lion_models.files import write_bytes
 from lion_models.training.config import RunConfig, build_model
 
 __all__ = ["CHECKPOINT", "LoadedRun", "load_run", "read_checkpoint", "save_checkpoint"]
@@ -55,11 +56,8 @@ def save_checkpoint(
         "classes": json.dumps(classes),
         "normalisation": json.dumps(backbone.normalisation),
     }
-    partial = path.with_suffix(".part")
-    save_file(
-        {name: value.cpu().contiguous() for name, value in weights.items()}, partial, metadata
-    )
-    partial.replace(path)
+    tensors = {name: value.cpu().contiguous() for name, value in weights.items()}
+    write_bytes(path, save(tensors, metadata))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,8 +16,11 @@ from lion_models.implicit_prompt import Solver
 from lion_models.lion import SIDES, Lion
 
 __all__ = [
+    "AMP",
+    "CLASS_WEIGHTS",
     "DEFAULTS",
     "METHODS",
+    "ONLY_FOR",
     "OPTIMIZERS",
     "SOLVERS",
     "RunConfig",
@@ -28,6 +31,22 @@ __all__ = [
 METHODS = ("linear", "vpt-deep", "lion")
 OPTIMIZERS = ("adamw", "sgd")
 SOLVERS = ("anderson", "broyden", "picard")
+AMP = ("none", "bf16", "fp16")
+CLASS_WEIGHTS = ("none", "balanced", "balanced-softmax")
+
+# Options that mean something to these methods alone, so that a grid does not repeat the others.
+_VPT = ("vpt-shallow", "vpt-deep", "vpt-pad")
+ONLY_FOR = {
+    "sides": ("lion",),
+    "hidden": ("lion",),
+    "strength": ("lion",),
+    "solver": ("lion",),
+    "rtol": ("lion",),
+    "max_steps": ("lion",),
+    "iterations": ("lion",),
+    "prompts": _VPT,
+    "prompt_dropout": _VPT,
+}
 
 
 class Recipe(NamedTuple):
@@ -75,6 +94,16 @@ class RunConfig:
         iterations: lion: None for the equilibrium, k for k explicit layers.
         prompts: vpt-deep: tokens per block.
         prompt_dropout: vpt-deep: dropout on the prompts.
+        amp: `none`, `bf16` or `fp16` (CUDA alone): what the training step's forward pass computes
+            in. Weights, losses and every measurement stay float32.
+        accumulate: parts that a batch is computed in, one after the other; the step is that of the
+            whole batch within rounding (a dropout draws one mask for each part).
+        ema: decay of an exponential moving average of the trained weights, which validation, test
+            and the checkpoint then use; None means no average.
+        patience: epochs without a better one on validation data after which training ends; None
+            trains for all `epochs`.
+        class_weights: of the training loss: `none`, `balanced` (inverse class frequency) or
+            `balanced-softmax` (logits shifted by the log of the class frequency).
     """
 
     data: str
@@ -99,6 +128,11 @@ class RunConfig:
     iterations: int | None = None
     prompts: int = 10
     prompt_dropout: float = 0.1
+    amp: str = "none"
+    accumulate: int = 1
+    ema: float | None = None
+    patience: int | None = None
+    class_weights: str = "none"
 
     def __post_init__(self) -> None:
         choose("--method", self.method, METHODS)
@@ -107,6 +141,8 @@ class RunConfig:
             choose("--augment", self.augment, AUGMENTATIONS)
         choose("--sides", self.sides, SIDES)
         choose("--solver", self.solver, SOLVERS)
+        choose("--amp", self.amp, AMP)
+        choose("--class-weights", self.class_weights, CLASS_WEIGHTS)
         counts = (
             "shots",
             "validation_shots",
@@ -117,6 +153,8 @@ class RunConfig:
             "max_steps",
             "iterations",
             "prompts",
+            "accumulate",
+            "patience",
         )
         for name in counts:
             value = getattr(self, name)
@@ -130,6 +168,8 @@ class RunConfig:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if not 0 <= self.prompt_dropout < 1:
             raise UserError(f"--prompt-dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"--ema: expected a decay such as 0.999, got {self.ema}")
 
     @property
     def recipe(self) -> Recipe:
