@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from lion_models.cells import CellOptions
 from lion_models.cli_options import (
     Accumulate,
     Amp,
@@ -46,6 +47,7 @@ from lion_models.cli_runs import evaluate, info, predict_command
 from lion_models.cli_sweep import sweep
 from lion_models.compare import comparison_table, run_comparison
 from lion_models.errors import UserError, choose
+from lion_models.runner import CellRunner
 from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.config import METHODS
 from lion_models.training.ranks import joined_ranks
@@ -222,17 +224,16 @@ def _compare(
     jobs: int = 1,
     threads: int = 0,
 ) -> None:
-    with CellBars(jobs) as bars:
+    runner = CellRunner(jobs, threads or None, CellOptions(device))
+    with CellBars(jobs) as bars, runner:
         result = run_comparison(
             folder,
             base,
             methods,
             seeds,
             rates,
+            runner=runner,
             overwrite=overwrite,
-            device=device,
-            jobs=jobs,
-            threads=threads or None,
             on_cells=bars.one_by_one,
         )
     shots = f"{base.shots} images a class" if base.shots else "all images"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lion_models.cells import CellOptions
 from lion_models.cli_options import (
     Data,
     Device,
@@ -22,6 +23,7 @@ from lion_models.cli_options import (
 )
 from lion_models.cli_progress import CellBars
 from lion_models.errors import UserError, choose
+from lion_models.runner import CellRunner
 from lion_models.sweep import Plan, parse_axis, run_sweep, sweep_tables
 from lion_models.training.config import METHODS
 
@@ -63,8 +65,6 @@ def sweep(
     The test set is not read without --test-best. Several commands may share a folder.
     """
     set_up(threads, device)
-    if jobs < 1:
-        raise UserError(f"--jobs: expected 1 or more, got {jobs}")
     if test_seeds and not test_best:
         raise UserError("--test-seeds: goes with --test-best, which is not there")
     plan = Plan(
@@ -75,15 +75,14 @@ def sweep(
         tuple(parse_axis("--over", text) for text in over or ()),
     )
     folder = runs / (name or f"sweep-{Path(data).name}")
-    with CellBars(jobs) as bars:
+    options = CellOptions(device, plot=False)
+    with CellBars(jobs) as bars, CellRunner(jobs, threads or None, options) as runner:
         content = run_sweep(
             folder,
             plan,
+            runner,
             test_best=test_best,
             test_seeds=numbers("--test-seeds", test_seeds, int) if test_seeds else (),
-            jobs=jobs,
-            threads=threads or None,
-            device=device,
             overwrite=overwrite,
             on_cells=bars.together,
         )

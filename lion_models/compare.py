@@ -11,13 +11,12 @@ from typing import Any
 
 from rich.table import Table
 
-from lion_models.cells import Cell, OnEvent, check_cells, run_cells
+from lion_models.cells import Cell, OnEvent, check_cells
 from lion_models.errors import UserError
 from lion_models.files import write_json
+from lion_models.runner import CellRunner
 from lion_models.training.config import RunConfig
-from lion_models.training.plots import plot_comparison
 from lion_models.training.runs import check_data, read_config
-from lion_models.training.workbench import Workbench
 
 __all__ = ["comparison_table", "run_comparison", "summarise"]
 
@@ -29,10 +28,8 @@ def run_comparison(
     seeds: Sequence[int],
     rates: Sequence[float] = (),
     *,
+    runner: CellRunner,
     overwrite: bool = False,
-    device: str = "cpu",
-    jobs: int = 1,
-    threads: int | None = None,
     on_cells: Callable[[Sequence[Cell]], OnEvent] = lambda cells: lambda event: None,
 ) -> dict[str, Any]:
     """Train every method with every seed, test each once, and write compare.json and compare.png.
@@ -46,9 +43,8 @@ def run_comparison(
         seeds: one run per method and seed.
         rates: learning rates to try for each cell; validation chooses, and only the chosen one is
             tested. Empty means each method's default.
+        runner: what runs the cells.
         overwrite: replace cells that were run with other options.
-        device: where to train.
-        jobs, threads: see `run_cells`.
         on_cells: given the cells of a phase, gives what to call with their events.
 
     Returns:
@@ -57,20 +53,19 @@ def run_comparison(
     Raises:
         UserError: a folder holds something else, or a run failed.
     """
-    bench = Workbench(device)
+    # Imported here: worker processes, which load this module too, may draw nothing.
+    from lion_models.training.plots import plot_comparison
 
     def run(cells: list[Cell]) -> None:
         check_cells(cells, overwrite)
-        outcome = run_cells(
-            cells, jobs=jobs, threads=threads, device=device, on_event=on_cells(cells), bench=bench
-        )
+        outcome = runner.run(cells, on_cells(cells))
         if outcome.failures:
             index, message = next(iter(outcome.failures.items()))
             others = f" (and {len(outcome.failures) - 1} more)" if len(outcome.failures) > 1 else ""
             raise UserError(f"{cells[index].folder.name}: {message}{others}")
 
     if any(not (folder / f"{methods[0]}-s{seed}").exists() for seed in seeds):
-        check_data(replace(base, seed=seeds[0]), bench)
+        check_data(replace(base, seed=seeds[0]), runner.bench)
     groups = []
     for seed in seeds:
         for method in methods:

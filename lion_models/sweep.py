@@ -13,13 +13,12 @@ from typing import Any
 
 from rich.table import Table
 
-from lion_models.cells import Cell, OnEvent, check_cells, run_cells
+from lion_models.cells import Cell, OnEvent, check_cells
 from lion_models.errors import UserError, choose
 from lion_models.files import write_json
+from lion_models.runner import CellRunner
 from lion_models.training.config import METHODS, ONLY_FOR, RunConfig
 from lion_models.training.runs import check_data
-from lion_models.training.sweep_plot import plot_sweep
-from lion_models.training.workbench import Workbench
 
 __all__ = ["Axis", "Plan", "parse_axis", "run_sweep", "sweep_tables"]
 
@@ -139,12 +138,10 @@ def _parse(option: str, key: str, kind: Any, text: str) -> Any:
 def run_sweep(
     folder: Path,
     plan: Plan,
+    runner: CellRunner,
     *,
     test_best: bool = False,
     test_seeds: Sequence[int] = (),
-    jobs: int = 1,
-    threads: int | None = None,
-    device: str = "cpu",
     overwrite: bool = False,
     on_cells: typing.Callable[[Sequence[Cell]], OnEvent] = lambda cells: lambda event: None,
 ) -> dict[str, Any]:
@@ -153,11 +150,11 @@ def run_sweep(
     Args:
         folder: holds one run for each cell; several commands, on several machines, may share it.
         plan: the grid.
+        runner: what runs the cells.
         test_best: read the test set with the chosen setting of every method and condition; the
             test set of no other setting is read.
         test_seeds: seeds of the tested runs, which are trained where they are not there yet;
             empty means the sweep's own.
-        jobs, threads, device: see `run_cells`.
         overwrite: replace runs with other options.
         on_cells: given the cells of each of the two phases, gives what to call with their events.
 
@@ -168,13 +165,10 @@ def run_sweep(
     rows = _rows(folder, plan, plan.seeds)
     cells = [cell for row in rows for cell in row.cells]
     check_cells(cells, overwrite)
-    bench = Workbench(device)
     for options in plan.conditions():
         if any(row.condition == options and not row.cells[0].folder.exists() for row in rows):
-            check_data(replace(plan.base, seed=plan.seeds[0], **options), bench)
-    pool: dict[str, Any] = {"jobs": jobs, "threads": threads, "device": device, "plot": False,
-                            "bench": bench}  # fmt: skip
-    outcome = run_cells(cells, on_event=on_cells(cells), **pool)
+            check_data(replace(plan.base, seed=plan.seeds[0], **options), runner.bench)
+    outcome = runner.run(cells, on_cells(cells))
     results = dict(zip((cell.folder for cell in cells), outcome.results, strict=True))
     settings = sorted((_summary(row, results) for row in rows), key=_rank, reverse=True)
     chosen: list[dict[str, Any]] = []
@@ -201,7 +195,7 @@ def run_sweep(
         final = _rows(folder, plan, test_seeds or plan.seeds, best, test=True)
         cells = [cell for row in final for cell in row.cells]
         check_cells(cells, overwrite)
-        outcome = run_cells(cells, on_event=on_cells(cells), **pool)
+        outcome = runner.run(cells, on_cells(cells))
         results = dict(zip((cell.folder for cell in cells), outcome.results, strict=True))
         content["tested"] = [_summary(row, results) for row in final]
         content["failed"] = {cells[i].folder.name: why for i, why in outcome.failures.items()}
@@ -210,6 +204,9 @@ def run_sweep(
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
+    # Imported here: worker processes, which load this module too, draw nothing.
+    from lion_models.training.sweep_plot import plot_sweep
+
     write_json(folder / "sweep.json", content)
     plot_sweep(folder / "sweep.png", content)
 

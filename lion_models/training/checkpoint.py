@@ -57,7 +57,17 @@ def save_checkpoint(
         "normalisation": json.dumps(backbone.normalisation),
     }
     tensors = {name: value.cpu().contiguous() for name, value in weights.items()}
-    write_bytes(path, save(tensors, metadata))
+    write_bytes(path, _in_order(save(tensors, metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library's order changes from run to run."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -20,7 +20,6 @@ from lion_models.lion import Lion
 from lion_models.seeding import seed_all
 from lion_models.training.checkpoint import CHECKPOINT, load_run, save_checkpoint
 from lion_models.training.config import RunConfig, build_model, make_solver
-from lion_models.training.plots import plot_confusion, plot_run
 from lion_models.training.progress import METRICS, STATE, STATE_SECONDS, RunLog, read_state
 from lion_models.training.ranks import ALONE, Ranks
 from lion_models.training.report import CONFUSION, REPORT, read_report, write_report
@@ -51,7 +50,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     Raises:
         UserError: the folder holds something and neither was asked for, or something else.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
         if resume:
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +75,11 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
             f"{folder} exists; use --resume to continue it, --overwrite to replace it, "
             "or another --name"
         )
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a folder is empty but for what a process left that was killed as it began."""
+    return all(path.name.endswith(".part") for path in folder.iterdir())
 
 
 def check_data(config: RunConfig, bench: Workbench) -> None:
@@ -171,7 +175,7 @@ def train_run(
         write_json(result_path, finished)
         state_path.unlink(missing_ok=True)
         if plot:
-            plot_run(folder / "curves.png", config, state.history, finished)
+            _plot(folder, config, finished)
     if not test or not ranks.first:
         return finished
     return measure_run(folder, bench=bench, plot=plot)
@@ -223,10 +227,18 @@ def measure_run(
     if predicted:
         write_report(folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))
     if plot:
-        history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-        plot_run(folder / "curves.png", config, history, result)
-        plot_confusion(folder / CONFUSION, read_report(folder / REPORT))
+        _plot(folder, config, result)
     return result
+
+
+def _plot(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
+    # Imported here: matplotlib takes longer to load than a small run to train.
+    from lion_models.training.plots import plot_confusion, plot_run
+
+    history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    plot_run(folder / "curves.png", config, history, result)
+    if (folder / REPORT).exists():
+        plot_confusion(folder / CONFUSION, read_report(folder / REPORT))
 
 
 def _traces(model: TunedClassifier, task: Task, config: RunConfig) -> dict[str, list[list[float]]]:

@@ -33,7 +33,7 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     # In the order of the grid, not of the accuracies.
     conditions = sorted({condition for condition, _ in groups})
     methods = sorted({method for _, method in groups})
-    size = (4.8 * len(methods), 4.0 * len(conditions) + 0.4)
+    size = (5.6 * len(methods), 4.0 * len(conditions) + 0.4)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(conditions), len(methods), squeeze=False)
@@ -104,10 +104,10 @@ def _dots(
         axis.plot(values, [position] * len(values), "o", color="#0072B2", alpha=0.5, markersize=5)
         mean = 100 * one["validation_accuracy"]
         axis.plot([mean], [position], "|", color="black", markersize=14, markeredgewidth=2)
-    labels = ["\n".join(f"{key} {one['setting'][key]}" for key in keys) or "-" for one in shown]
+    labels = [", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-" for one in shown]
     axis.set_yticks(range(len(shown)), labels, fontsize=8)
     axis.set_ylim(len(shown) - 0.5, -0.5)
-    axis.set_xlabel("validation accuracy (%); a dot is a seed, the bar their mean")
+    axis.set_xlabel("a dot is a seed, the bar their mean")
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
