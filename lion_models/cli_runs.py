@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
 
 from lion_models.backbones import load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import Device, Threads, set_up
 from lion_models.errors import UserError, choose
-from lion_models.predict import evaluate_on, format_predictions, gather_images, predict
+from lion_models.files import replacing, write_json
+from lion_models.predict import (
+    UNREADABLE,
+    Prediction,
+    evaluate_on,
+    gather_images,
+    predict,
+    write_predictions,
+)
 from lion_models.training import load_run, measure_run
+from lion_models.training.report import CONFUSION, REPORT, class_report, read_report
 from lion_models.training.workbench import Workbench
 
 __all__ = ["evaluate", "info", "predict_command"]
@@ -31,6 +45,13 @@ def evaluate(
             show_default="the run's own test set, read once",
         ),
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Precision, recall and F1 of each class.")
+    ] = False,
+    report_to: Annotated[
+        Path | None,
+        typer.Option(help="With --data: write report.json and confusion.png to this folder."),
+    ] = None,
     threads: Threads = 0,
     device: Device = "cpu",
 ) -> None:
@@ -40,18 +61,45 @@ def evaluate(
         if not run.is_dir():
             load_run(run)
             raise UserError(f"{run}: is a checkpoint file; name the run's folder, or add --data")
+        if report_to is not None:
+            raise UserError(f"--report-to: a run's own report is written to {run}; add --data")
         figures = measure_run(run, bench=Workbench(device))["test"]
+        classes = read_report(run / REPORT) if report else {}
         where = "the run's test set"
     else:
         loaded = load_run(run)
         loaded.model.to(device)
-        figures = evaluate_on(loaded, data)
+        predicted: list[Tensor] = []
+        figures, truth = evaluate_on(loaded, data, predicted)
+        classes = class_report(loaded.classes, truth, torch.cat(predicted)) if (
+            report or report_to) else {}  # fmt: skip
         where = data
     out.print(
         f"accuracy {100 * figures['accuracy']:.2f}%, cross-entropy {figures['loss']:.4f} "
         f"nats over {figures['images']} images of {where}",
         highlight=False,
     )
+    if report:
+        out.print(_report_table(classes))
+    if report_to is not None:
+        from lion_models.training.plots import plot_confusion
+
+        report_to.mkdir(parents=True, exist_ok=True)
+        write_json(report_to / REPORT, classes)
+        plot_confusion(report_to / CONFUSION, classes)
+        out.print(f"wrote {report_to}/{REPORT} and {report_to}/{CONFUSION}")
+
+
+def _report_table(report: dict[str, Any]) -> Table:
+    title = f"balanced accuracy {100 * report['balanced_accuracy']:.1f}%, macro F1 "
+    table = Table(title=f"{title}{report['macro_f1']:.3f}", title_justify="left")
+    table.add_column("class")
+    for heading in ("precision", "recall", "f1", "support"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report["classes"]:
+        shares = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
+        table.add_row(_escape(row["class"]), *shares, str(row["support"]))
+    return table
 
 
 def predict_command(
@@ -59,29 +107,50 @@ def predict_command(
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     form: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
     output: Annotated[Path | None, typer.Option("--output", help="Write csv or json here.")] = None,
+    unreadable: Annotated[
+        str, typer.Option(help="Files that are no whole images: fail, or skip (and name them).")
+    ] = "fail",
     threads: Threads = 0,
     device: Device = "cpu",
 ) -> None:
     """Class and probability of images."""
     set_up(threads, device)
     choose("--format", form, ["table", "csv", "json"])
+    choose("--unreadable", unreadable, UNREADABLE)
     if output is not None and not output.resolve().parent.is_dir():
         raise UserError(f"--output: folder {output.parent} does not exist; create it first")
     images = gather_images(paths)
     loaded = load_run(run)
     loaded.model.to(device)
-    rows = predict(loaded, images)
+    skipped: list[str] = []
+
+    def readable() -> Iterator[Prediction]:
+        # The bar is for people: it shows on a terminal alone.
+        for one in tqdm(
+            predict(loaded, images, unreadable), total=len(images), unit="image", disable=None
+        ):
+            if one.error:
+                skipped.append(one.error)
+            else:
+                yield one
+
     if output is not None:
         kind = "json" if form == "json" or output.suffix == ".json" else "csv"
-        output.write_text(format_predictions(rows, kind) + "\n")
-        out.print(f"wrote {len(rows)} predictions to {output}")
+        with replacing(output, "w") as file:
+            count = write_predictions(file, kind, loaded.classes, readable())
+        out.print(f"wrote {count} predictions to {output}")
     elif form == "table":
         table = Table("file", "class", "probability")
-        for row in rows:
-            table.add_row(_escape(row["file"]), _escape(row["class"]), f"{row['probability']:.3f}")
+        for one in readable():
+            name, chance = loaded.classes[one.best], one.probabilities[one.best]
+            table.add_row(_escape(str(one.path)), _escape(name), f"{chance:.3f}")
         out.print(table)
     else:
-        typer.echo(format_predictions(rows, form))
+        write_predictions(sys.stdout, form, loaded.classes, readable())
+    for error in skipped:
+        typer.echo(f"skipped: {error}", err=True)
+    if skipped:
+        typer.echo(f"skipped {len(skipped)} of {len(images)} files", err=True)
 
 
 def info(

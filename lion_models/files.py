@@ -39,7 +39,8 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     # The process's own name, so that two processes never write into the same temporary file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with partial.open(mode) as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with open(partial, mode, **text) as file:  # type: ignore[call-overload]
             yield file
             file.flush()
             os.fsync(file.fileno())
