@@ -43,7 +43,7 @@ from lion_models.cli_options import (
     with_run_options,
 )
 from lion_models.cli_progress import CellBars, ProgressBars
-from lion_models.cli_runs import evaluate, info, predict_command
+from lion_models.cli_runs import evaluate, export, info, predict_command
 from lion_models.cli_sweep import sweep
 from lion_models.compare import comparison_table, run_comparison
 from lion_models.errors import UserError, choose
@@ -260,6 +260,7 @@ for _name, _command in (
     ("sweep", with_run_options(train, "method", "seed")(sweep)),
     ("eval", evaluate),
     ("predict", predict_command),
+    ("export", export),
     ("info", info),
 ):
     app.command(_name)(_command)

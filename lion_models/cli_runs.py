@@ -1,4 +1,4 @@
-"""The commands for what is trained already: eval, predict, info."""
+"""The commands for what is trained already: eval, predict, export, info."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from tqdm import tqdm
 
 from lion_models.backbones import load_backbone, read_vit, tiny_vit_path
 from lion_models.cli_options import Device, Threads, set_up
+from lion_models.data import decode_image
 from lion_models.errors import UserError, choose
+from lion_models.export import FORMATS, export_run
 from lion_models.files import replacing, write_json
+from lion_models.memory import kept_bytes
 from lion_models.predict import (
     UNREADABLE,
     Prediction,
@@ -29,9 +32,12 @@ from lion_models.predict import (
 )
 from lion_models.training import load_run, measure_run
 from lion_models.training.report import CONFUSION, REPORT, class_report, read_report
+from lion_models.training.runs import validation_images
 from lion_models.training.workbench import Workbench
 
-__all__ = ["evaluate", "info", "predict_command"]
+__all__ = ["evaluate", "export", "info", "predict_command"]
+
+COMPARED_IMAGES = 64
 
 out = Console()
 
@@ -153,39 +159,106 @@ def predict_command(
         typer.echo(f"skipped {len(skipped)} of {len(images)} files", err=True)
 
 
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder or checkpoint.")],
+    form: Annotated[str, typer.Option("--format", help="torch-export or onnx.")] = "torch-export",
+    steps: Annotated[
+        int, typer.Option(help="lion: iterations that each implicit layer is unrolled to.")
+    ] = 20,
+    output: Annotated[
+        Path | None, typer.Option("--output", show_default="RUN/model.pt2 or RUN/model.onnx")
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Images or folders to compare on.", show_default="the run's validation images"
+        ),
+    ] = None,
+    threads: Threads = 0,
+) -> None:
+    """Write a classifier as one file that needs no lion_models, and compare it on real images."""
+    set_up(threads, "cpu")
+    choose("--format", form, FORMATS)
+    folder = run if run.is_dir() else run.parent
+    output = folder / f"model.{FORMATS[form]}" if output is None else output
+    if not output.resolve().parent.is_dir():
+        raise UserError(f"--output: folder {output.parent} does not exist; create it first")
+    loaded = load_run(run)
+    backbone = loaded.model.backbone
+    if images:
+        paths = gather_images(images)[:COMPARED_IMAGES]
+        decoded = [decode_image(path, backbone.channels, backbone.image_size) for path in paths]
+        pixels = torch.stack(decoded * (1 if len(decoded) > 1 else 2))
+    else:
+        pixels = validation_images(loaded.config, Workbench(), COMPARED_IMAGES)
+    written = export_run(loaded, pixels, output, form, steps)
+    figures = written.metadata
+    size = written.path.stat().st_size
+    out.print(f"wrote {written.path}, {size:,} bytes", highlight=False, soft_wrap=True)
+    out.print(
+        f"largest difference of a logit over {figures['compared_images']} images: "
+        f"{figures['difference']:.2g} from the trained model, of which the file's own runtime "
+        f"makes {figures['difference_of_export']:.2g}",
+        highlight=False,
+    )
+    changed = figures["classes_changed_by_unrolling"]
+    if changed:
+        out.print(
+            f"[bold yellow]warning:[/] {changed} of these images get another class with "
+            f"{steps} plain iterations than at the equilibrium; raise --steps, and if that does "
+            "not help, the trained layer does not contract"
+        )
+
+
 def info(
     run: Annotated[
         Path | None,
         typer.Argument(help="A run's folder or checkpoint.", show_default="the embedded backbone"),
     ] = None,
 ) -> None:
-    """What a run or the embedded backbone is: parameters, fingerprint, figures."""
-    if run is None:
-        backbone = load_backbone("tiny-vit")
-        training = read_vit(tiny_vit_path())[1]["training"]
-        facts: dict[str, Any] = {
-            "backbone": backbone.name,
-            "sha256": backbone.fingerprint,
-            "parameters": sum(p.numel() for p in backbone.parameters()),
-            **training,
-        }
-    else:
-        loaded = load_run(run)
-        result = run / "result.json"
-        facts = {
-            "classes": ", ".join(loaded.classes),
-            "weights sha256": loaded.weights,
-            **loaded.config.to_dict(),
-        }
-        if result.is_file():
-            figures = json.loads(result.read_text())
-            facts |= figures["parameters"] | {
-                key: figures.get(key) for key in ("best_epoch", "validation_accuracy", "test")
-            }
-    table = Table("", "", show_header=False)
+    """What a run or the embedded backbone is: parameters, memory of a step, solver steps."""
+    facts = _backbone_facts() if run is None else _run_facts(run)
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for key, value in facts.items():
         table.add_row(key, _escape(str(value)))
     out.print(table)
+
+
+def _backbone_facts() -> dict[str, Any]:
+    backbone = load_backbone("tiny-vit")
+    training = read_vit(tiny_vit_path())[1]["training"]
+    return {
+        "backbone": backbone.name,
+        "sha256": backbone.fingerprint,
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        **training,
+    }
+
+
+def _run_facts(run: Path) -> dict[str, Any]:
+    loaded = load_run(run)
+    model, config = loaded.model, loaded.config
+    facts: dict[str, Any] = {
+        "classes": ", ".join(loaded.classes),
+        "weights sha256": loaded.weights,
+        **config.to_dict(),
+    }
+    result = run / "result.json"
+    if result.is_file():
+        figures = json.loads(result.read_text())
+        facts |= figures["parameters"]
+        facts |= {key: figures.get(key) for key in ("best_epoch", "validation_accuracy", "test")}
+        for side, solve in figures["solver"].items():
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in solve.items())
+            facts[f"solver, {side}"] = shown
+    side = model.backbone.image_size
+    images = torch.rand(config.batch, model.backbone.channels, side, side)
+    facts[f"memory, batch of {config.batch}"] = (
+        f"{kept_bytes(model, images) / 2**20:.2f} MiB kept for the backward pass"
+    )
+    return facts
 
 
 def _escape(text: str) -> str:

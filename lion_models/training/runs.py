@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lion_models.classifier import TunedClassifier, count_parameters
-from lion_models.data import SealedTest, Task, make_task, split_rows
+from lion_models.data import SealedTest, Source, Split, Task, make_task, split_rows
 from lion_models.errors import UserError
 from lion_models.files import write_json
 from lion_models.lion import Lion
@@ -26,7 +26,15 @@ from lion_models.training.report import CONFUSION, REPORT, read_report, write_re
 from lion_models.training.trainer import FitState, fit, freeze_images, score
 from lion_models.training.workbench import Workbench
 
-__all__ = ["check_data", "measure_run", "prepare_folder", "read_config", "train_run"]
+__all__ = [
+    "check_data",
+    "measure_run",
+    "prepare_folder",
+    "read_config",
+    "split_of",
+    "train_run",
+    "validation_images",
+]
 
 TEST_LEDGER = "test.json"
 TRACE_IMAGES = 256
@@ -82,10 +90,9 @@ def _holds_nothing(folder: Path) -> bool:
     return all(path.name.endswith(".part") for path in folder.iterdir())
 
 
-def check_data(config: RunConfig, bench: Workbench) -> None:
-    """Raise UserError where the data cannot serve a run; cheap, and before a folder is made."""
-    source = bench.source(config)
-    split_rows(
+def split_of(config: RunConfig, source: Source) -> Split:
+    """The rows that a configuration trains, validates and tests on."""
+    return split_rows(
         source.labels,
         source.classes,
         config.seed,
@@ -93,6 +100,19 @@ def check_data(config: RunConfig, bench: Workbench) -> None:
         config.validation_shots,
         config.test_cap,
     )
+
+
+def check_data(config: RunConfig, bench: Workbench) -> None:
+    """Raise UserError where the data cannot serve a run; cheap, and before a folder is made."""
+    split_of(config, bench.source(config))
+
+
+def validation_images(config: RunConfig, bench: Workbench, count: int) -> Tensor:
+    """Up to `count` of a run's validation images, spread over the classes: uint8 (n, C, S, S)."""
+    source = bench.source(config)
+    rows = split_of(config, source).validation
+    chosen = torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()
+    return source.load(rows[chosen])
 
 
 def train_run(
@@ -204,14 +224,7 @@ def measure_run(
     run = load_run(folder, bench.backbone(stored))
     config, model = run.config, run.model.to(bench.device)
     source = bench.source(config)
-    split = split_rows(
-        source.labels,
-        source.classes,
-        config.seed,
-        config.shots,
-        config.validation_shots,
-        config.test_cap,
-    )
+    split = split_of(config, source)
     predicted: list[Tensor] = []
     truths: list[Tensor] = []
 
