@@ -173,7 +173,7 @@ def plot_confusion(path: Path, report: dict[str, Any]) -> None:
     axis.set_yticks(ticks, names)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    axis.set_title(f"{report['images']} test images, accuracy {100 * report['accuracy']:.1f}%")
+    axis.set_title(f"{report['images']} images, accuracy {100 * report['accuracy']:.1f}%")
     if len(names) <= 30:
         for row, values in enumerate(counts):
             for column, value in enumerate(values):
