@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lion_models.errors import UserError
-from lion_models.files import claim
+from lion_models.files import claim, holding, run_lock
 from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.progress import STATE_SECONDS
 from lion_models.training.runs import measure_run, read_config
@@ -34,10 +33,6 @@ class Cell:
     folder: Path
     config: RunConfig
     test: bool = False
-
-    @property
-    def lock(self) -> Path:
-        return self.folder.parent / ".locks" / f"{self.folder.name}.lock"
 
     def result(self) -> dict[str, Any] | None:
         """Content of result.json, if the run has all that is asked for."""
@@ -108,9 +103,7 @@ def check_cells(cells: Sequence[Cell], overwrite: bool = False) -> None:
                 "or another --name"
             )
         if started:
-            with _claimed(cell) as mine:
-                if not mine:
-                    raise UserError(f"--overwrite: {cell.folder} is running in another process")
+            with holding(cell.folder):
                 prepare_folder(cell.folder, cell.config, resume=False, overwrite=True)
 
 
@@ -119,7 +112,7 @@ def attempt(index: int, cell: Cell, options: CellOptions, bench: Workbench, tell
     try:
         if cell.result() is not None:
             return Event(index, "elsewhere")
-        with _claimed(cell) as mine:
+        with claim(run_lock(cell.folder)) as mine:
             if not mine:
                 return Event(index, "held")
             if cell.result() is not None:
@@ -131,11 +124,6 @@ def attempt(index: int, cell: Cell, options: CellOptions, bench: Workbench, tell
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         return Event(index, "failed", message=message)
-
-
-def _claimed(cell: Cell) -> AbstractContextManager[bool]:
-    cell.lock.parent.mkdir(parents=True, exist_ok=True)
-    return claim(cell.lock)
 
 
 def _run_cell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,7 @@ from lion_models.cli_runs import evaluate, export, info, predict_command
 from lion_models.cli_sweep import sweep
 from lion_models.compare import comparison_table, run_comparison
 from lion_models.errors import UserError, choose
+from lion_models.files import holding
 from lion_models.runner import CellRunner
 from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.config import METHODS
@@ -132,10 +134,16 @@ def train(
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
     bench = Workbench(device)
-    with joined_ranks(device) as ranks:
+    with ExitStack() as held, joined_ranks(device) as ranks:
         if ranks.first:
             check_data(config, bench)
+            # A lock before a folder is replaced; none is left where a mistake is reported.
+            new = not folder.exists()
+            if not new:
+                held.enter_context(holding(folder))
             prepare_folder(folder, config, resume, overwrite)
+            if new:
+                held.enter_context(holding(folder))
         with ProgressBars() as bars:
             result = train_run(
                 folder,

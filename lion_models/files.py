@@ -17,7 +17,16 @@ from lion_models.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["append_line", "claim", "replacing", "save_figure", "write_bytes", "write_json"]
+__all__ = [
+    "append_line",
+    "claim",
+    "holding",
+    "replacing",
+    "run_lock",
+    "save_figure",
+    "write_bytes",
+    "write_json",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -141,3 +150,28 @@ def claim(lock: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
+
+
+def run_lock(folder: Path) -> Path:
+    """The lock file of a run's folder; beside it, so that replacing the folder leaves it."""
+    lock = folder.parent / ".locks" / f"{folder.name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return lock
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, or raise.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    lock = run_lock(folder)
+    with claim(lock) as mine:
+        if not mine:
+            holder = lock.read_text().strip() or "unknown"
+            raise UserError(
+                f"{folder} is running in another process (host and process: {holder}); wait for "
+                "it, or end it"
+            )
+        yield

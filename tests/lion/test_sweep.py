@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from conftest import Lion
 from lion_models.cells import Cell, CellOptions, Event
 from lion_models.compare import run_comparison
 from lion_models.errors import UserError
-from lion_models.files import claim
+from lion_models.files import claim, holding, run_lock
 from lion_models.runner import CellRunner
 from lion_models.sweep import Axis, Plan, parse_axis, run_sweep
 from lion_models.training import RunConfig
@@ -157,7 +158,7 @@ def test_worker_that_is_killed_loses_its_cell_alone(
 
     def kill(event: Event) -> None:
         if event.index == 0 and event.kind == "epoch" and not killed:
-            holder = int(cells[0].lock.read_text().split()[1])
+            holder = int(run_lock(cells[0].folder).read_text().split()[1])
             os.kill(holder, signal.SIGKILL)
             killed.append(holder)
 
@@ -188,11 +189,26 @@ def test_lock_of_a_living_process_holds_and_that_of_a_killed_one_is_free(tmp_pat
     assert int(lock.read_text().split()[1]) == os.getpid()
 
 
+def test_run_that_another_process_trains_is_neither_continued_nor_replaced(
+    lion: Lion, trained: Path
+):
+    config = json.loads((trained / "config.json").read_text())
+    with holding(trained):
+        for option in ("--resume", "--overwrite"):
+            refused = lion("train", "--data", config["data"], "--backbone", config["backbone"],
+                           "--name", trained.name, "--runs", trained.parent, "--shots", 4,
+                           "--validation-shots", 3, option)  # fmt: skip
+            assert refused.code == 2
+            assert f"another process (host and process: {socket.gethostname()} {os.getpid()})" in (
+                refused.err
+            )
+    assert (trained / "result.json").exists()
+
+
 def test_cell_of_another_command_is_waited_for(base: RunConfig, tmp_path: Path):
     [cell] = cells_of(tmp_path, base, 1)
-    cell.lock.parent.mkdir()
     held = []
-    with quick() as runner, claim(cell.lock):
+    with quick() as runner, claim(run_lock(cell.folder)):
 
         def hear(event: Event) -> None:
             held.append(event.kind)
