@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from lion_models import cli_data
-from lion_models.backbones import TINY_VIT, load_backbone, read_vit, tiny_vit_path
+from lion_models.cells import CellOptions
 from lion_models.cli_options import (
+    Accumulate,
     AdapterHidden,
     AdapterPlace,
+    Amp,
     Augment,
     Backbone,
     BadFiles,
     Batch,
     CheckpointBackbone,
+    ClassWeights,
     Data,
     Device,
+    Ema,
     Epochs,
     Hidden,
     Imbalance,
     Iterations,
+    Jobs,
     LoraAlpha,
     LoraRank,
     MaxSteps,
@@ -36,6 +40,7 @@ from lion_models.cli_options import (
     OutputInput,
     Overwrite,
     Pad,
+    Patience,
     Prompts,
     PruneAt,
     Readout,
@@ -62,22 +67,20 @@ from lion_models.cli_options import (
     numbers,
     set_up,
     short_name,
+    with_run_options,
 )
-from lion_models.cli_progress import ProgressBars
+from lion_models.cli_progress import CellBars, ProgressBars
+from lion_models.cli_runs import evaluate, export, info, predict_command
+from lion_models.cli_sweep import sweep
 from lion_models.compare import comparison_table, run_comparison
 from lion_models.errors import UserError, choose
-from lion_models.predict import evaluate_on, format_predictions, gather_images, predict
-from lion_models.training import (
-    RunConfig,
-    build_model,
-    load_run,
-    measure_run,
-    prepare_folder,
-    train_run,
-)
+from lion_models.files import holding
+from lion_models.runner import CellRunner
+from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.config import METHODS, SHOWN_METHODS
-from lion_models.training.run_data import open_data, split_data
-from lion_models.training.runs import read_config
+from lion_models.training.ranks import joined_ranks
+from lion_models.training.runs import check_data, read_config
+from lion_models.training.workbench import Workbench
 
 __all__ = ["app", "main"]
 
@@ -169,29 +172,53 @@ def train(
     adapter_place: AdapterPlace = RunConfig.adapter_place,
     lora_rank: LoraRank = RunConfig.lora_rank,
     lora_alpha: LoraAlpha = None,
+    amp: Amp = "none",
+    accumulate: Accumulate = 1,
+    ema: Ema = None,
+    patience: Patience = None,
+    class_weights: ClassWeights = "none",
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
     test: Annotated[bool, typer.Option(help="Read the test set at the end.")] = True,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write scalars to RUNS/NAME/tensorboard.")
+    ] = False,
     threads: Threads = 0,
     device: Device = "cpu",
 ) -> None:
-    """Train one method; writes RUNS/NAME."""
+    """Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
     set_up(threads, device)
     config = config_of(ctx).resolved()
     folder = runs / (name or f"{short_name(data)}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
-    _check_data(config)
-    prepare_folder(folder, config, resume, overwrite)
-    with ProgressBars() as bars:
-        result = train_run(
-            folder,
-            config,
-            test=test,
-            device=device,
-            on_epoch=lambda state: bars.update(config, state),
-        )
+    bench = Workbench(device)
+    with ExitStack() as held, joined_ranks(device) as ranks:
+        if ranks.first:
+            check_data(config, bench)
+            # A lock before a folder is replaced; none is left where a mistake is reported.
+            new = not folder.exists()
+            if not new:
+                held.enter_context(holding(folder))
+            prepare_folder(folder, config, resume, overwrite)
+            if new:
+                held.enter_context(holding(folder))
+        with ProgressBars() as bars:
+            result = train_run(
+                folder,
+                config,
+                test=test,
+                bench=bench,
+                on_epoch=lambda state: bars.update(config, state),
+                tensorboard=tensorboard,
+                ranks=ranks,
+            )
+    if ranks.first:
+        _show_result(folder, result)
+
+
+def _show_result(folder: Path, result: dict[str, Any]) -> None:
     counts = result["parameters"]
     out.print(
         f"chosen epoch {result['best_epoch']}: validation accuracy "
@@ -214,71 +241,8 @@ def train(
     out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png")
 
 
-@app.command("eval")
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or its checkpoint with --data.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Other data with the same classes; every image of it is used.",
-            show_default="the run's own test set, read once",
-        ),
-    ] = None,
-    threads: Threads = 0,
-    device: Device = "cpu",
-) -> None:
-    """Accuracy of a run: on its own test set (measured once, then remembered) or on other data."""
-    set_up(threads, device)
-    if data is None:
-        if not run.is_dir():
-            load_run(run)
-            raise UserError(f"{run}: is a checkpoint file; name the run's folder, or add --data")
-        figures = measure_run(run, device=device)["test"]
-        where = "the run's test set"
-    else:
-        loaded = load_run(run)
-        loaded.model.to(device)
-        figures = evaluate_on(loaded, data)
-        where = data
-    out.print(
-        f"accuracy {100 * figures['accuracy']:.2f}%, cross-entropy {figures['loss']:.4f} "
-        f"nats over {figures['images']} images of {where}",
-        highlight=False,
-    )
-
-
-@app.command("predict")
-def predict_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder or checkpoint.")],
-    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    form: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
-    output: Annotated[Path | None, typer.Option("--output", help="Write csv or json here.")] = None,
-    threads: Threads = 0,
-    device: Device = "cpu",
-) -> None:
-    """Class and probability of images."""
-    set_up(threads, device)
-    choose("--format", form, ["table", "csv", "json"])
-    if output is not None and not output.resolve().parent.is_dir():
-        raise UserError(f"--output: folder {output.parent} does not exist; create it first")
-    images = gather_images(paths)
-    loaded = load_run(run)
-    loaded.model.to(device)
-    rows = predict(loaded, images)
-    if output is not None:
-        kind = "json" if form == "json" or output.suffix == ".json" else "csv"
-        output.write_text(format_predictions(rows, kind) + "\n")
-        out.print(f"wrote {len(rows)} predictions to {output}")
-    elif form == "table":
-        table = Table("file", "class", "probability")
-        for row in rows:
-            table.add_row(_escape(row["file"]), _escape(row["class"]), f"{row['probability']:.3f}")
-        out.print(table)
-    else:
-        typer.echo(format_predictions(rows, form))
-
-
 @app.command()
+@with_run_options(train, "method", "seed", "lr", "weight_decay")
 def compare(
     ctx: typer.Context,
     data: Data,
@@ -294,46 +258,10 @@ def compare(
         ),
     ] = "",
     name: Annotated[str | None, typer.Option(show_default="compare-DATA-SHOTS")] = None,
-    backbone: Backbone = "tiny-vit",
     shots: Shots = "20",
-    validation_shots: ValidationShots = None,
-    epochs: Epochs = 100,
-    batch: Batch = 64,
-    optimizer: Optimizer = "adamw",
-    augment: Augment = None,
-    imbalance: Imbalance = None,
-    transform: Transform = "square",
-    normalisation: Normalisation = "backbone",
-    bad_files: BadFiles = "fail",
-    verify: Verify = "full",
-    sides: Sides = RunConfig.sides,
-    hidden: Hidden = RunConfig.hidden,
-    strength: Strength = RunConfig.strength,
-    solver: SolverName = "anderson",
-    rtol: Rtol = None,
-    max_steps: MaxSteps = 50,
-    iterations: Iterations = None,
-    space: Space = None,
-    output_input: OutputInput = RunConfig.output_input,
-    robust: Robust = RunConfig.robust,
-    tau: Tau = RunConfig.tau,
-    robust_set: RobustSet = RunConfig.robust_set,
-    robust_scope: RobustScope = RunConfig.robust_scope,
-    robust_decay: RobustDecay = RunConfig.robust_decay,
-    robust_ramp: RobustRamp = RunConfig.robust_ramp,
-    robust_on: RobustOn = RunConfig.robust_on,
-    sparsity: Sparsity = RunConfig.sparsity,
-    prune_at: PruneAt = None,
-    readout: Readout = None,
-    checkpoint_backbone: CheckpointBackbone = False,
-    prompts: Prompts = RunConfig.prompts,
-    pad: Pad = RunConfig.pad,
-    adapter_hidden: AdapterHidden = RunConfig.adapter_hidden,
-    adapter_place: AdapterPlace = RunConfig.adapter_place,
-    lora_rank: LoraRank = RunConfig.lora_rank,
-    lora_alpha: LoraAlpha = None,
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
+    jobs: Jobs = 1,
     threads: Threads = 0,
     device: Device = "cpu",
 ) -> None:
@@ -343,14 +271,9 @@ def compare(
     names = [choose("--methods", part.strip(), METHODS) for part in parts]
     base = config_of(ctx)
     folder = runs / (name or f"compare-{short_name(data)}-{shots}")
+    rates = numbers("--lrs", lrs, float) if lrs else []
     _compare(
-        folder,
-        base,
-        names,
-        numbers("--seeds", seeds, int),
-        numbers("--lrs", lrs, float) if lrs else [],
-        overwrite,
-        device,
+        folder, base, names, numbers("--seeds", seeds, int), rates, overwrite, device, jobs, threads
     )
 
 
@@ -375,38 +298,6 @@ def demo(
     _compare(folder, base, list(SHOWN_METHODS), [42], [], overwrite, "cpu")
 
 
-@app.command()
-def info(
-    run: Annotated[
-        Path | None,
-        typer.Argument(help="A run's folder or checkpoint.", show_default="the backbone alone"),
-    ] = None,
-    backbone: Backbone = TINY_VIT,
-) -> None:
-    """What a run or a backbone is: parameters, fingerprint, licence, figures."""
-    if run is None:
-        facts = load_backbone(backbone).describe()
-        if backbone == TINY_VIT:
-            facts |= read_vit(tiny_vit_path())[1]["training"]
-    else:
-        loaded = load_run(run)
-        result = run / "result.json"
-        facts = {
-            "classes": ", ".join(loaded.classes),
-            "weights sha256": loaded.weights,
-            **loaded.config.to_dict(),
-        }
-        if result.is_file():
-            figures = json.loads(result.read_text())
-            facts |= figures["parameters"] | {
-                key: figures.get(key) for key in ("best_epoch", "validation_accuracy", "test")
-            }
-    table = Table("", Column(overflow="fold"), show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, _escape(str(value)))
-    out.print(table)
-
-
 def _compare(
     folder: Path,
     base: RunConfig,
@@ -415,18 +306,20 @@ def _compare(
     rates: list[float],
     overwrite: bool,
     device: str,
+    jobs: int = 1,
+    threads: int = 0,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with ProgressBars() as bars:
+    runner = CellRunner(jobs, threads or None, CellOptions(device))
+    with CellBars(jobs) as bars, runner:
         result = run_comparison(
             folder,
             base,
             methods,
             seeds,
             rates,
+            runner=runner,
             overwrite=overwrite,
-            device=device,
-            on_epoch=bars.update,
+            on_cells=bars.one_by_one,
         )
     shots = f"{base.shots} images a class" if base.shots else "all images"
     seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
@@ -444,16 +337,18 @@ def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConf
     return RunConfig.from_dict(stored.to_dict() | given)
 
 
-def _check_data(config: RunConfig) -> None:
-    """Fail on bad data, or a method that does not go with the backbone, before a folder is made."""
-    backbone = load_backbone(config.backbone)
-    source = open_data(config, backbone)
-    split_data(source, config)
-    build_model(config, backbone, len(source.classes))
-
-
 def _escape(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+for _name, _command in (
+    ("sweep", with_run_options(train, "method", "seed")(sweep)),
+    ("eval", evaluate),
+    ("predict", predict_command),
+    ("export", export),
+    ("info", info),
+):
+    app.command(_name)(_command)
 
 
 def main() -> None:

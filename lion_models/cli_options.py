@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import typing
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +21,14 @@ from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, choose
 from lion_models.lion import OUTPUT_INPUTS
 from lion_models.robust import THRESHOLDS
-from lion_models.training.config import OPTIMIZERS, ROBUST, SOLVERS, RunConfig
+from lion_models.training.config import (
+    AMP,
+    CLASS_WEIGHTS,
+    OPTIMIZERS,
+    ROBUST,
+    SOLVERS,
+    RunConfig,
+)
 
 Data = Annotated[
     str,
@@ -139,6 +149,27 @@ LoraAlpha = Annotated[
     float | None,
     typer.Option(help="lora: the scale is alpha / rank.", show_default="the rank"),
 ]
+Amp = Annotated[
+    str, typer.Option(help=f"One of {', '.join(AMP)}: mixed precision of the training step.")
+]
+Accumulate = Annotated[
+    int, typer.Option(help="Compute a batch in this many parts; the step stays that of the whole.")
+]
+Ema = Annotated[
+    float | None,
+    typer.Option(
+        help="Decay of an average of the weights, which is then validated and kept: 0.999.",
+        show_default="off",
+    ),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(help="Stop after this many epochs without a better one.", show_default="off"),
+]
+ClassWeights = Annotated[
+    str, typer.Option(help=f"Of the training loss: one of {', '.join(CLASS_WEIGHTS)}.")
+]
+Jobs = Annotated[int, typer.Option(help="Processes that share the runs.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
 Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all cores")]
@@ -152,8 +183,37 @@ def config_of(ctx: typer.Context) -> RunConfig:
     return RunConfig(**values | {"shots": _shots(values["shots"])})
 
 
+def with_run_options(
+    source: Callable[..., None], *omitted: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `source` that are fields of a run, `omitted` ones excepted.
+
+    The command finds their values with `config_of`; it is called with its own options alone.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function).parameters
+        known = {field.name for field in fields(RunConfig)} - set(omitted) - set(own)
+        shared = [p for name, p in inspect.signature(source).parameters.items() if name in known]
+        hints = typing.get_type_hints(source, include_extras=True)
+        hints |= typing.get_type_hints(function, include_extras=True)
+        # An option without a default has to stand before those with one.
+        parameters = sorted([*own.values(), *shared], key=lambda p: p.default is not p.empty)
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            function(**{name: values[name] for name in own})
+
+        signature = inspect.Signature([p.replace(annotation=hints[p.name]) for p in parameters])
+        command.__dict__["__signature__"] = signature
+        command.__annotations__ = {p.name: hints[p.name] for p in parameters}
+        return command
+
+    return decorate
+
+
 def set_up(threads: int, device: str) -> None:
-    """Check the device and set the number of threads."""
+    """Check the device and set the number of threads (0 leaves it)."""
     choose("--device", device, ["cpu", "cuda"])
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no GPU; use --device cpu")

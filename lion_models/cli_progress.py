@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from lion_models.cells import Cell, Event
 from lion_models.training import FitState, RunConfig
 
 
@@ -38,3 +40,59 @@ class ProgressBars:
         shown = {"loss": f"{row['loss']:.3f}", "val": f"{100 * row['validation_accuracy']:.1f}%"}
         self._bar.set_postfix(shown | ({"steps": steps} if steps else {}), refresh=False)
         self._bar.update()
+
+
+class CellBars:
+    """Progress over many runs: a bar for each where they run one by one, else one for all."""
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+        self._single = ProgressBars()
+        self._all: tqdm[Any] | None = None
+
+    def __enter__(self) -> CellBars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._single.__exit__()
+        if self._all is not None:
+            self._all.close()
+
+    def one_by_one(self, cells: Sequence[Cell]) -> Any:
+        """What to call with the events of `cells`."""
+        if self._jobs > 1:
+            return self.together(cells)
+
+        def hear(event: Event) -> None:
+            if event.state is not None:
+                self._single.update(cells[event.index].config, event.state)
+
+        return hear
+
+    def together(self, cells: Sequence[Cell]) -> Any:
+        """The same with one bar, which counts epochs."""
+        self.__exit__()
+        epochs = [cell.config.epochs for cell in cells]
+        seen = [0 if cell.result() is None else epochs[i] for i, cell in enumerate(cells)]
+        done = {index for index, count in enumerate(seen) if count}
+        bar = self._all = tqdm(total=sum(epochs), initial=sum(seen), unit="epoch", desc="runs")
+        best = 0.0
+        failed = 0
+
+        def hear(event: Event) -> None:
+            nonlocal best, failed
+            if event.kind == "held":
+                return
+            now = event.epoch if event.kind == "epoch" else epochs[event.index]
+            bar.update(max(0, now - seen[event.index]))
+            seen[event.index] = max(now, seen[event.index])
+            if event.kind != "epoch":
+                done.add(event.index)
+                best = max(best, event.accuracy)
+                failed += event.kind == "failed"
+            shown = {"done": f"{len(done)}/{len(cells)}", "best val": f"{100 * best:.1f}%"}
+            bar.set_postfix(shown | ({"failed": failed} if failed else {}))
+            if event.kind == "failed":
+                bar.write(f"{cells[event.index].folder.name}: {event.message}")
+
+        return hear

@@ -11,17 +11,14 @@ from typing import Any
 
 from rich.table import Table
 
-from lion_models.backbones import load_backbone
+from lion_models.cells import Cell, OnEvent, check_cells
 from lion_models.errors import UserError
-from lion_models.training.config import RunConfig, build_model
-from lion_models.training.plots import plot_comparison
-from lion_models.training.run_data import open_data
-from lion_models.training.runs import measure_run, prepare_folder, read_config, train_run
-from lion_models.training.trainer import FitState
+from lion_models.files import write_json
+from lion_models.runner import CellRunner
+from lion_models.training.config import RunConfig
+from lion_models.training.runs import check_data, read_config
 
 __all__ = ["comparison_table", "run_comparison", "summarise"]
-
-OnEpoch = Callable[[RunConfig, FitState], None]
 
 
 def run_comparison(
@@ -31,9 +28,9 @@ def run_comparison(
     seeds: Sequence[int],
     rates: Sequence[float] = (),
     *,
+    runner: CellRunner,
     overwrite: bool = False,
-    device: str = "cpu",
-    on_epoch: OnEpoch = lambda config, state: None,
+    on_cells: Callable[[Sequence[Cell]], OnEvent] = lambda cells: lambda event: None,
 ) -> dict[str, Any]:
     """Train every method with every seed, test each once, and write compare.json and compare.png.
 
@@ -46,51 +43,50 @@ def run_comparison(
         seeds: one run per method and seed.
         rates: learning rates to try for each cell; validation chooses, and only the chosen one is
             tested. Empty means each method's default.
+        runner: what runs the cells.
         overwrite: replace cells that were run with other options.
-        device: where to train.
-        on_epoch: called after every epoch.
+        on_cells: given the cells of a phase, gives what to call with their events.
 
     Returns:
         The content of compare.json: `options`, `cells` and `summary`.
+
+    Raises:
+        UserError: a folder holds something else, or a run failed.
     """
-    backbone = load_backbone(base.backbone)
-    source = open_data(base, backbone)
-    for method in methods:  # fail on what does not go together before anything has run
-        build_model(replace(base, method=method), backbone, len(source.classes))
-    cells = []
+    # Imported here: worker processes, which load this module too, may draw nothing.
+    from lion_models.training.plots import plot_comparison
+
+    def run(cells: list[Cell]) -> None:
+        check_cells(cells, overwrite)
+        outcome = runner.run(cells, on_cells(cells))
+        if outcome.failures:
+            index, message = next(iter(outcome.failures.items()))
+            others = f" (and {len(outcome.failures) - 1} more)" if len(outcome.failures) > 1 else ""
+            raise UserError(f"{cells[index].folder.name}: {message}{others}")
+
+    if any(not (folder / f"{methods[0]}-s{seed}").exists() for seed in seeds):
+        for method in methods:  # fail on what does not go together before anything has run
+            check_data(replace(base, method=method, seed=seeds[0]), runner.bench)
+    groups = []
     for seed in seeds:
         for method in methods:
-            best: tuple[float, Path] | None = None
+            group = []
             for lr in rates or (base.lr,):
                 config = replace(base, method=method, seed=seed, lr=lr).resolved()
                 name = f"{method}-s{seed}" + (f"-lr{lr:g}" if rates else "")
-                _prepare_cell(folder / name, config, overwrite)
-
-                def tell(state: FitState, config: RunConfig = config) -> None:
-                    on_epoch(config, state)
-
-                result = train_run(
-                    folder / name,
-                    config,
-                    test=False,
-                    device=device,
-                    backbone=backbone,
-                    source=source,
-                    on_epoch=tell,
-                )
-                if best is None or result["validation_accuracy"] > best[0]:
-                    best = result["validation_accuracy"], folder / name
-            if best is not None:
-                measure_run(best[1], device=device, backbone=backbone, source=source)
-                cells.append(_read_cell(best[1]))
+                group.append(Cell(folder / name, config, test=not rates))
+            groups.append(group)
+    run([cell for group in groups for cell in group])
+    if rates:
+        groups = [[replace(_best(group), test=True)] for group in groups]
+        run([group[0] for group in groups])
+    cells = [_read_cell(group[0].folder) for group in groups]
     options = base.to_dict()
     for key in ("method", "seed"):
         del options[key]
     summary = summarise(cells)
     written = {"options": options, "cells": cells, "summary": summary}
-    partial = folder / "compare.part"
-    partial.write_text(json.dumps(written, indent=2) + "\n")
-    partial.replace(folder / "compare.json")
+    write_json(folder / "compare.json", written)
     shots = f"{base.shots} images a class" if base.shots else "all images"
     plural = "seed" if len(seeds) == 1 else "seeds"
     title = f"{base.data}, {shots}, frozen {base.backbone}, {len(seeds)} {plural}"
@@ -98,15 +94,9 @@ def run_comparison(
     return written
 
 
-def _prepare_cell(folder: Path, config: RunConfig, overwrite: bool) -> None:
-    started = (folder / "config.json").is_file()
-    if started and read_config(folder) == config:
-        return
-    if started and not overwrite:
-        raise UserError(
-            f"{folder} was run with other options; use --overwrite to replace it, or another --name"
-        )
-    prepare_folder(folder, config, resume=False, overwrite=overwrite)
+def _best(cells: Sequence[Cell]) -> Cell:
+    """The cell with the highest validation accuracy; the first of several."""
+    return max(cells, key=lambda cell: (cell.result() or {})["validation_accuracy"])
 
 
 def _read_cell(folder: Path) -> dict[str, Any]:

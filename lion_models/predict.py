@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from lion_models.data import decode_image, find_images, open_source
-from lion_models.errors import UserError
+from lion_models.errors import UserError, choose
 from lion_models.training.checkpoint import LoadedRun
 from lion_models.training.trainer import freeze_images, score
 
-__all__ = ["evaluate_on", "format_predictions", "gather_images", "predict"]
+__all__ = [
+    "UNREADABLE",
+    "Prediction",
+    "evaluate_on",
+    "gather_images",
+    "predict",
+    "write_predictions",
+]
 
-CHUNK = 500
+UNREADABLE = ("fail", "skip")
+CHUNK = 100
 
 
 def gather_images(paths: Sequence[Path]) -> list[Path]:
@@ -41,51 +50,115 @@ def gather_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def predict(run: LoadedRun, images: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row per image: `file`, `class`, `probability`, and `probabilities` by class name."""
+def predict(
+    run: LoadedRun, images: Sequence[Path], unreadable: str = "fail"
+) -> Iterator[Prediction]:
+    """Predictions in the order of the images, a few dozen images decoded at a time.
+
+    Args:
+        run: the classifier.
+        images: files.
+        unreadable: `fail`, or `skip`, which gives a prediction with `error` for each such file.
+
+    Raises:
+        UserError: a file is not an image, with `fail`.
+    """
+    choose("--unreadable", unreadable, UNREADABLE)
     backbone = run.model.backbone
     device = run.model.head.weight.device
-    rows = []
-    chunk = backbone.evaluation_batch
+    shape, chunk = (backbone.channels, backbone.image_size), backbone.evaluation_batch
     for start in range(0, len(images), chunk):
-        paths = images[start : start + chunk]
-        pixels = torch.stack(
-            [
-                decode_image(path, backbone.channels, backbone.image_size, run.config.transform)
-                for path in paths
-            ]
-        )
-        with torch.no_grad():
-            probabilities = run.model(pixels.to(device).float() / 255).softmax(1).cpu()
-        for path, row in zip(paths, probabilities.tolist(), strict=True):
-            best = max(range(len(row)), key=row.__getitem__)
-            rows.append(
-                {
-                    "file": str(path),
-                    "class": run.classes[best],
-                    "probability": row[best],
-                    "probabilities": dict(zip(run.classes, row, strict=True)),
-                }
-            )
-    return rows
+        pixels: list[Tensor] = []
+        errors: dict[Path, str] = {}
+        for path in images[start : start + chunk]:
+            try:
+                pixels.append(decode_image(path, *shape, run.config.transform))
+            except UserError as error:
+                if unreadable == "fail":
+                    raise UserError(f"{error}, or leave it out with --unreadable skip") from error
+                errors[path] = str(error)
+        rows: Iterator[list[float]] = iter(())
+        if pixels:
+            with torch.no_grad():
+                batch = torch.stack(pixels).to(device).float() / 255
+                rows = iter(run.model(batch).softmax(1).cpu().tolist())
+        for path in images[start : start + chunk]:
+            if path in errors:
+                yield Prediction(path, (), errors[path])
+            else:
+                yield Prediction(path, tuple(next(rows)))
 
 
-def format_predictions(rows: Sequence[dict[str, Any]], form: str) -> str:
-    """Predictions as `csv` (one column per class) or `json`."""
+@dataclass(frozen=True)
+class Prediction:
+    """Class probabilities of one image.
+
+    Attributes:
+        path: the file.
+        probabilities: in the order of the run's classes; empty where the file is unreadable.
+        error: why it is unreadable.
+    """
+
+    path: Path
+    probabilities: tuple[float, ...]
+    error: str = ""
+
+    @property
+    def best(self) -> int:
+        return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
+
+    def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
+        """`file`, `class`, `probability`, and `probabilities` by class name."""
+        return {
+            "file": str(self.path),
+            "class": classes[self.best],
+            "probability": self.probabilities[self.best],
+            "probabilities": dict(zip(classes, self.probabilities, strict=True)),
+        }
+
+
+def write_predictions(
+    file: IO[str], form: str, classes: Sequence[str], predictions: Iterable[Prediction]
+) -> int:
+    """Write predictions as they come, as `csv` (one column per class) or `json` (a list).
+
+    Args:
+        file: open for writing.
+        form: `csv` or `json`.
+        classes: names, in the order of the probabilities.
+        predictions: without errors.
+
+    Returns:
+        How many there were.
+    """
+    count = 0
+    writer = csv.writer(file, lineterminator="\n")
+    if form == "csv":
+        writer.writerow(["file", "class", "probability", *(f"p_{name}" for name in classes)])
+    for count, one in enumerate(predictions, start=1):
+        if form == "csv":
+            values = (f"{value:.6f}" for value in (one.probabilities[one.best], *one.probabilities))
+            writer.writerow([one.path, classes[one.best], *values])
+        else:
+            file.write("[\n" if count == 1 else ",\n")
+            file.write(json.dumps(one.to_dict(classes)))
     if form == "json":
-        return json.dumps(rows, indent=2)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = list(rows[0]["probabilities"])
-    writer.writerow(["file", "class", "probability", *(f"p_{name}" for name in names)])
-    for row in rows:
-        values = (f"{value:.6f}" for value in (row["probability"], *row["probabilities"].values()))
-        writer.writerow([row["file"], row["class"], *values])
-    return text.getvalue().rstrip("\n")
+        file.write("\n]\n" if count else "[]\n")
+    return count
 
 
-def evaluate_on(run: LoadedRun, data: str) -> dict[str, float]:
+def evaluate_on(
+    run: LoadedRun, data: str, predicted: list[Tensor] | None = None
+) -> tuple[dict[str, float], Tensor]:
     """Mean accuracy and cross-entropy on every image of another data set with the same classes.
+
+    Args:
+        run: the classifier.
+        data: as for `--data`.
+        predicted: gets the predicted labels.
+
+    Returns:
+        The figures, and the true labels.
 
     Raises:
         UserError: the data's classes are not the run's.
@@ -101,6 +174,8 @@ def evaluate_on(run: LoadedRun, data: str) -> dict[str, float]:
     totals: dict[str, float] = {}
     for rows in torch.arange(len(source)).split(CHUNK):
         images, labels = source.load(rows), source.labels[rows].to(model.head.weight.device)
-        for key, value in score(model, freeze_images(model, images), labels).items():
+        sums = score(model, freeze_images(model, images), labels, predicted)
+        for key, value in sums.items():
             totals[key] = totals.get(key, 0.0) + value
-    return {key: value / len(source) for key, value in totals.items()} | {"images": len(source)}
+    means = {key: value / len(source) for key, value in totals.items()}
+    return means | {"images": len(source)}, source.labels

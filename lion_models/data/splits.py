@@ -20,6 +20,7 @@ from torch import Tensor
 from lion_models.data.base import TEST, TRAIN, VALIDATION, Source
 from lion_models.data.lazy import Images, decoded_or_lazy
 from lion_models.errors import UserError
+from lion_models.files import write_json
 
 __all__ = [
     "SealedTest",
@@ -80,6 +81,7 @@ class SealedTest:
         weights: str,
         score: Callable[[Tensor, Tensor], dict[str, float]],
         chunk: int = 2000,
+        again: bool = False,
     ) -> dict[str, Any]:
         """Score the test set with final weights and write the ledger.
 
@@ -89,6 +91,8 @@ class SealedTest:
             score: maps images uint8 (n, C, S, S) and labels (n,) to sums over the images; it is
                 called on chunks and its sums are added and divided by the number of images.
             chunk: images decoded at a time.
+            again: call `score` although the ledger holds a reading of these very weights, for what
+                the ledger does not hold.
 
         Returns:
             The mean of each value of `score`, with `images` and `weights`.
@@ -98,21 +102,20 @@ class SealedTest:
         """
         if ledger.exists():
             earlier: dict[str, Any] = json.loads(ledger.read_text())
-            if earlier["weights"] == weights:
+            if earlier["weights"] != weights:
+                raise UserError(
+                    f"{ledger}: the test set was read with other weights already; start a "
+                    "new run instead of changing this one"
+                )
+            if not again:
                 return earlier
-            raise UserError(
-                f"{ledger}: the test set was read with other weights already; start a "
-                "new run instead of changing this one"
-            )
         totals: dict[str, float] = {}
         for rows in self._rows.split(chunk):
             for key, value in score(self._source.load(rows), self._source.labels[rows]).items():
                 totals[key] = totals.get(key, 0.0) + value
         result: dict[str, Any] = {key: value / len(self) for key, value in totals.items()}
         result |= {"images": len(self), "weights": weights}
-        partial = ledger.with_suffix(".part")
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        partial.replace(ledger)
+        write_json(ledger, result)
         return result
 
 

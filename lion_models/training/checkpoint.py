@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone, fingerprint, load_backbone
 from lion_models.classifier import TunedClassifier, load_trained, trained_state
 from lion_models.errors import UserError
+from lion_models.files import write_bytes
 from lion_models.training.config import RunConfig, build_model
 
 __all__ = ["CHECKPOINT", "LoadedRun", "load_run", "read_checkpoint", "save_checkpoint"]
@@ -55,11 +56,18 @@ def save_checkpoint(
         "classes": json.dumps(classes),
         "normalisation": json.dumps(backbone.normalisation),
     }
-    partial = path.with_suffix(".part")
-    save_file(
-        {name: value.cpu().contiguous() for name, value in weights.items()}, partial, metadata
-    )
-    partial.replace(path)
+    tensors = {name: value.cpu().contiguous() for name, value in weights.items()}
+    write_bytes(path, _in_order(save(tensors, metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library's order changes from run to run."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

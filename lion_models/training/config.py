@@ -33,8 +33,11 @@ from lion_models.pruning import check_prunable
 from lion_models.robust import THRESHOLDS
 
 __all__ = [
+    "AMP",
+    "CLASS_WEIGHTS",
     "DEFAULTS",
     "METHODS",
+    "ONLY_FOR",
     "OPTIMIZERS",
     "ROBUST",
     "ROBUST_ON",
@@ -64,6 +67,35 @@ SOLVERS = ("anderson", "broyden", "picard")
 ROBUST = ("none", "cdr")
 ROBUST_SETS = ("step", "fixed")
 ROBUST_ON = ("implicit", "all")
+AMP = ("none", "bf16", "fp16")
+CLASS_WEIGHTS = ("none", "balanced", "balanced-softmax")
+
+# Options that mean something to these methods alone, so that a grid does not repeat the others.
+ONLY_FOR = {
+    **dict.fromkeys(
+        (
+            "sides",
+            "hidden",
+            "strength",
+            "solver",
+            "rtol",
+            "max_steps",
+            "iterations",
+            "space",
+            "output_input",
+            "sparsity",
+            "prune_at",
+        ),
+        ("lion",),
+    ),
+    "prompts": ("vpt-shallow", "vpt-deep"),
+    "prompt_dropout": ("vpt-deep",),
+    "pad": ("vpt-pad",),
+    "adapter_hidden": ("adapter",),
+    "adapter_place": ("adapter",),
+    "lora_rank": ("lora",),
+    "lora_alpha": ("lora",),
+}
 
 
 class Recipe(NamedTuple):
@@ -146,6 +178,16 @@ class RunConfig:
         adapter_place: adapter: `both` (behind attention and MLP) or `mlp`.
         lora_rank: lora: rank r.
         lora_alpha: lora: the scale is alpha / r; None means a scale of one.
+        amp: `none`, `bf16` or `fp16` (CUDA alone): what the training step's forward pass computes
+            in. Weights, losses and every measurement stay float32.
+        accumulate: parts that a batch is computed in, one after the other; the step is that of the
+            whole batch within rounding (a dropout draws one mask for each part).
+        ema: decay of an exponential moving average of the trained weights, which validation, test
+            and the checkpoint then use; None means no average.
+        patience: epochs without a better one on validation data after which training ends; None
+            trains for all `epochs`.
+        class_weights: of the training loss: `none`, `balanced` (inverse class frequency) or
+            `balanced-softmax` (logits shifted by the log of the class frequency).
     """
 
     data: str
@@ -193,6 +235,11 @@ class RunConfig:
     adapter_place: str = "both"
     lora_rank: int = 2
     lora_alpha: float | None = None
+    amp: str = "none"
+    accumulate: int = 1
+    ema: float | None = None
+    patience: int | None = None
+    class_weights: str = "none"
 
     def __post_init__(self) -> None:
         choose("--method", self.method, METHODS)
@@ -210,6 +257,8 @@ class RunConfig:
         choose("--output-input", self.output_input, OUTPUT_INPUTS)
         self._check_robust()
         choose("--adapter-place", self.adapter_place, ADAPTER_PLACES)
+        choose("--amp", self.amp, AMP)
+        choose("--class-weights", self.class_weights, CLASS_WEIGHTS)
         counts = (
             "shots",
             "validation_shots",
@@ -224,6 +273,8 @@ class RunConfig:
             "pad",
             "adapter_hidden",
             "lora_rank",
+            "accumulate",
+            "patience",
         )
         for name in counts:
             value = getattr(self, name)
@@ -240,6 +291,8 @@ class RunConfig:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if not 0 <= self.prompt_dropout < 1:
             raise UserError(f"--prompt-dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"--ema: expected a decay such as 0.999, got {self.ema}")
 
     def _check_robust(self) -> None:
         choose("--robust", self.robust, ROBUST)

@@ -11,9 +11,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from lion_models.files import save_figure
 from lion_models.training.config import RunConfig
 
-__all__ = ["METHOD_COLOURS", "plot_comparison", "plot_run"]
+__all__ = ["METHOD_COLOURS", "plot_comparison", "plot_confusion", "plot_run"]
 
 # Okabe & Ito's palette: told apart with any colour vision.
 METHOD_COLOURS = {
@@ -83,7 +84,7 @@ def plot_run(
 
     if traces["after"]:
         draw_traces(axes[2], traces)
-    figure.savefig(path)
+    save_figure(path, figure)
 
 
 def draw_traces(axis: Axes, traces: dict[str, dict[str, list[list[float]]]]) -> None:
@@ -158,7 +159,40 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
         draw_traces(last, traced[0]["traces"])
     else:
         last.set_axis_off()
-    figure.savefig(path)
+    save_figure(path, figure)
+
+
+def plot_confusion(path: Path, report: dict[str, Any]) -> None:
+    """Draw the confusion matrix of a report: a row is a true class, coloured by its share.
+
+    Args:
+        path: PNG to write.
+        report: content of report.json.
+    """
+    names = [row["class"] for row in report["classes"]]
+    counts = report["confusion"]
+    shares = [[value / max(1, sum(row)) for value in row] for row in counts]
+    side = min(16.0, 2.4 + 0.5 * len(names))
+    figure = Figure(figsize=(side + 0.8, side), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    ticks = range(len(names))
+    axis.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
+    axis.set_yticks(ticks, names)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.set_title(f"{report['images']} images, accuracy {100 * report['accuracy']:.1f}%")
+    if len(names) <= 30:
+        for row, values in enumerate(counts):
+            for column, value in enumerate(values):
+                if value:
+                    colour = "white" if shares[row][column] > 0.55 else "black"
+                    axis.text(
+                        column, row, str(value), ha="center", va="center", color=colour, fontsize=8
+                    )
+    save_figure(path, figure)
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:

@@ -1,32 +1,40 @@
-"""A run's folder: config.json, metrics.jsonl, checkpoint, test ledger, result.json, curves.png."""
+"""A run's folder: config.json, metrics.jsonl, checkpoint, result.json, test ledger, pictures."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lion_models.backbones import FrozenBackbone, load_backbone
 from lion_models.classifier import TunedClassifier, count_parameters
-from lion_models.data import SealedTest, Source, Task, class_counts
+from lion_models.data import SealedTest, Task, class_counts
 from lion_models.errors import UserError
+from lion_models.files import write_json
 from lion_models.lion import Lion
 from lion_models.seeding import seed_all
 from lion_models.training.checkpoint import CHECKPOINT, load_run, save_checkpoint
 from lion_models.training.config import RunConfig, build_model, make_solver
-from lion_models.training.plots import plot_run
-from lion_models.training.run_data import open_data, split_data, take_task
+from lion_models.training.progress import METRICS, STATE, STATE_SECONDS, RunLog, read_state
+from lion_models.training.ranks import ALONE, Ranks
+from lion_models.training.report import CONFUSION, REPORT, read_report, write_report
+from lion_models.training.run_data import split_data, take_task
 from lion_models.training.trainer import FitState, fit, freeze_images, score
+from lion_models.training.workbench import Workbench
 
-__all__ = ["measure_run", "prepare_folder", "read_config", "train_run"]
+__all__ = [
+    "check_data",
+    "measure_run",
+    "prepare_folder",
+    "read_config",
+    "train_run",
+    "validation_images",
+]
 
-STATE = "training_state.pt"
 TEST_LEDGER = "test.json"
 TRACE_IMAGES = 256
 
@@ -49,11 +57,11 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     Raises:
         UserError: the folder holds something and neither was asked for, or something else.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
         if resume:
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", config.to_dict())
+        write_json(folder / "config.json", config.to_dict())
         return
     stored = read_config(folder)
     if resume:
@@ -76,15 +84,37 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         )
 
 
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a folder is empty but for what a process left that was killed as it began."""
+    return all(path.name.endswith(".part") for path in folder.iterdir())
+
+
+def check_data(config: RunConfig, bench: Workbench) -> None:
+    """Raise UserError where the data cannot serve a run; cheap, and before a folder is made."""
+    source = bench.source(config)
+    split_data(source, config)
+    build_model(config, bench.backbone(config), len(source.classes))
+
+
+def validation_images(config: RunConfig, bench: Workbench, count: int) -> Tensor:
+    """Up to `count` of a run's validation images, spread over the classes: uint8 (n, C, S, S)."""
+    source = bench.source(config)
+    rows = split_data(source, config).validation
+    chosen = torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()
+    return source.load(rows[chosen])
+
+
 def train_run(
     folder: Path,
     config: RunConfig,
     *,
     test: bool = True,
-    device: str = "cpu",
-    backbone: FrozenBackbone | None = None,
-    source: Source | None = None,
+    bench: Workbench | None = None,
     on_epoch: OnEpoch = lambda state: None,
+    plot: bool = True,
+    tensorboard: bool = False,
+    ranks: Ranks = ALONE,
+    state_seconds: float = STATE_SECONDS,
 ) -> dict[str, Any]:
     """Train one method in a prepared folder, from its start or from where it was interrupted.
 
@@ -92,98 +122,121 @@ def train_run(
         folder: prepared by `prepare_folder`.
         config: the run's.
         test: read the test set at the end; otherwise `measure_run` may do so later.
-        device: where to train.
-        backbone, source: loaded already; None loads what the configuration names.
+        bench: device, and what runs of this process share; None makes one for the CPU.
         on_epoch: called after every epoch.
+        plot: draw the run's pictures.
+        tensorboard: write scalars to `folder/tensorboard`.
+        ranks: this process among those that train the model together; the first one writes.
+        state_seconds: a state to resume from is written after the first epoch that ends this long
+            after the last one was.
 
     Returns:
-        The content of result.json.
+        The content of result.json; empty on all ranks but the first.
+
+    Raises:
+        UserError: bad data, a damaged state, or a file that cannot be written.
     """
-    result_path = folder / "result.json"
-    if result_path.exists():
-        finished: dict[str, Any] = json.loads(result_path.read_text())
-        return (
-            measure_run(folder, device=device, backbone=backbone, source=source)
-            if test
-            else finished
-        )
-    backbone = load_backbone(config.backbone) if backbone is None else backbone
-    backbone = backbone.to(device)
-    source = source or open_data(config, backbone)
-    task = take_task(source, config, backbone)
-    seed_all(config.seed)
-    model = build_model(config, backbone, len(task.classes)).to(device)
-    traces = {"before": _traces(model, task, config)}
+    bench = Workbench() if bench is None else bench
+    result_path, state_path = folder / "result.json", folder / STATE
+    finished, state = ranks.share(_read_progress(folder) if ranks.first else None) or (None, None)
+    if finished is None:
+        source, backbone = bench.source(config), bench.backbone(config)
+        task = take_task(source, config, backbone)
+        seed_all(config.seed)
+        model = build_model(config, backbone, len(task.classes)).to(bench.device)
+        traces = {"before": _traces(model, task, config)}
+        log = RunLog(folder, state, state_seconds, tensorboard) if ranks.first else None
 
-    metrics_path, state_path = folder / "metrics.jsonl", folder / STATE
-    state = _load_state(state_path)
-    rows = state.history if state else []
-    metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        def after_epoch(state: FitState) -> None:
+            if log is not None:
+                log.add(state)
+                on_epoch(state)
 
-    def after_epoch(state: FitState) -> None:
-        with metrics_path.open("a") as metrics:
-            metrics.write(json.dumps(state.history[-1]) + "\n")
-        _save_state(state_path, state)
-        on_epoch(state)
-
-    state = fit(model, task, config, state, after_epoch)
-    traces["after"] = _traces(model, task, config)
-    save_checkpoint(folder / CHECKPOINT, state.best, config, model.backbone, task.classes)
-    chosen = state.history[state.best_epoch - 1]
-    counts = count_parameters(model)
-    result = {
-        "method": config.method,
-        "seed": config.seed,
-        "best_epoch": state.best_epoch,
-        "validation_accuracy": chosen["validation_accuracy"],
-        "parameters": counts.to_dict(),
-        "train_images": class_counts(task).tolist(),
-        "skipped_files": list(source.skipped),
-        "seconds": sum(row["seconds"] for row in state.history),
-        "solver": chosen["solver"],
-        "traces": traces,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": device,
-    }
-    _write_json(result_path, result)
-    state_path.unlink(missing_ok=True)
-    plot_run(folder / "curves.png", config, state.history, result)
-    if not test:
-        return result
-    return measure_run(folder, device=device, backbone=backbone, source=source)
+        state = fit(model, task, config, state, after_epoch, features=bench.features, ranks=ranks)
+        if log is None:
+            return {}
+        log.close()
+        traces["after"] = _traces(model, task, config)
+        save_checkpoint(folder / CHECKPOINT, state.best, config, model.backbone, task.classes)
+        chosen = state.history[state.best_epoch - 1]
+        counts = count_parameters(model)
+        finished = {
+            "method": config.method,
+            "seed": config.seed,
+            "best_epoch": state.best_epoch,
+            "epochs": len(state.history),
+            "validation_accuracy": chosen["validation_accuracy"],
+            "validation_loss": chosen["validation_loss"],
+            "parameters": counts.to_dict(),
+            "train_images": class_counts(task).tolist(),
+            "skipped_files": list(source.skipped),
+            "seconds": sum(row["seconds"] for row in state.history),
+            "solver": chosen["solver"],
+            "traces": traces,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": bench.device,
+        }
+        write_json(result_path, finished)
+        state_path.unlink(missing_ok=True)
+        if plot:
+            _plot(folder, config, finished)
+    if not test or not ranks.first:
+        return finished
+    return measure_run(folder, bench=bench, plot=plot)
 
 
 def measure_run(
-    folder: Path,
-    *,
-    device: str = "cpu",
-    backbone: FrozenBackbone | None = None,
-    source: Source | None = None,
+    folder: Path, *, bench: Workbench | None = None, plot: bool = True
 ) -> dict[str, Any]:
     """Measure a finished run on its test set, once, and add it to result.json.
+
+    It also writes report.json, the figures of each class, and with `plot` confusion.png.
+
+    Args:
+        folder: the run's.
+        bench: device, and what runs of this process share; None makes one for the CPU.
+        plot: draw the run's pictures.
 
     Raises:
         UserError: the run is not finished, or its test set was read with other weights.
     """
-    read_config(folder)
+    bench = Workbench() if bench is None else bench
+    stored = read_config(folder)
     if not (folder / "result.json").is_file():
         raise UserError(f"{folder}: not finished; continue it with 'lion train --resume'")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    run = load_run(folder, backbone)
-    config, model = run.config, run.model.to(device)
-    source = source or open_data(config, model.backbone)
+    run = load_run(folder, bench.backbone(stored))
+    config, model = run.config, run.model.to(bench.device)
+    source = bench.source(config)
     split = split_data(source, config)
+    predicted: list[Tensor] = []
+    truths: list[Tensor] = []
 
     def measure(images: Tensor, labels: Tensor) -> dict[str, float]:
-        return score(model, freeze_images(model, images), labels.to(device))
+        truths.append(labels)
+        return score(model, freeze_images(model, images), labels.to(bench.device), predicted)
 
     sealed = SealedTest(source, split.test)
-    result["test"] = sealed.measure(folder / TEST_LEDGER, run.weights, measure)
-    _write_json(folder / "result.json", result)
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    plot_run(folder / "curves.png", config, history, result)
+    result["test"] = sealed.measure(
+        folder / TEST_LEDGER, run.weights, measure, again=not (folder / REPORT).exists()
+    )
+    write_json(folder / "result.json", result)
+    if predicted:
+        write_report(folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))
+    if plot:
+        _plot(folder, config, result)
     return result
+
+
+def _plot(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
+    # Imported here: matplotlib takes longer to load than a small run to train.
+    from lion_models.training.plots import plot_confusion, plot_run
+
+    history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    plot_run(folder / "curves.png", config, history, result)
+    if (folder / REPORT).exists():
+        plot_confusion(folder / CONFUSION, read_report(folder / REPORT))
 
 
 def _traces(model: TunedClassifier, task: Task, config: RunConfig) -> dict[str, list[list[float]]]:
@@ -199,22 +252,11 @@ def _traces(model: TunedClassifier, task: Task, config: RunConfig) -> dict[str, 
     }
 
 
-def _save_state(path: Path, state: FitState) -> None:
-    partial = path.with_suffix(".part")
-    torch.save(asdict(state), partial)
-    partial.replace(path)
-
-
-def _load_state(path: Path) -> FitState | None:
-    if not path.exists():
-        return None
-    try:
-        return FitState(**torch.load(path, weights_only=True))
-    except (RuntimeError, EOFError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); start again with --overwrite") from error
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+def _read_progress(folder: Path) -> tuple[dict[str, Any] | None, FitState | None]:
+    """The result of a finished run or the state of an interrupted one; what a killed process left
+    half written is removed."""
+    for stray in folder.glob("*.part"):
+        stray.unlink(missing_ok=True)
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text()), None
+    return None, read_state(folder / STATE)

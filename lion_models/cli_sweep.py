@@ -1,0 +1,98 @@
+"""The `lion sweep` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lion_models.cells import CellOptions
+from lion_models.cli_options import (
+    Data,
+    Device,
+    Jobs,
+    Overwrite,
+    Runs,
+    Shots,
+    Threads,
+    config_of,
+    numbers,
+    set_up,
+)
+from lion_models.cli_progress import CellBars
+from lion_models.errors import UserError, choose
+from lion_models.runner import CellRunner
+from lion_models.sweep import Plan, parse_axis, run_sweep, sweep_tables
+from lion_models.training.config import METHODS
+
+__all__ = ["sweep"]
+
+out = Console()
+
+
+def sweep(
+    ctx: typer.Context,
+    data: Data,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(help="OPTION=VALUE,VALUE to choose from; METHOD.OPTION for one method alone."),
+    ] = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(help="OPTION=VALUE,VALUE: a separate choice for each, such as shots=5,20."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
+    seeds: Annotated[str, typer.Option(help="Comma-separated; their mean chooses.")] = "42",
+    test_best: Annotated[
+        bool, typer.Option("--test-best", help="Read the test set with what was chosen.")
+    ] = False,
+    test_seeds: Annotated[
+        str,
+        typer.Option(help="Seeds of the tested runs, comma-separated.", show_default="--seeds"),
+    ] = "",
+    name: Annotated[str | None, typer.Option(show_default="sweep-DATA")] = None,
+    shots: Shots = "20",
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+    jobs: Jobs = 1,
+    threads: Threads = 0,
+    device: Device = "cpu",
+) -> None:
+    """A grid of options, chosen on validation data: sweep.json, sweep.png. Continues by itself.
+
+    The test set is not read without --test-best. Several commands may share a folder.
+    """
+    set_up(threads, device)
+    if test_seeds and not test_best:
+        raise UserError("--test-seeds: goes with --test-best, which is not there")
+    plan = Plan(
+        config_of(ctx),
+        tuple(choose("--methods", part.strip(), METHODS) for part in methods.split(",")),
+        tuple(numbers("--seeds", seeds, int)),
+        tuple(parse_axis("--grid", text) for text in grid or ()),
+        tuple(parse_axis("--over", text) for text in over or ()),
+    )
+    folder = runs / (name or f"sweep-{Path(data).name}")
+    options = CellOptions(device, plot=False)
+    with CellBars(jobs) as bars, CellRunner(jobs, threads or None, options) as runner:
+        content = run_sweep(
+            folder,
+            plan,
+            runner,
+            test_best=test_best,
+            test_seeds=numbers("--test-seeds", test_seeds, int) if test_seeds else (),
+            overwrite=overwrite,
+            on_cells=bars.together,
+        )
+    plural = "seed" if len(plan.seeds) == 1 else "seeds"
+    for table in sweep_tables(content, f"{data}, {len(plan.seeds)} {plural}; * is chosen"):
+        out.print(table)
+    out.print(f"wrote {folder}/sweep.json and {folder}/sweep.png")
+    if content["failed"]:
+        shown = "; ".join(f"{run}: {why}" for run, why in list(content["failed"].items())[:3])
+        raise UserError(
+            f"{len(content['failed'])} of the runs failed, and nothing was tested that depends on "
+            f"them; the same command tries them again. {shown}"
+        )

@@ -1,0 +1,124 @@
+"""The PNG of a sweep: a heat map where two options vary, else a row of dots for each setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lion_models.files import save_figure
+
+__all__ = ["plot_sweep"]
+
+SHOWN_SETTINGS = 15
+
+
+def plot_sweep(path: Path, content: dict[str, Any]) -> None:
+    """Draw validation accuracy over the grid, a panel for each condition and method.
+
+    Args:
+        path: PNG to write.
+        content: of sweep.json.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for setting in content["settings"]:
+        if setting["validation_accuracy"] is not None:
+            condition = ", ".join(f"{k} {v}" for k, v in setting["condition"].items())
+            groups.setdefault((condition, setting["method"]), []).append(setting)
+    if not groups:
+        return
+    # In the order of the grid, not of the accuracies.
+    conditions = sorted({condition for condition, _ in groups})
+    methods = sorted({method for _, method in groups})
+    size = (5.6 * len(methods), 4.0 * len(conditions) + 0.4)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(conditions), len(methods), squeeze=False)
+    seeds = ", ".join(map(str, content["seeds"]))
+    figure.suptitle(f"Validation accuracy (%) on {content['options']['data']}, seeds {seeds}")
+    by_run = {cell["run"]: cell.get("validation_accuracy") for cell in content["cells"]}
+    for row, condition in enumerate(conditions):
+        for column, method in enumerate(methods):
+            axis = panels[row][column]
+            settings = groups.get((condition, method))
+            if settings is None:
+                axis.set_axis_off()
+                continue
+            axis.set_title(f"{method}, {condition}" if condition else method, fontsize=11)
+            keys = _varying(settings)
+            if len(keys) == 2:
+                _heat_map(axis, settings, keys)
+            else:
+                _dots(axis, settings, keys, by_run)
+    save_figure(path, figure)
+
+
+def _varying(settings: list[dict[str, Any]]) -> list[str]:
+    keys = settings[0]["setting"]
+    return [key for key in keys if len({str(s["setting"][key]) for s in settings}) > 1]
+
+
+def _heat_map(axis: Axes, settings: list[dict[str, Any]], keys: list[str]) -> None:
+    across, down = keys
+    columns = _sorted({s["setting"][across] for s in settings})
+    rows = _sorted({s["setting"][down] for s in settings})
+    means = [[float("nan")] * len(columns) for _ in rows]
+    best = settings[0]
+    for one in settings:
+        at = rows.index(one["setting"][down]), columns.index(one["setting"][across])
+        means[at[0]][at[1]] = max(100 * one["validation_accuracy"], _or_low(means[at[0]][at[1]]))
+    image = axis.imshow(means, cmap="cividis", aspect="auto")
+    low, high = image.get_clim()
+    for row, values in enumerate(means):
+        for column, value in enumerate(values):
+            if value == value:
+                dark = value < (low + high) / 2
+                chosen = (rows[row], columns[column]) == (
+                    best["setting"][down],
+                    best["setting"][across],
+                )
+                axis.text(
+                    column,
+                    row,
+                    f"{value:.1f}",
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                    fontweight="bold" if chosen else "normal",
+                )
+    axis.set_xticks(range(len(columns)), [str(value) for value in columns])
+    axis.set_yticks(range(len(rows)), [str(value) for value in rows])
+    axis.set_xlabel(across)
+    axis.set_ylabel(down)
+
+
+def _dots(
+    axis: Axes, settings: list[dict[str, Any]], keys: list[str], by_run: dict[str, float | None]
+) -> None:
+    shown = settings[:SHOWN_SETTINGS]
+    for position, one in enumerate(shown):
+        values = [100 * value for run in one["runs"] if (value := by_run.get(run)) is not None]
+        axis.plot(values, [position] * len(values), "o", color="#0072B2", alpha=0.5, markersize=5)
+        mean = 100 * one["validation_accuracy"]
+        axis.plot([mean], [position], "|", color="black", markersize=14, markeredgewidth=2)
+    labels = [", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-" for one in shown]
+    axis.set_yticks(range(len(shown)), labels, fontsize=8)
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.set_xlabel("a dot is a seed, the bar their mean")
+    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(settings) > len(shown):
+        axis.annotate(f"best {len(shown)} of {len(settings)}", (1, 0), xycoords="axes fraction",
+                      ha="right", va="bottom", fontsize=8)  # fmt: skip
+
+
+def _sorted(values: set[Any]) -> list[Any]:
+    return sorted(values, key=lambda value: (isinstance(value, str), value is None, value or 0))
+
+
+def _or_low(value: float) -> float:
+    return value if value == value else float("-inf")
