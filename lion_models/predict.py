@@ -46,8 +46,9 @@ def predict(run: LoadedRun, images: Sequence[Path]) -> list[dict[str, Any]]:
     backbone = run.model.backbone
     device = run.model.head.weight.device
     rows = []
-    for start in range(0, len(images), CHUNK):
-        paths = images[start : start + CHUNK]
+    chunk = backbone.evaluation_batch
+    for start in range(0, len(images), chunk):
+        paths = images[start : start + chunk]
         pixels = torch.stack(
             [
                 decode_image(path, backbone.channels, backbone.image_size, run.config.transform)

@@ -15,6 +15,9 @@ from lion_models.errors import UserError
 
 __all__ = ["load_huggingface"]
 
+# Class token first, blocks that need nothing but tokens, one norm behind them.
+PLAIN_TRANSFORMERS = ("vit", "deit", "dinov2", "dinov2_with_registers")
+
 
 def load_huggingface(
     name: str,
@@ -96,13 +99,11 @@ def _preset_size(settings: dict[str, Any], config: Any) -> int:
 
 def _layers(network: Any) -> tuple[Any, str]:
     """The module that holds the blocks and under what name; (None, "") if this is no plain ViT."""
-    if hasattr(network, "embeddings") and hasattr(network, "layernorm"):
-        if isinstance(getattr(network, "layers", None), nn.ModuleList):
-            return network, "layers"
-        encoder = getattr(network, "encoder", None)
-        if isinstance(getattr(encoder, "layer", None), nn.ModuleList):
-            return encoder, "layer"
-    return None, ""
+    if network.config.model_type not in PLAIN_TRANSFORMERS:
+        return None, ""
+    if hasattr(network, "layers"):  # where transformers 5 has put them for some
+        return network, "layers"
+    return network.encoder, "layer"
 
 
 class _Block(nn.Module):
@@ -121,7 +122,9 @@ def _vit(network: Any, layers: list[nn.Module], common: dict[str, Any]) -> Froze
     network.pooler = None  # a layer trained for another purpose, which nothing here reads
     blocks = [_Block(layer) for layer in layers]
     options: dict[str, Any] = {}
-    if common["image_size"] != network.config.image_size and network.config.model_type != "dinov2":
+    # DINOv2's embeddings resize their positions by themselves.
+    resizes = not network.config.model_type.startswith("dinov2")
+    if resizes and common["image_size"] != network.config.image_size:
         options["interpolate_pos_encoding"] = True
 
     def embed(images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, prefix + N, D)

@@ -63,10 +63,8 @@ def check(backbone: FrozenBackbone, expected: Any, space: str, blocks: int) -> N
     assert feature.std() > 0
     assert (backbone.space, len(backbone.blocks)) == (space, blocks)
     assert not backbone.module.training
-    if space == "pixel":
-        assert tokens.shape == images.shape
-        return
-    assert tokens.shape[2] == backbone.token_dim
+    width = tokens.shape[1 if space == "pixel" else 2]
+    assert (width, tokens.dim()) == (backbone.token_dim, 4 if space == "pixel" else 3)
     methods = [Lion(backbone, 3, hidden=2)]
     if blocks:
         methods.append(VPTDeep(backbone, 3, prompts=2))
@@ -160,22 +158,36 @@ def save_huggingface(folder: Path, kind: str) -> Path:
     transformers = package("transformers")
     torch.manual_seed(1)
     small = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    if kind == "vit":
-        config = transformers.ViTConfig(**small, intermediate_size=48, image_size=32, patch_size=8)
-    elif kind == "dinov2":
-        config = transformers.Dinov2Config(**small, image_size=42, patch_size=14)
+    kinds = {
+        "vit": transformers.ViTConfig,
+        "deit": transformers.DeiTConfig,
+        "beit": transformers.BeitConfig,
+        "dinov2": transformers.Dinov2Config,
+        "dinov2_with_registers": transformers.Dinov2WithRegistersConfig,
+    }
+    if kind.startswith("dinov2"):
+        config = kinds[kind](**small, image_size=42, patch_size=14)
+    elif kind in kinds:
+        config = kinds[kind](**small, intermediate_size=48, image_size=32, patch_size=8)
     else:
         config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
     transformers.AutoModel.from_config(config).save_pretrained(folder)
     settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
-    settings |= {"size": {"height": 28, "width": 28} if kind == "dinov2" else 32}
+    settings |= {"size": {"height": 28, "width": 28} if kind.startswith("dinov2") else 32}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
 
 
 @pytest.mark.parametrize(
     ("kind", "size", "space", "blocks"),
-    [("vit", 32, "token", 3), ("dinov2", 28, "token", 3), ("resnet", 32, "pixel", 0)],
+    [
+        ("vit", 32, "token", 3),
+        ("deit", 32, "token", 3),
+        ("dinov2", 28, "token", 3),
+        ("dinov2_with_registers", 28, "token", 3),
+        ("beit", 32, "pixel", 0),
+        ("resnet", 32, "pixel", 0),
+    ],
 )
 def test_huggingface_feature_is_its_own(
     kind: str, size: int, space: str, blocks: int, tmp_path: Path
@@ -188,7 +200,7 @@ def test_huggingface_feature_is_its_own(
 
     def expected(pixels: torch.Tensor) -> torch.Tensor:
         output = original(pixel_values=pixels)
-        if kind == "resnet":
+        if space == "pixel":
             return output.pooler_output.flatten(1)
         return output.last_hidden_state[:, 0]
 

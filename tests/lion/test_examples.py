@@ -1,4 +1,4 @@
-"""The tuning example runs as it stands."""
+"""The examples run as they stand."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tune_frozen_vit.py"
+from lion_models.backbones import fingerprint
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_tuning_example_learns(capsys: pytest.CaptureFixture[str]):
-    names = runpy.run_path(str(EXAMPLE))
+    names = runpy.run_path(str(EXAMPLES / "tune_frozen_vit.py"))
     assert names["chosen"]["validation_accuracy"] > 0.7
     assert "solver steps per image" in capsys.readouterr().out
+
+
+def test_network_of_ones_own_is_tuned_through_the_protocol():
+    names = runpy.run_path(str(EXAMPLES / "adapt_backbone.py"))
+    assert names["chosen"]["validation_accuracy"] > 0.6
+    assert names["backbone"].fingerprint == fingerprint(names["network"].state_dict())
