@@ -15,9 +15,11 @@ from lion_models.data import make_task, open_source
 from lion_models.errors import UserError
 from lion_models.implicit_prompt import ImplicitPrompt
 from lion_models.lion import Lion
+from lion_models.robust import CDR, RobustOptimizer
 from lion_models.training import RunConfig, build_model, fit, load_run
 
 __all__ = [
+    "CDR",
     "Adapters",
     "FineTune",
     "FrozenBackbone",
@@ -25,6 +27,7 @@ __all__ = [
     "LinearProbe",
     "Lion",
     "LoRA",
+    "RobustOptimizer",
     "RunConfig",
     "UserError",
     "VPTDeep",

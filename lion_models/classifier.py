@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -104,7 +105,8 @@ def count_parameters(model: TunedClassifier) -> ParameterCount:
     """Count trained (dense), kept, non-zero, head and frozen parameters."""
     own = [p for p in model.parameters() if p.requires_grad]
     kept = sum(p.numel() for p in own)
-    dropped = sum(layer.pattern.mask().numel() - layer.pattern.kept for layer in _masked(model))
+    patterns = [m.pattern for m in model.modules() if isinstance(m, deqcore.MaskedLinear)]
+    dropped = sum(math.prod(pattern.shape) - pattern.kept for pattern in patterns)
     head = list(model.head.parameters())
     backbone = sum(p.numel() for p in model.backbone.parameters())
     return ParameterCount(
@@ -152,7 +154,3 @@ def load_trained(model: TunedClassifier, state: Mapping[str, Tensor]) -> None:
         layer = deqcore.restore_pruned(model.get_submodule(name), own)
         setattr(model.get_submodule(parent), child, layer)
     model.load_state_dict(state, strict=False)
-
-
-def _masked(model: nn.Module) -> list[deqcore.MaskedLinear]:
-    return [module for module in model.modules() if isinstance(module, deqcore.MaskedLinear)]
