@@ -69,6 +69,7 @@ from lion_models.errors import UserError, choose
 from lion_models.predict import evaluate_on, format_predictions, gather_images, predict
 from lion_models.training import (
     RunConfig,
+    build_model,
     load_run,
     measure_run,
     prepare_folder,
@@ -444,8 +445,11 @@ def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConf
 
 
 def _check_data(config: RunConfig) -> None:
-    """Fail on bad data before a folder is made."""
-    split_data(open_data(config, load_backbone(config.backbone)), config)
+    """Fail on bad data, or a method that does not go with the backbone, before a folder is made."""
+    backbone = load_backbone(config.backbone)
+    source = open_data(config, backbone)
+    split_data(source, config)
+    build_model(config, backbone, len(source.classes))
 
 
 def _escape(text: str) -> str:

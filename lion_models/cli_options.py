@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from lion_models.backbones.adapter import SPACES
 from lion_models.backbones.normalisation import NORMALISATIONS
 from lion_models.data.augment import AUGMENTATIONS
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, choose
-from lion_models.implicit_prompt import SPACES
 from lion_models.lion import OUTPUT_INPUTS
 from lion_models.robust import THRESHOLDS
 from lion_models.training.config import OPTIMIZERS, ROBUST, SOLVERS, RunConfig

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lion_models.backbones import load_backbone
 from lion_models.errors import UserError
-from lion_models.training.config import RunConfig
+from lion_models.training.config import RunConfig, build_model
 from lion_models.training.plots import plot_comparison
 from lion_models.training.run_data import open_data
 from lion_models.training.runs import measure_run, prepare_folder, read_config, train_run
@@ -55,6 +55,8 @@ def run_comparison(
     """
     backbone = load_backbone(base.backbone)
     source = open_data(base, backbone)
+    for method in methods:  # fail on what does not go together before anything has run
+        build_model(replace(base, method=method), backbone, len(source.classes))
     cells = []
     for seed in seeds:
         for method in methods:

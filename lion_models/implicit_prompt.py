@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deqcore
+from lion_models.backbones.adapter import SPACES
 from lion_models.errors import choose
 
-__all__ = ["SPACES", "BottleneckCell", "ConvCell", "ImplicitPrompt", "Solver"]
+__all__ = ["BottleneckCell", "ConvCell", "ImplicitPrompt", "Solver"]
 
 Solver: TypeAlias = deqcore.Anderson | deqcore.Broyden | deqcore.Picard
 
-SPACES = ("token", "pixel")
 UP_GAIN = 0.5
 
 

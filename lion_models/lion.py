@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone
+from lion_models.backbones.adapter import SPACES
 from lion_models.classifier import TunedClassifier
 from lion_models.errors import UserError, choose
-from lion_models.implicit_prompt import SPACES, ImplicitPrompt, Solver
+from lion_models.implicit_prompt import ImplicitPrompt, Solver
 
 __all__ = ["OUTPUT_INPUTS", "SIDES", "Lion"]
 
@@ -57,14 +58,13 @@ class Lion(TunedClassifier):
         super().__init__(backbone, classes)
         choose("--sides", sides, SIDES)
         choose("--output-input", output_input, OUTPUT_INPUTS)
-        tokens, self._embeds_pixels = _what_embed_gives(backbone)
         if space is None:
-            space = "token" if tokens else "pixel"
+            space = backbone.space
         choose("--space", space, SPACES)
-        if space == "token" and not tokens and sides != "output":
+        if space == "token" and backbone.space != "token" and sides != "output":
             raise UserError(f"--space token: '{backbone.name}' has no tokens; use --space pixel")
         if output_input == "embedding" and sides != "input":
-            _check_embedding(backbone, tokens)
+            _check_embedding(backbone)
         self.space = space
         self.output_input = output_input
 
@@ -83,8 +83,7 @@ class Lion(TunedClassifier):
         (B, F), or feature and mean token (B, 2F) where the latter drives the output layer.
         """
         if self.input_prompt is not None:
-            early = self.space == "pixel" and not self._embeds_pixels
-            return images if early else self.backbone.embed(images)
+            return self.backbone.embed(images) if self._after_embed else images
         tokens = self.backbone.embed(images)
         feature = self.backbone.encode(tokens)
         if self.output_input == "pooled":
@@ -96,6 +95,11 @@ class Lion(TunedClassifier):
         if self.output_prompt is not None:
             feature = self.output_prompt(feature, source)
         return self.head(feature)
+
+    @property
+    def _after_embed(self) -> bool:
+        """Whether the input layer acts on what `embed` gives, tokens or the normalised image."""
+        return self.space == self.backbone.space
 
     @property
     def prompts(self) -> dict[str, ImplicitPrompt]:
@@ -129,21 +133,13 @@ class Lion(TunedClassifier):
         tokens = prompted = self.input_prompt(fixed)
         if self.space == "token":
             tokens = fixed
-        elif not self._embeds_pixels:
+        elif not self._after_embed:
             tokens = prompted = self.backbone.embed(prompted)
         return self.backbone.encode(prompted), tokens.mean(1) if embedding else None
 
 
-@torch.no_grad()
-def _what_embed_gives(backbone: FrozenBackbone) -> tuple[bool, bool]:
-    """Whether `embed` gives tokens (B, T, D), and whether it gives an image of the input's size."""
-    shape = (1, backbone.channels, backbone.image_size, backbone.image_size)
-    parameter = next(backbone.parameters(), torch.empty(0))
-    given = backbone.embed(torch.zeros(shape, device=parameter.device, dtype=parameter.dtype))
-    return given.dim() == 3 and given.shape[-1] == backbone.token_dim, given.shape == shape
-
-
-def _check_embedding(backbone: FrozenBackbone, tokens: bool) -> None:
+def _check_embedding(backbone: FrozenBackbone) -> None:
+    tokens = backbone.space == "token"
     if not tokens or backbone.token_dim != backbone.feature_dim:
         width = f"tokens of width {backbone.token_dim}" if tokens else "no tokens"
         raise UserError(

@@ -33,16 +33,18 @@ class Source(ABC):
     name: str
     classes: tuple[str, ...]
     labels: Tensor
-    official: Tensor | None = None
-    skipped: tuple[str, ...] = ()
+    # No defaults here: a source around another one that forgot to pass the split on would test on
+    # training images.
+    official: Tensor | None
+    skipped: tuple[str, ...]
 
     @abstractmethod
     def load(self, rows: Tensor) -> Tensor:
         """Decode the images of int64 `rows` (n,) as they are evaluated: uint8 (n, C, S, S)."""
 
+    @abstractmethod
     def load_training(self, rows: Tensor) -> Tensor:
         """Decode with the margin that random crops move in: uint8 (n, C, R, R), R >= S."""
-        return self.load(rows)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,6 +69,7 @@ class ArraySource(Source):
     images: Tensor
     geometry: Geometry | None = None
     official: Tensor | None = None
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.dim() != 4 or self.images.shape[1] not in (1, 3):

@@ -47,6 +47,8 @@ class EmojiSource(Source):
     characters: tuple[str, ...]
     font: Path
     geometry: Geometry
+    official: Tensor | None = None
+    skipped: tuple[str, ...] = ()
     _face: ImageFont.FreeTypeFont | None = field(default=None, repr=False, compare=False)
 
     def load(self, rows: Tensor) -> Tensor:
@@ -109,7 +111,8 @@ def open_emoji(name: str, font: Path, listing: Path, geometry: Geometry) -> Emoj
     labels = torch.repeat_interleave(
         torch.arange(len(GROUPS)), torch.tensor([len(groups[group]) for group in GROUPS])
     )
-    return EmojiSource(name, GROUPS, labels, characters, font, geometry, _open_font(font))
+    _open_font(font)  # a font that cannot be opened is found now, not in training
+    return EmojiSource(name, GROUPS, labels, characters, font, geometry)
 
 
 def read_groups(listing: Path) -> dict[str, list[str]]:

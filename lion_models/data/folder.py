@@ -7,13 +7,23 @@ from pathlib import Path
 
 import torch
 
-from lion_models.data.base import FolderSource
+from lion_models.data.base import TEST, TRAIN, VALIDATION, FolderSource
 from lion_models.data.images import IMAGE_SUFFIXES
 from lion_models.data.transforms import Geometry
 from lion_models.data.verify import FileChecks, find_damaged, judge_damaged
 from lion_models.errors import UserError
 
-__all__ = ["file_source", "find_images", "open_folder"]
+__all__ = ["SPLITS", "file_source", "find_images", "open_folder"]
+
+# What parts of a data set are called; Hugging Face has `dev` too.
+SPLITS = {
+    "train": TRAIN,
+    "validation": VALIDATION,
+    "valid": VALIDATION,
+    "val": VALIDATION,
+    "dev": VALIDATION,
+    "test": TEST,
+}
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -28,33 +38,86 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def open_folder(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSource:
-    """Open a folder with one sub-folder of images per class.
+    """Open a folder with one sub-folder of images per class, or with `train/CLASS` and so on.
+
+    Where the sub-folders are called `train` and `test` or `val` (`valid`, `validation`) and hold
+    folders themselves, they are the data set's own split.
 
     Raises:
-        UserError: fewer than two classes, a class without an image, or a damaged file.
+        UserError: fewer than two classes, a class without an image, a class that the training part
+            lacks, or a damaged file.
     """
-    class_folders = sorted(
+    folders = _sub_folders(folder)
+    if _is_split(folders):
+        return _open_split(folder, folders, geometry, checks)
+    classes = _class_names(folder, folders)
+    paths, labels = _collect(folders, classes)
+    return file_source(str(folder), classes, labels, paths, folder, geometry, checks)
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    return sorted(
         entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
-    if len(class_folders) < 2:
-        found = f"one class ('{class_folders[0].name}')" if class_folders else "no sub-folder"
+
+
+def _is_split(folders: Sequence[Path]) -> bool:
+    names = {entry.name for entry in folders}
+    return (
+        "train" in names
+        and len(names) > 1
+        and names <= set(SPLITS)
+        and all(_sub_folders(entry) for entry in folders)
+    )
+
+
+def _open_split(
+    folder: Path, parts: Sequence[Path], geometry: Geometry, checks: FileChecks
+) -> FolderSource:
+    train = folder / "train"
+    classes = _class_names(train, _sub_folders(train))
+    paths: list[Path] = []
+    labels: list[int] = []
+    official: list[int] = []
+    for part in parts:
+        folders = _sub_folders(part)
+        extra = [entry for entry in folders if entry.name not in classes]
+        if extra:
+            raise UserError(
+                f"--data: {extra[0]} is a class that {train} does not have; expected the same "
+                "class folders in every part"
+            )
+        more_paths, more_labels = _collect(folders, classes)
+        paths += more_paths
+        labels += more_labels
+        official += [SPLITS[part.name]] * len(more_paths)
+    return file_source(str(folder), classes, labels, paths, folder, geometry, checks, official)
+
+
+def _class_names(folder: Path, folders: Sequence[Path]) -> tuple[str, ...]:
+    if len(folders) < 2:
+        found = f"one class ('{folders[0].name}')" if folders else "no sub-folder"
         raise UserError(
             f"--data: {folder} holds {found}; expected at least two class sub-folders, "
             "such as cats/ and dogs/, with images in each"
         )
+    return tuple(entry.name for entry in folders)
+
+
+def _collect(folders: Sequence[Path], classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+    """The images of each class folder, with their labels."""
     paths: list[Path] = []
     labels: list[int] = []
-    for label, class_folder in enumerate(class_folders):
-        found_here = find_images(class_folder)
-        if not found_here:
+    for class_folder in folders:
+        found = find_images(class_folder)
+        if not found:
             raise UserError(
                 f"--data: class folder {class_folder} holds no image; put images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}) into it or remove it"
             )
-        paths += found_here
-        labels += [label] * len(found_here)
-    classes = tuple(entry.name for entry in class_folders)
-    return file_source(str(folder), classes, labels, paths, folder, geometry, checks)
+        paths += found
+        labels += [classes.index(class_folder.name)] * len(found)
+    return paths, labels
 
 
 def file_source(

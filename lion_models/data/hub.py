@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lion_models.data.base import TEST, TRAIN, VALIDATION, Source
+from lion_models.data.base import TEST, TRAIN, Source
+from lion_models.data.folder import SPLITS
 from lion_models.data.images import to_tensor
 from lion_models.data.places import data_root
 from lion_models.data.transforms import Geometry
@@ -35,15 +36,6 @@ __all__ = [
     "torchvision_folder",
 ]
 
-_SPLITS = {
-    "train": TRAIN,
-    "validation": VALIDATION,
-    "valid": VALIDATION,
-    "val": VALIDATION,
-    "dev": VALIDATION,
-    "test": TEST,
-}
-
 
 @dataclass
 class PictureSource(Source):
@@ -56,6 +48,7 @@ class PictureSource(Source):
     lengths: tuple[int, ...]
     geometry: Geometry
     official: Tensor | None = None
+    skipped: tuple[str, ...] = ()
 
     def load(self, rows: Tensor) -> Tensor:
         return self._decode(rows, training=False)
@@ -103,8 +96,9 @@ def _import(module: str, distribution: str, extra: str, option: str) -> Any:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(
-            f"--data {option}: needs the package '{distribution}', which does not import here "
-            f"({error}); run: pip install 'deqcore[{extra}]'"
+            f"--data {option}: needs the package '{distribution}', in a build that fits torch "
+            f"{torch.__version__}, but importing it fails ({error}); run: pip install "
+            f"'deqcore[{extra}]'"
         ) from error
 
 
@@ -142,7 +136,7 @@ def open_torchvision(
     if "train" in known:
         wanted = [({"train": True}, TRAIN), ({"train": False}, TEST)]
     elif "split" in known:
-        wanted = [({"split": split}, _SPLITS[split]) for split in ("train", "val", "test")]
+        wanted = [({"split": split}, SPLITS[split]) for split in ("train", "val", "test")]
     else:
         wanted = [({}, TRAIN)]
     folder = torchvision_folder(name, root)
@@ -252,7 +246,7 @@ def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
 
     parts = []
     for split, dataset in splits.items():
-        if split not in _SPLITS:
+        if split not in SPLITS:
             continue
         values = [-1 if value is None else int(value) for value in dataset[label]]
         unlabelled = sum(value < 0 for value in values)
@@ -268,7 +262,7 @@ def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
                 f"--data {option}: {unlabelled} of {len(values)} rows of split '{split}' have no "
                 f"label in column '{label}'; label or remove them"
             )
-        parts.append((pictures(dataset), values, _SPLITS[split]))
+        parts.append((pictures(dataset), values, SPLITS[split]))
     return _joined(option, names, parts, geometry)
 
 

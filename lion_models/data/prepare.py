@@ -56,18 +56,28 @@ def prepare(entry: DataSet, folder: Path | None = None) -> tuple[tuple[Path, ...
             f"elsewhere fetch {', '.join(entry.debian)} from packages.debian.org, unpack it and "
             f"name the folder: --data {entry.name}:FOLDER"
         )
-    with _new_folder(target) as part:
-        for package in entry.debian:
-            archive = _download(package, part)
-            _unpack(archive, part, package, entry)
-            archive.unlink()
-        lacking = [inside for inside in entry.files if not (part / inside).exists()]
-        if lacking:
-            raise UserError(
-                f"lion data prepare {entry.name}: {', '.join(entry.debian)} does not hold "
-                f"{', '.join(lacking)}; this release of the distribution packages it differently"
-            )
+    try:
+        with _new_folder(target) as part:
+            _fetch(entry, part)
+    except OSError as error:
+        raise UserError(
+            f"lion data prepare {entry.name}: {target.parent} cannot be written "
+            f"({error.strerror or error}); make room there or choose another --folder"
+        ) from error
     return files_of(entry, target), True
+
+
+def _fetch(entry: DataSet, part: Path) -> None:
+    for package in entry.debian:
+        archive = _download(package, part)
+        _unpack(archive, part, package, entry)
+        archive.unlink()
+    lacking = [inside for inside in entry.files if not (part / inside).exists()]
+    if lacking:
+        raise UserError(
+            f"lion data prepare {entry.name}: {', '.join(entry.debian)} does not hold "
+            f"{', '.join(lacking)}; this release of the distribution packages it differently"
+        )
 
 
 @contextmanager

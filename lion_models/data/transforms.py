@@ -69,6 +69,8 @@ class Geometry:
 
     def picture(self, image: Image.Image, training: bool = False) -> Image.Image:
         """Fit a Pillow image of any mode to S x S, or to R x R for training."""
+        if self.transform in _CROPPED:
+            image = _without_ends(image)
         resized = self._resized_shape(image.height, image.width)
         if (image.height, image.width) != resized:
             image = image.resize(resized[::-1], Image.Resampling.BILINEAR)
@@ -103,6 +105,16 @@ class Geometry:
     def _middle(self, shape: tuple[int, int], training: bool) -> tuple[int, int, int]:
         side = self.training_size if training else self.size
         return (shape[0] - side) // 2, (shape[1] - side) // 2, side
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a very long picture: its ends are never shown, and resized they are huge."""
+    width, height = image.size
+    most = 4 * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def random_crop(images: Tensor, size: int) -> Tensor:
@@ -161,8 +173,14 @@ def training_view(transform: str, augment: str, size: int) -> View | None:
     if transform not in _CROPPED and augment == "none":
         return None
     cut = {"fgvc": random_crop, "fgvc-resized": random_resized_crop}.get(transform)
+    side = Geometry(1, size, transform).training_size
 
     def view(images: Tensor) -> Tensor:
+        if tuple(images.shape[2:]) != (side, side):
+            raise ValueError(
+                f"--transform {transform}: expected training images of {side} x {side}, got "
+                f"{tuple(images.shape)}; take them with Source.load_training"
+            )
         if cut is not None:
             images = random_flip(cut(images, size))
         return jitter(images) if augment == "affine" else images

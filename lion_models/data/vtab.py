@@ -79,13 +79,14 @@ def _read_list(path: Path) -> list[tuple[str, int]]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
             continue
-        image, _, label = line.strip().rpartition(" ")
-        if not image or not label.isdecimal():
+        image, *rest = line.strip().rsplit(maxsplit=1)
+        label = rest[0] if rest else ""
+        if not label.isdecimal():
             raise UserError(
                 f"--data: {path}, line {number}: expected 'path label' with a whole number from 0 "
                 f"as the label, got '{line.strip()}'; add the label or remove the line"
             )
-        entries.append((image.strip(), int(label)))
+        entries.append((image, int(label)))
     if not entries:
         raise UserError(f"--data: {path} lists no image; expected a line 'path label' for each")
     return entries

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import deqcore
 from lion_models.backbones import FrozenBackbone
+from lion_models.backbones.adapter import SPACES
 from lion_models.backbones.normalisation import NORMALISATIONS, with_normalisation
 from lion_models.backbones.views import checkpoint_blocks, read_at
 from lion_models.baselines import (
@@ -26,7 +27,7 @@ from lion_models.data.augment import AUGMENTATIONS
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, choose
-from lion_models.implicit_prompt import SPACES, Solver
+from lion_models.implicit_prompt import Solver
 from lion_models.lion import OUTPUT_INPUTS, SIDES, Lion
 from lion_models.pruning import check_prunable
 from lion_models.robust import THRESHOLDS

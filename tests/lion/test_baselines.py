@@ -34,8 +34,8 @@ def convolutional() -> FrozenBackbone:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
     return FrozenBackbone(
-        network, embed=lambda images: network(2 * images - 1), encode=lambda x: x.mean((2, 3)),
-        name="conv", channels=3, image_size=10, token_dim=5, feature_dim=5,
+        network, embed=lambda x: 2 * x - 1, encode=lambda x: network(x).mean((2, 3)), name="conv",
+        channels=3, image_size=10, token_dim=3, feature_dim=5, space="pixel",
         normalisation=(0.5, 0.5),
     )  # fmt: skip
 
@@ -210,7 +210,7 @@ def test_pad_frames_the_smaller_image():
     assert torch.equal(VPTPad(backbone, 3, 2).frame, torch.full((3, 64), 0.5))
 
 
-@pytest.mark.parametrize("method", ["full", "bias", "vpt-pad", "linear"])
+@pytest.mark.parametrize("method", ["full", "bias", "vpt-pad", "linear", "lion"])
 def test_a_convolutional_backbone_trains_and_keeps_its_statistics(method: str):
     backbone = convolutional()
     state = copy.deepcopy(backbone.state_dict())

@@ -107,6 +107,17 @@ def test_compare_makes_a_table_json_and_picture_and_continues(
     assert "was run with other options" in changed.err
 
 
+def test_compare_refuses_what_does_not_go_together_before_it_runs_anything(
+    lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
+):
+    refused = lion("compare", "--data", image_folder, "--backbone", backbone_file, *QUICK,
+                   "--runs", tmp_path, "--name", "c", "--methods", "all",
+                   "--checkpoint-backbone")  # fmt: skip
+    assert refused.code == 2
+    assert "'full' trains them" in refused.err
+    assert not any((tmp_path / "c").iterdir())
+
+
 def test_compare_tests_only_the_rate_that_validation_chose(
     lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
 ):
@@ -162,6 +173,9 @@ def test_overwrite_spares_a_folder_that_is_no_run(lion: Lion, tmp_path: Path):
         (["--data", "digits", "--method", "vtp-deep"], "did you mean 'vpt-deep'?"),
         (["--data", "digits", "--shots", "5000"], "class '0' has 178 images, of which 53 are kept"),
         (["--data", "digits", "--shots", "many"], "expected a whole number or 'all', got 'many'"),
+        (["--data", "digits", "--readout", "9"], "a block from 1 to 4 of 'tiny-vit', got 9"),
+        (["--data", "digits", "--method", "full", "--checkpoint-backbone"], "'full' trains them"),
+        (["--data", "digits", "--sparsity", "1.5"], "--sparsity: expected a share from 0 to"),
         (["--data", "digits", "--threads", "-1"], "--threads: expected 1 or more, got -1"),
         (["--data", "digits", "--device", "cdua"], "did you mean 'cuda'?"),
         (["--data", "digits", "--backbone", "x.safetensors"], "x.safetensors does not exist"),

@@ -184,6 +184,33 @@ def test_train_skips_on_request_and_writes_down_what(
     assert "--bad-files: expected one of fail, skip, got 'drop'" in wrong.err
 
 
+def test_train_and_test_folders_are_the_data_set_s_own_split(tmp_path: Path):
+    folder = tmp_path / "pets"
+    for part, count in (("train", 5), ("val", 2), ("test", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            for index in range(count):
+                noise(folder / part / name / f"{index}.png", seed=10 * index + label)
+    source = open_source(str(folder), 3, 8)
+    assert source.classes == ("cat", "dog")
+    split = split_source(source, 0, None)
+    for rows, part, count in ((split.train, "train", 10), (split.validation, "val", 4),
+                              (split.test, "test", 6)):  # fmt: skip
+        assert {source.paths[row].parts[-3] for row in rows} == {part}
+        assert len(rows) == count
+    noise(folder / "test" / "fox" / "0.png")
+    with pytest.raises(UserError, match=r"test/fox is a class that .*train does not have"):
+        open_source(str(folder), 3, 8)
+
+
+def test_classes_that_are_called_like_parts_stay_classes(tmp_path: Path):
+    for name in ("train", "tram"):
+        noise(tmp_path / "rail" / name / "inner" / "0.png")
+    assert open_source(str(tmp_path / "rail"), 3, 8).classes == ("train", "tram")
+    noise(tmp_path / "pair" / "train" / "0.png")
+    noise(tmp_path / "pair" / "test" / "0.png")
+    assert open_source(str(tmp_path / "pair"), 3, 8).official is None
+
+
 def test_array_of_another_shape_is_named():
     labels, images = torch.tensor([0, 1]), torch.zeros(2, 1, 9, 9, dtype=torch.uint8)
     source = ArraySource("mine", ("a", "b"), labels, images)
@@ -236,7 +263,7 @@ def rewrite(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
-    [("train800.txt", "/0.jpg 0", "/0.jpg", r"train800\.txt, line 1: expected 'path label'"),
+    [("train800.txt", "/0.jpg 0", "/0.jpg\t", r"train800\.txt, line 1: expected 'path label'"),
      ("val200.txt", "/7.jpg 1", "/7.jpg dog", r"val200\.txt, line 2: .*got 'images/train/7\.jpg d"),
      ("test.txt", " 3.jpg 1", " 3.jpg -1", r"test\.txt, line 4: .*whole number from 0"),
      ("val200.txt", "/7.jpg", "/1.jpg", r"lists images/train/1\.jpg, which train800\.txt lists"),

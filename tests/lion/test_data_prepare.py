@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import stat
 import tarfile
 import time
@@ -117,6 +118,24 @@ def test_failures_are_named_and_leave_nothing(lion: Lion, debian: Path):
     assert other.code == 2
     assert "does not hold usr/share/unicode/emoji/emoji-test.txt" in other.err
     assert below(debian / "data") == set()
+    assert list((debian / "data").iterdir()) == []
+
+
+def test_a_disk_without_room_is_named_and_left_as_it_was(lion: Lion, debian: Path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    member = tarfile.TarInfo(FONT)
+    member.size = 200_000
+    with tarfile.open(debian / "store/fonts-noto-color-emoji.deb", "w:gz") as tar:
+        tar.addfile(member, io.BytesIO(bytes(200_000)))
+    tools = debian / "bin"
+    write_tool(tools, "dpkg-deb", '#!/bin/sh\nexec gzip -dc "$2"\n')
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        done = lion("data", "prepare", "emoji")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.code == 2
+    assert f"{debian}/data cannot be written (File too large); make room there" in done.err
     assert list((debian / "data").iterdir()) == []
 
 

@@ -35,6 +35,11 @@ def test_fgvc_resizes_the_shorter_side_and_takes_the_middle():
     assert larger.shape == (1, 56, 56)
 
 
+def test_a_long_thin_picture_needs_no_huge_copy():
+    geometry = Geometry(3, 224, "fgvc")
+    assert to_tensor(Image.new("L", (60_000, 2), 90), geometry).unique().tolist() == [90]
+
+
 def test_224_is_cut_out_of_256():
     assert Geometry(3, 224, "fgvc").training_size == 256
 
@@ -110,6 +115,13 @@ def test_view_is_fixed_only_without_randomness_and_repeats_with_the_seed():
         assert first.shape == (5, 3, 8, 8)
         assert torch.equal(first, view(images))
         assert not torch.equal(first, view(images))
+
+
+def test_images_without_the_margin_of_crops_are_refused():
+    view = training_view("fgvc", "none", 56)
+    assert view is not None
+    with pytest.raises(ValueError, match="expected training images of 64 x 64, got"):
+        view(torch.rand(2, 3, 56, 56))
 
 
 def test_protocols_bring_their_own_augmentation():

@@ -148,18 +148,13 @@ def test_output_side_alone_caches_features_and_input_side_tokens(backbone: Froze
     assert Lion(backbone, 3, "both").frozen(images).shape == (2, 5, SMALL.dim)
 
 
-def colour_network(pixels_from_embed: bool = False) -> FrozenBackbone:
-    """A backbone without tokens: `embed` gives feature maps, or the normalised image."""
+def colour_network() -> FrozenBackbone:
+    """A backbone without tokens: `embed` gives the normalised image."""
     torch.manual_seed(0)
     network = torch.nn.Conv2d(3, 5, 3)
-
-    def encode(x: torch.Tensor) -> torch.Tensor:
-        return (network(x) if pixels_from_embed else x).relu().mean((2, 3))
-
     return FrozenBackbone(
-        network, embed=(lambda x: 2 * x - 1) if pixels_from_embed else network, encode=encode,
-        name="colour", channels=3, image_size=10, token_dim=3 if pixels_from_embed else 5,
-        feature_dim=5,
+        network, embed=lambda x: 2 * x - 1, encode=lambda x: network(x).relu().mean((2, 3)),
+        name="colour", channels=3, image_size=10, token_dim=3, feature_dim=5, space="pixel",
     )  # fmt: skip
 
 
@@ -198,16 +193,11 @@ def test_pixel_layer_s_gradients_equal_many_explicit_steps():
         torch.testing.assert_close(implicit, explicit, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("pixels_from_embed", [False, True])
-def test_backbone_without_tokens_is_prompted_in_pixels(pixels_from_embed: bool):
-    backbone = colour_network(pixels_from_embed)
+def test_backbone_without_tokens_is_prompted_in_pixels():
+    backbone = colour_network()
     model, images = Lion(backbone, 3, hidden=4), torch.rand(2, 3, 10, 10)
     assert model.space == "pixel"
-    if not pixels_from_embed:
-        assert torch.equal(model.frozen(images), images)
-        prompted = backbone(model.input_prompt(images))
-    else:
-        prompted = backbone.encode(model.input_prompt(2 * images - 1))
+    prompted = backbone.encode(model.input_prompt(2 * images - 1))
     expected = model.head(model.output_prompt(prompted))
     torch.testing.assert_close(model(images), expected)
     expected.sum().backward()
