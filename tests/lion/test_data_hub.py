@@ -128,6 +128,8 @@ def test_prepare_lets_torchvision_fetch(torchvision: Path, lion: Lion):
     ("name", "extra"), [("torchvision:CIFAR10", "torchvision"), ("hf:beans", "datasets")]
 )
 def test_a_missing_package_names_its_extra(name: str, extra: str, monkeypatch):
+    for loaded in [key for key in sys.modules if key.startswith(f"{extra}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, extra, None)
     with pytest.raises(UserError, match=rf"run: pip install 'deqcore\[{extra}\]'"):
         open_source(name, 3, 8)
