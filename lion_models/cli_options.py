@@ -133,9 +133,6 @@ Sparsity = Annotated[
 PruneAt = Annotated[
     int | None, typer.Option(help="lion: epoch that ends with pruning.", show_default="the last")
 ]
-Readout = Annotated[
-    int | None, typer.Option(help="Block the feature is read from.", show_default="the last")
-]
 CheckpointBackbone = Annotated[
     bool,
     typer.Option("--checkpoint-backbone", help="Recompute the frozen blocks: less memory, slower."),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lion_models.backbones.adapter import FrozenBackbone
 from lion_models.errors import UserError
 
-__all__ = ["CheckpointedBlock", "checkpoint_blocks", "read_at", "transformer_parts", "with_modules"]
+__all__ = ["CheckpointedBlock", "checkpoint_blocks", "transformer_parts", "with_modules"]
 
 
 class CheckpointedBlock(nn.Module):
@@ -51,27 +51,6 @@ def transformer_parts(
             f"'{backbone.name}' has none; {instead}"
         )
     return backbone.blocks, backbone.pool
-
-
-def read_at(backbone: FrozenBackbone, block: int) -> FrozenBackbone:
-    """The same backbone, its feature read after the given block instead of the last one [ours].
-
-    Later blocks are not computed. What pools the last block's tokens (the final norm included)
-    pools this block's.
-
-    Args:
-        backbone: with blocks; shared, not changed.
-        block: 1 for the first, up to their number.
-
-    Raises:
-        UserError: no blocks, or no such block.
-    """
-    blocks, _ = transformer_parts(backbone, "--readout", "leave the option out")
-    if not 1 <= block <= len(blocks):
-        raise UserError(
-            f"--readout: expected a block from 1 to {len(blocks)} of '{backbone.name}', got {block}"
-        )
-    return _through(backbone, blocks[:block])
 
 
 def checkpoint_blocks(backbone: FrozenBackbone) -> FrozenBackbone:

@@ -15,8 +15,9 @@ import PIL
 from tqdm import tqdm
 
 from lion_models.data.images import check_header, check_whole
-from lion_models.data.places import cache_root, write_json
+from lion_models.data.places import cache_root
 from lion_models.errors import UserError, choose
+from lion_models.files import write_json
 
 __all__ = [
     "BAD_FILES",
@@ -79,8 +80,9 @@ def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dic
         listed = set(names.values())
         kept = {name: verdict for name, verdict in known.items() if name in listed}
         try:
+            store.parent.mkdir(parents=True, exist_ok=True)
             write_json(store, {"pillow": PIL.__version__, "files": kept})
-        except OSError as error:  # a cache: the next opening decodes again
+        except (OSError, UserError) as error:  # a cache: the next opening decodes again
             warnings.warn(f"{store}: not written ({error})", stacklevel=2)
     verdicts = {path: known[names[path]][2] for path in paths}
     return {path: text for path, text in verdicts.items() if text is not None}

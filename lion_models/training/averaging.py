@@ -41,7 +41,7 @@ class Average:
         decay = min(self._decay, (1 + steps) / (10 + steps))
         averages = [self.weights[name].to(own[name].device) for name in own]
         get_ema_multi_avg_fn(decay)(averages, [p.detach() for p in own.values()], steps)
-        self.weights = dict(zip(own, averages, strict=True))
+        self.weights |= dict(zip(own, averages, strict=True))  # beside what is not averaged
 
     def restart(self, model: TunedClassifier) -> None:
         """Begin anew at the model's weights, of which pruning has removed some."""
@@ -55,6 +55,7 @@ class Average:
             yield
             return
         current = trained_state(model)
+        # Into the layers that there are: the optimizer holds their parameters.
         model.load_state_dict(self.weights, strict=False)
         try:
             yield

@@ -11,7 +11,7 @@ import deqcore
 from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.adapter import SPACES
 from lion_models.backbones.normalisation import NORMALISATIONS, with_normalisation
-from lion_models.backbones.views import checkpoint_blocks, read_at
+from lion_models.backbones.views import checkpoint_blocks
 from lion_models.baselines import (
     ADAPTER_PLACES,
     Adapters,
@@ -168,7 +168,6 @@ class RunConfig:
         sparsity: lion: share of each matrix of the implicit layers that is pruned; 0 for none.
         prune_at: lion: the epoch after whose training that happens, and before its validation;
             None means the last. Later epochs train the kept weights, without `robust`.
-        readout: block that the feature is read from, 1 for the first; None means the last.
         checkpoint_backbone: compute the activations of the frozen blocks again in the backward
             pass instead of keeping them; not for `full` and `bias`.
         prompts: vpt-deep: tokens per block; vpt-shallow: tokens.
@@ -183,9 +182,9 @@ class RunConfig:
         accumulate: parts that a batch is computed in, one after the other; the step is that of the
             whole batch within rounding (a dropout draws one mask for each part).
         ema: decay of an exponential moving average of the trained weights, which validation, test
-            and the checkpoint then use; None means no average.
-        patience: epochs without a better one on validation data after which training ends; None
-            trains for all `epochs`.
+            and the checkpoint then use; None means no average. Pruning starts it anew.
+        patience: epochs without a better one on validation data after which training ends, and
+            never before pruning; None trains for all `epochs`.
         class_weights: of the training loss: `none`, `balanced` (inverse class frequency) or
             `balanced-softmax` (logits shifted by the log of the class frequency).
     """
@@ -226,7 +225,6 @@ class RunConfig:
     robust_on: str = "implicit"
     sparsity: float = 0.0
     prune_at: int | None = None
-    readout: int | None = None
     checkpoint_backbone: bool = False
     prompts: int = 10
     prompt_dropout: float = 0.1
@@ -269,7 +267,6 @@ class RunConfig:
             "max_steps",
             "iterations",
             "prompts",
-            "readout",
             "pad",
             "adapter_hidden",
             "lora_rank",
@@ -375,8 +372,6 @@ def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Tu
         UserError: the backbone is not one that the method or an option can work with.
     """
     backbone = with_normalisation(backbone, config.normalisation)
-    if config.readout is not None:
-        backbone = read_at(backbone, config.readout)
     if config.checkpoint_backbone:
         if config.method in ("full", "bias"):
             raise UserError(

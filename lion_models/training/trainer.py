@@ -207,7 +207,7 @@ def fit(
 
 
 def stopped_early(state: FitState, config: RunConfig) -> bool:
-    """Whether `config.patience` epochs have passed since the best one; never before pruning."""
+    """Whether `config.patience` epochs have passed since the best one, or since pruning."""
     if config.prune_epoch is not None and len(state.history) < config.prune_epoch:
         return False
     return config.patience is not None and (

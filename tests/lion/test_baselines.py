@@ -11,7 +11,7 @@ from small import SMALL, small_vit
 from torch import nn
 
 from lion_models.backbones import FrozenBackbone, freeze_vit
-from lion_models.backbones.views import checkpoint_blocks, read_at
+from lion_models.backbones.views import checkpoint_blocks
 from lion_models.baselines import Adapters, FineTune, LoRA, VPTDeep, VPTPad, VPTShallow
 from lion_models.classifier import TunedClassifier, count_parameters, trained_state
 from lion_models.errors import UserError
@@ -251,30 +251,6 @@ def test_bias_needs_biases():
 def test_a_frame_must_leave_an_image(backbone: FrozenBackbone):
     with pytest.raises(UserError, match="--pad: expected less than half of the backbone's 12"):
         VPTPad(backbone, 3, 6)
-
-
-def test_readout_is_the_pooled_block_and_leaves_the_backbone_alone(backbone: FrozenBackbone):
-    first = read_at(backbone, 1)
-    tokens = backbone.embed(IMAGES)
-    assert torch.equal(first(IMAGES), backbone.pool(backbone.blocks[0](tokens)))
-    assert torch.equal(read_at(backbone, DEPTH)(IMAGES), backbone(IMAGES))
-    assert len(backbone.blocks) == DEPTH
-    assert first.fingerprint == backbone.fingerprint
-    for block in (0, DEPTH + 1):
-        with pytest.raises(
-            UserError, match=rf"--readout: expected a block from 1 to 2.*got {block}"
-        ):
-            read_at(backbone, block)
-    with pytest.raises(UserError, match="--readout: needs a backbone made of transformer blocks"):
-        read_at(convolutional(), 1)
-
-
-def test_full_tuning_of_an_early_block_leaves_later_ones_out(backbone: FrozenBackbone):
-    model = build("full", backbone, readout=1)
-    assert not any(".blocks.1." in f".{name}" for name in trained_state(model))
-    assert count_parameters(model).without_head == BACKBONE - sum(
-        p.numel() for p in backbone.blocks[1].parameters()
-    )
 
 
 @pytest.mark.parametrize("method", ["lion", "vpt-deep", "vpt-shallow", "adapter", "lora"])

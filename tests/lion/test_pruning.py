@@ -174,6 +174,33 @@ def test_fit_prunes_once_and_chooses_among_pruned_epochs(
     assert sum(name.endswith(".pattern") for name in state.best) == 4
 
 
+def test_average_goes_on_over_the_kept_weights(
+    config: RunConfig, backbone: FrozenBackbone, task: Task
+):
+    def run(**options: object) -> tuple[nn.Module, FitState]:
+        seed_all(3)
+        model = build_model(replace(config, **options), backbone, len(task.classes))
+        return model, fit(model, task, replace(config, **options))
+
+    _, plain = run()
+    model, state = run(ema=0.5)
+    for name, value in plain.weights.items():  # the average changes nothing about the steps
+        assert torch.equal(state.weights[name], value), name
+    pruned = "input_prompt.layer.cell.down.values"
+    assert state.average[pruned].shape == state.weights[pruned].shape
+    assert not torch.equal(state.average[pruned], state.weights[pruned])
+    assert torch.equal(trained_state(model)[pruned], state.best[pruned])
+
+
+def test_patience_waits_for_pruning(config: RunConfig, backbone: FrozenBackbone, task: Task):
+    config = replace(config, epochs=12, prune_at=6, patience=2, lr=1e-7)
+    seed_all(3)
+    model = build_model(config, backbone, len(task.classes))
+    state = fit(model, task, config)
+    assert state.best_epoch >= 6
+    assert len(state.history) == min(12, state.best_epoch + 2)
+
+
 def test_pruning_at_the_end_measures_the_pruned_model(
     config: RunConfig, task: Task, backbone_file: Path
 ):
