@@ -28,9 +28,13 @@ class OnTheHost:
     """Stands in for CUDA graphs: runs the same parts in the same order, and decides here."""
 
     exits_early: bool = True
+    replays_alone: bool = False  # it calls the parts again
 
     def check(self, device):
         pass
+
+    def set_up(self):
+        return contextlib.nullcontext()
 
     def warm_up(self, run):
         run()
@@ -211,6 +215,41 @@ def test_what_cannot_be_captured_is_refused(capture):
     for adjoint in (Phantom(), Implicit(reuse_forward=True)):
         with pytest.raises(ValueError, match="gradients need adjoint"):
             make(wave, z0, shift, strength, solver=Broyden(), adjoint=adjoint)
+
+
+class ReplaysAlone(OnTheHost):
+    """Notes when f is called, and forgets it as a recorded graph may."""
+
+    def __init__(self):
+        super().__init__()
+        self.replays_alone = True
+        self.inside = False
+
+    @contextlib.contextmanager
+    def set_up(self):
+        self.inside = True
+        yield
+        self.inside = False
+
+
+def test_f_meets_no_stream_but_the_captured_one_and_its_graph_is_dropped():
+    """A node of autograd made on another stream, or kept alive there, breaks a capture."""
+    z0, shift, _ = batches(torch.float32, torch.device("cpu"), 1)[0]
+    weight = torch.rand(33, requires_grad=True)
+    recorder, calls = ReplaysAlone(), []
+
+    def f(z, shift):
+        assert recorder.inside
+        calls.append(z)
+        out = torch.exp(-(z * weight).square()) + shift
+        edge = torch.autograd.graph.get_gradient_edge(weight).node
+        edge.metadata["used"] = True  # lives as long as the node does
+        return out
+
+    solve = _capture(f, z0, (shift,), Anderson(), Implicit(), recorder)
+    assert len(calls) > 3
+    assert solve._backward.inputs == [weight]
+    assert not torch.autograd.graph.get_gradient_edge(weight).node.metadata
 
 
 def test_a_graph_of_fixed_length_gives_the_same_bits():
