@@ -38,7 +38,7 @@ SITE = ROOT / "build" / "gpu_check_site"
 SECONDS = {"build": 110, "test": 200, "sanitize": 120, "bench": 100}  # 8 min 50 s
 SHOWN, KEPT = 3_000, 1 << 20  # characters of a step's output on the terminal, and in the log
 GATES = ("G1", "G2", "G3", "G4", "G5", "G6")
-GPU_TESTS = ("gpu_steps", "capture", "large_offsets", "never_waits")
+GPU_TESTS = ("gpu_steps", "gpu_solves", "capture", "large_offsets", "never_waits")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 REFUSALS = re.compile(
     r"not supported|unsupported|no attached cuda|unable to|failed to initialize|"

@@ -10,7 +10,7 @@ namespace deqcore::cuda {
 // Python. What they name must outlive this.
 class SolveGraph {
  public:
-  // first, last: 0 for none. remaining: an int32, read on the device, which needs conditional nodes;
+  // first, last: 0 for none. remaining: an int32 read on the device, which needs conditional nodes;
   // 0 for a graph that takes max_steps steps. taken: an int32 of zero, which the device counts in
   // and sets back: a row that never ended would keep the GPU busy for ever.
   // Throws std::runtime_error with the runtime's message.
