@@ -126,14 +126,20 @@ class Bench:
         return replay
 
     def _captured(self, run: Callable[[], object]) -> Callable[[], object]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+        chosen = torch.backends.cuda.preferred_linalg_library()
+        # MAGMA, which would solve the small systems of many rows, cannot be captured.
+        torch.backends.cuda.preferred_linalg_library("cusolver")
+        try:
+            with torch.cuda.stream(stream):  # a capture that fails would leave its stream current
+                run()
+                with torch.cuda.graph(graph, stream=stream):
+                    run()
+        finally:
+            torch.backends.cuda.preferred_linalg_library(chosen)
+        current.wait_stream(stream)
         return graph.replay
 
 
@@ -336,8 +342,6 @@ def main() -> int:
     bench = Bench(
         Report(), "cpu" if options.rehearse else "cuda", 1 if options.rehearse else 9, 600
     )
-    if bench.real:  # MAGMA, which small systems of many rows would get, cannot be captured
-        torch.backends.cuda.preferred_linalg_library("cusolver")
     facts = bench.report.facts
     facts["device"] = torch.cuda.get_device_name() if bench.real else "rehearsal on the CPU"
     print(f"{facts['device']}\n{header()}", flush=True)
