@@ -311,7 +311,7 @@ def bench_accuracy(bench: Bench) -> None:
     bench.report.facts["G6"] = {
         "iterations more or less than float64, at 1e-5": extra,
         "floor of the relative residual": relative,
-        "verdict": "met" if extra <= 1 and relative <= 2e-7 else "MISSED",
+        "verdict": ("met" if extra <= 1 and relative <= 2e-7 else "MISSED") if bench.real else "-",
     }
     print(f"G6 {bench.report.facts['G6']}", flush=True)
 

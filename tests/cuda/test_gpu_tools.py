@@ -185,6 +185,7 @@ def test_a_benchmark_goes_on_without_a_peer_and_after_a_part_that_fails(monkeypa
     assert sum(name.startswith("G2") for name in failures) == 3  # of four, two the same here
     assert sum(row["work"].startswith("G3") for row in written["results"]) == 3
     assert "G6" in written["facts"]
+    assert gpu_check.gate_verdicts(written)["G6"] == "not measured"  # nor on a CPU
 
 
 def test_what_cannot_be_timed_itself_is_a_failure_of_its_work():
