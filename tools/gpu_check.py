@@ -191,7 +191,9 @@ def test(check: Check) -> None:
     """First what needs the GPU, a process a file: an error that kills the device ends with it."""
     required = {} if check.rehearse else {"REQUIRE_CUDA": "1", "DEQCORE_KERNELS": "require"}
     required["OMP_NUM_THREADS"] = "1"
-    pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    # A package that is missing must not keep the files that do without it from running.
+    options = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    pytest = [sys.executable, "-m", "pytest", *options]
     several, by_file = _parallel(check)
     for name in GPU_TESTS:
         files = [f"tests/cuda/test_{name}.py"]
