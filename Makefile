@@ -10,7 +10,8 @@ STAMP   := $(VENV)/.installed
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: setup demo demo-vit test test-ref test-portable emulation cuda-kernels cuda-build gpu-check lint format bench wheel clean
+.PHONY: setup demo demo-vit test test-ref test-portable emulation cuda-kernels cuda-build gpu-check gpu-wheels \
+    lint format bench wheel clean
 
 setup: $(STAMP)
 
@@ -57,9 +58,18 @@ cuda-kernels:
 cuda-build:
 	$(PYTHON) tools/cuda_build.py
 
-# On a machine with a GPU: make gpu-check GPU_CHECK="--only build,test --wheels wheels"
+# On a machine with a GPU: make gpu-check GPU_CHECK="--only build,test --out somewhere"
 gpu-check:
-	$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) tools/gpu_check.py $(GPU_CHECK)
+
+# What such a machine may lack, to be taken there where it has no network: into wheels/, 5 MB.
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := torchdeq==0.1.0 pytest pytest-xdist hypothesis pluggy iniconfig pygments packaging \
+    execnet sortedcontainers mlxtend
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest wheels \
+	    --implementation cp --python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 \
+	    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 $(GPU_WHEELS)
 
 lint: setup
 	$(BIN)/ruff check .

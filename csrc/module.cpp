@@ -49,9 +49,11 @@ PYBIND11_MODULE(DEQCORE_MODULE, m) {
 #if defined(DEQCORE_CUDA_MODULE)
   using deqcore::cuda::SolveGraph;
   py::class_<SolveGraph>(m, "SolveGraph", "A solve as one CUDA graph; see csrc/cuda/solve_graph.h.")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t>(), py::arg("first"),
-           py::arg("body"), py::arg("last"), py::arg("remaining"), py::arg("repeats"))
-      .def("launch", &SolveGraph::launch, py::arg("stream"))
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t>(),
+           py::arg("first"), py::arg("body"), py::arg("last"), py::arg("remaining"),
+           py::arg("taken"), py::arg("max_steps"))
+      .def("launch", &SolveGraph::launch, py::arg("stream"),
+           py::call_guard<py::gil_scoped_release>())
       .def_static("why_not_conditional", &SolveGraph::why_not_conditional);
 #endif
 }

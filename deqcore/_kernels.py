@@ -51,7 +51,7 @@ def load() -> None:
             _load_module(part, name)
     if KERNELS_MODE == "require":
         _require("cpu")
-        if "cuda" in left_out and torch.cuda.is_available():
+        if torch.cuda.is_available():
             _require("cuda")
 
 

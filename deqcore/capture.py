@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +108,7 @@ class Parts(NamedTuple):
     last: Callable[[], None] | None
     remaining: Tensor  # int32 [1]
     max_steps: int
+    taken: Tensor  # int32 [1], zero: the steps of a replay, which end at max_steps come what may
 
 
 class CapturedSolver:
@@ -135,9 +136,9 @@ class CapturedSolver:
     ) -> None:
         self._packing, self._device = packing, packing.device
         leaves, self._args_spec = pytree.tree_flatten(args)
-        self._args = [_static_copy(leaf) for leaf in leaves]
         self._call = 0  # which call the buffers hold
-        with _on(self._device):
+        with _on(self._device), recorder.set_up():
+            self._args = [_static_copy(leaf) for leaf in leaves]
             problem = Problem(f, pytree.tree_unflatten(self._args, self._args_spec), packing)
             self._forward = _StaticSolve(problem, solver)
             self._forward.z0.copy_(packing.pack(z0, "z0").detach())
@@ -171,6 +172,8 @@ class CapturedSolver:
         recorder.warm_up(lambda: _run_a_few_steps(parts))
         self._launch = recorder.record(parts[0])
         self._launch_backward = recorder.record(parts[1]) if backward is not None else None
+        if backward is not None and recorder.replays_alone:
+            backward.forget()
 
     def __call__(self, z0: Any, *args: Any) -> Solution:
         """Solve from ``z0`` with these arguments.
@@ -257,7 +260,8 @@ class _StaticSolve:
         self, last: Callable[[], None] | None, first: Callable[[], None] | None = None
     ) -> Parts:
         first = first or self.begin
-        return Parts(first, self.step, last, self.rows.remaining, self.solver.max_steps)
+        taken = torch.zeros_like(self.rows.remaining)
+        return Parts(first, self.step, last, self.rows.remaining, self.solver.max_steps, taken)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -328,6 +332,14 @@ class _StaticBackward:
         self.grads = torch.autograd.grad(
             self.f, self.inputs, u, retain_graph=True, allow_unused=True
         )
+
+    def forget(self) -> None:
+        """Let go of the graph of f, which no replay needs.
+
+        It would keep the parameters' AccumulateGrad nodes alive, and with them the stream of this
+        capture: every later backward would accumulate there, and none could be captured.
+        """
+        del self.f, self.z
 
     def _vjp(self, u: Tensor) -> Tensor:
         (product,) = torch.autograd.grad(
@@ -425,6 +437,7 @@ class _CudaGraphs:
     exits_early: bool = True
     pool: Any = None
     stream: Any = None
+    replays_alone: bool = True  # without the Python that was recorded
 
     def check(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -442,21 +455,30 @@ class _CudaGraphs:
                 stacklevel=4,
             )
 
-    def warm_up(self, run: Callable[[], Any]) -> None:
-        """Before capture: libraries set themselves up in their first call."""
+    @contextlib.contextmanager
+    def set_up(self) -> Iterator[None]:
+        """Makes the stream current that will be captured: for all that is done before, too.
+
+        autograd's nodes remember the stream on which they were made. One that was made on another
+        and is still alive would draw that other stream into the capture, which is an error.
+        """
         current = torch.cuda.current_stream()
         self.stream = torch.cuda.Stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            run()
+            yield
         current.wait_stream(self.stream)
+
+    def warm_up(self, run: Callable[[], Any]) -> None:
+        """Before capture: libraries set themselves up in their first call."""
+        run()
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, parts: Parts) -> Callable[[], None]:
         graphs = [self._record_part(part) for part in (parts.first, parts.body, parts.last)]
         handles = [0 if graph is None else graph.raw_cuda_graph() for graph in graphs]
-        repeats = 0 if self.exits_early else parts.max_steps
-        solve = _solve_graph()(*handles, parts.remaining.data_ptr(), repeats)
+        remaining = parts.remaining.data_ptr() if self.exits_early else 0
+        solve = _solve_graph()(*handles, remaining, parts.taken.data_ptr(), parts.max_steps)
 
         def launch(keep: Any = (graphs, parts)) -> None:  # their memory is the solve's
             solve.launch(torch.cuda.current_stream().cuda_stream)
@@ -467,8 +489,19 @@ class _CudaGraphs:
         if part is None:
             return None
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            part()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                part()
+        except RuntimeError as error:
+            # The end of a capture that failed fails as well, and speaks last.
+            first: BaseException = error
+            while first.__context__ is not None:
+                first = first.__context__
+            raise RuntimeError(
+                "deqcore.capture: f or its derivative cannot be captured: no value may be read "
+                "back to the host, and no result of f on these parameters may still hold its "
+                f"autograd graph (del loss, or capture before the first one); torch says: {first}"
+            ) from error
         return graph
 
 

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -29,8 +31,12 @@ void append(cudaGraph_t graph, uintptr_t part, cudaGraphNode_t* last) {
 #if CUDART_VERSION >= 12040
 
 __global__ void go_on_while_rows_remain(cudaGraphConditionalHandle handle,
-                                        const int32_t* remaining) {
-  cudaGraphSetConditional(handle, *remaining > 0);
+                                        const int32_t* remaining, int32_t* taken,
+                                        int32_t max_steps) {
+  const int32_t steps = *taken + 1;
+  const bool go_on = *remaining > 0 && steps < max_steps;
+  *taken = go_on ? steps : 0;
+  cudaGraphSetConditional(handle, go_on);
 }
 
 cudaError_t add_node(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after,
@@ -42,8 +48,8 @@ cudaError_t add_node(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNo
 #endif
 }
 
-void append_loop(cudaGraph_t graph, uintptr_t body, const int32_t* remaining,
-                 cudaGraphNode_t* last) {
+void append_loop(cudaGraph_t graph, uintptr_t body, const int32_t* remaining, int32_t* taken,
+                 int32_t max_steps, cudaGraphNode_t* last) {
   cudaGraphConditionalHandle handle;
   check(cudaGraphConditionalHandleCreate(&handle, graph, 1, cudaGraphCondAssignDefault),
         "cudaGraphConditionalHandleCreate");
@@ -60,7 +66,7 @@ void append_loop(cudaGraph_t graph, uintptr_t body, const int32_t* remaining,
   const cudaGraph_t loop = parameters.conditional.phGraph_out[0];
   cudaGraphNode_t inner = nullptr;
   append(loop, body, &inner);
-  void* arguments[] = {&handle, &remaining};
+  void* arguments[] = {&handle, &remaining, &taken, &max_steps};
   cudaKernelNodeParams kernel = {};
   kernel.func = reinterpret_cast<void*>(&go_on_while_rows_remain);
   kernel.gridDim = dim3(1);
@@ -89,9 +95,9 @@ const char* SolveGraph::why_not_conditional() {
 }
 
 SolveGraph::SolveGraph(uintptr_t first, uintptr_t body, uintptr_t last, uintptr_t remaining,
-                       int64_t repeats) {
+                       uintptr_t taken, int64_t max_steps) {
   try {
-    build(first, body, last, remaining, repeats);
+    build(first, body, last, remaining, taken, max_steps);
   } catch (...) {
     release();
     throw;
@@ -99,19 +105,21 @@ SolveGraph::SolveGraph(uintptr_t first, uintptr_t body, uintptr_t last, uintptr_
 }
 
 void SolveGraph::build(uintptr_t first, uintptr_t body, uintptr_t last, uintptr_t remaining,
-                       int64_t repeats) {
+                       uintptr_t taken, int64_t max_steps) {
   cudaGraph_t graph;
   check(cudaGraphCreate(&graph, 0), "cudaGraphCreate");
   graph_ = graph;
   cudaGraphNode_t newest = nullptr;
   append(graph, first, &newest);
-  if (repeats > 0) {
-    for (int64_t i = 0; i < repeats; ++i) append(graph, body, &newest);
+  if (remaining == 0) {
+    for (int64_t i = 0; i < max_steps; ++i) append(graph, body, &newest);
   } else {
     const char* const reason = why_not_conditional();
     if (*reason != '\0') throw std::runtime_error(std::string("deqcore.capture: ") + reason);
 #if CUDART_VERSION >= 12040
-    append_loop(graph, body, reinterpret_cast<const int32_t*>(remaining), &newest);
+    append_loop(graph, body, reinterpret_cast<const int32_t*>(remaining),
+                reinterpret_cast<int32_t*>(taken),
+                static_cast<int32_t>(std::min<int64_t>(max_steps, INT32_MAX)), &newest);
 #endif
   }
   append(graph, last, &newest);

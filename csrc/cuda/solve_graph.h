@@ -5,14 +5,17 @@
 
 namespace deqcore::cuda {
 
-// first, then body again and again while *remaining > 0, then last. Handles of the runtime
-// (cudaGraph_t, cudaStream_t) and device pointers come as integers, for Python. What they name must
-// outlive this.
+// first, then body at least once and while *remaining > 0, max_steps times at most, then last.
+// Handles of the runtime (cudaGraph_t, cudaStream_t) and device pointers come as integers, for
+// Python. What they name must outlive this.
 class SolveGraph {
  public:
-  // repeats: 0 to decide on the device, which needs conditional nodes; else body comes that often.
+  // first, last: 0 for none. remaining: an int32 read on the device, which needs conditional nodes;
+  // 0 for a graph that takes max_steps steps. taken: an int32 of zero, which the device counts in
+  // and sets back: a row that never ended would keep the GPU busy for ever.
   // Throws std::runtime_error with the runtime's message.
-  SolveGraph(uintptr_t first, uintptr_t body, uintptr_t last, uintptr_t remaining, int64_t repeats);
+  SolveGraph(uintptr_t first, uintptr_t body, uintptr_t last, uintptr_t remaining, uintptr_t taken,
+             int64_t max_steps);
   ~SolveGraph();
   SolveGraph(const SolveGraph&) = delete;
   SolveGraph& operator=(const SolveGraph&) = delete;
@@ -24,7 +27,8 @@ class SolveGraph {
   static const char* why_not_conditional();
 
  private:
-  void build(uintptr_t first, uintptr_t body, uintptr_t last, uintptr_t remaining, int64_t repeats);
+  void build(uintptr_t first, uintptr_t body, uintptr_t last, uintptr_t remaining, uintptr_t taken,
+             int64_t max_steps);
   void release();
   void* graph_ = nullptr;       // cudaGraph_t
   void* executable_ = nullptr;  // cudaGraphExec_t

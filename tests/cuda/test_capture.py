@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from problems import equal, wave, wave_batch
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, _kernels
-from deqcore.capture import _capture, _CudaGraphs
+from deqcore.capture import Parts, _capture, _CudaGraphs
 
 SOLVERS = [
     Picard(damping=0.7, max_steps=40),
@@ -28,9 +30,13 @@ class OnTheHost:
     """Stands in for CUDA graphs: runs the same parts in the same order, and decides here."""
 
     exits_early: bool = True
+    replays_alone: bool = False  # it calls the parts again
 
     def check(self, device):
         pass
+
+    def set_up(self):
+        return contextlib.nullcontext()
 
     def warm_up(self, run):
         run()
@@ -213,6 +219,41 @@ def test_what_cannot_be_captured_is_refused(capture):
             make(wave, z0, shift, strength, solver=Broyden(), adjoint=adjoint)
 
 
+class ReplaysAlone(OnTheHost):
+    """Notes when f is called, and forgets it as a recorded graph may."""
+
+    def __init__(self):
+        super().__init__()
+        self.replays_alone = True
+        self.inside = False
+
+    @contextlib.contextmanager
+    def set_up(self):
+        self.inside = True
+        yield
+        self.inside = False
+
+
+def test_f_meets_no_stream_but_the_captured_one_and_its_graph_is_dropped():
+    """A node of autograd made on another stream, or kept alive there, breaks a capture."""
+    z0, shift, _ = batches(torch.float32, torch.device("cpu"), 1)[0]
+    weight = torch.rand(33, requires_grad=True)
+    recorder, calls = ReplaysAlone(), []
+
+    def f(z, shift):
+        assert recorder.inside
+        calls.append(z)
+        out = torch.exp(-(z * weight).square()) + shift
+        edge = torch.autograd.graph.get_gradient_edge(weight).node
+        edge.metadata["used"] = True  # lives as long as the node does
+        return out
+
+    solve = _capture(f, z0, (shift,), Anderson(), Implicit(), recorder)
+    assert len(calls) > 3
+    assert solve._backward.inputs == [weight]
+    assert not torch.autograd.graph.get_gradient_edge(weight).node.metadata
+
+
 def test_a_graph_of_fixed_length_gives_the_same_bits():
     """What is recorded where the device cannot decide."""
     inputs = batches(torch.float32, torch.device("cpu"))
@@ -236,6 +277,101 @@ def test_missing_kernels_are_named(monkeypatch):
     monkeypatch.setitem(_kernels.missing, "cuda", "nvcc is not on PATH")
     with pytest.raises(RuntimeError, match="capture: no CUDA kernels: nvcc is not on PATH"):
         _CudaGraphs().check(torch.device("cuda"))
+
+
+class FakeCuda:
+    """Streams and graphs of torch.cuda by name, and what was done with them in order."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.current, self.made = [], "default", 0
+        for name in ("Stream", "stream", "current_stream", "graph_pool_handle", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
+
+    def as_stream(self, name):
+        wait = lambda other: self.log.append(f"{name} waits for {other.name}")  # noqa: E731
+        return types.SimpleNamespace(name=name, cuda_stream=name, wait_stream=wait)
+
+    def Stream(self):  # noqa: N802
+        return self.as_stream("side")
+
+    def current_stream(self):
+        return self.as_stream(self.current)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def new_graph(self, keep_graph):
+        assert keep_graph
+        self.made += 1
+        return types.SimpleNamespace(raw_cuda_graph=lambda number=self.made: number)
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream):
+        assert (pool, stream.name, self.current) == ("pool", "side", "side")
+        try:
+            yield
+        finally:
+            if sys.exc_info()[0] is not None:
+                raise RuntimeError("capture was invalidated")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    return FakeCuda(monkeypatch)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_recorder_joins_its_parts_on_one_stream_and_launches_on_the_current(
+    fake_cuda, monkeypatch, early
+):
+    joined = []
+
+    class SolveGraph:
+        def __init__(self, *args):
+            joined.append(args)
+
+        def launch(self, stream):
+            joined.append(stream)
+
+    module = sys.modules["deqcore.capture"]  # behind the function of that name
+    monkeypatch.setattr(module, "_solve_graph", lambda: SolveGraph)
+    recorder = _CudaGraphs(exits_early=early)
+    counts = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    runs = []
+    parts = Parts(*(lambda: runs.append(fake_cuda.current),) * 2, None, counts[0], 7, counts[1])
+    with recorder.set_up():
+        recorder.warm_up(lambda: runs.append(fake_cuda.current))
+        launch = recorder.record(parts)
+    assert runs == ["side"] * 3
+    assert fake_cuda.log == ["side waits for default", "default waits for side"]
+    remaining = counts[0].data_ptr() if early else 0
+    assert joined == [(1, 2, 0, remaining, counts[1].data_ptr(), 7)]
+    launch()
+    assert joined[1] == "default"
+
+
+def test_a_capture_that_fails_tells_the_first_reason_and_leaves_the_stream(fake_cuda):
+    def part():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def record():
+        recorder = _CudaGraphs()
+        with recorder.set_up():
+            recorder.warm_up(lambda: None)
+            recorder.record(Parts(part, part, None, torch.ones(1), 7, torch.ones(1)))
+
+    with pytest.raises(RuntimeError, match=r"cannot be captured.*torch says: operation not perm"):
+        record()
+    assert fake_cuda.current == "default"
 
 
 def test_a_fixed_step_solve_never_waits_for_the_gpu(cuda_device):

@@ -36,6 +36,7 @@ def test_kernel_is_as_exact_as_the_reference(cuda_device, op, seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_row_depends_on_nothing_but_itself(cuda_device, op, seed):
     """Bit for bit: neither on its batch-mates nor on its place, which decides its alignment."""
+    require_kernels(cuda_device)
     case = drawn(op, seed).to(cuda_device)
     together = case.run(case.op)
     row = len(case.tensors["x"]) - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from problems import equal, generator
@@ -18,6 +20,8 @@ FLOOR_ULPS = 16
 
 def require_kernels(device: torch.device) -> None:
     if not (_kernels.CUDA_KERNELS if device.type == "cuda" else _kernels.CPU_KERNELS):
+        if device.type == "cuda" and os.environ.get("REQUIRE_CUDA") == "1":
+            pytest.fail(f"REQUIRE_CUDA=1, but there are no CUDA kernels: {_kernels.missing}")
         pytest.skip(f"no {device.type} kernels: {_kernels.missing}")
 
 
