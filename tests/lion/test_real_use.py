@@ -192,12 +192,12 @@ def test_features_are_shared_by_runs_with_the_same_frozen_part_alone(
 
 
 def test_images_are_decoded_once_for_many_runs(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    from lion_models.data import sources
+    from lion_models.data import base
 
     decoded = []
-    real = sources.decode_image
+    real = base.decode_file
     monkeypatch.setattr(
-        sources, "decode_image", lambda path, *rest: decoded.append(path) or real(path, *rest)
+        base, "decode_file", lambda path, *rest: decoded.append(path) or real(path, *rest)
     )
     bench = Workbench()
     source = bench.source(config)
