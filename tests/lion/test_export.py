@@ -21,7 +21,8 @@ from lion_models.errors import UserError
 from lion_models.export import export_run, unrolled
 from lion_models.memory import kept_bytes
 from lion_models.training import load_run
-from lion_models.training.runs import split_of, validation_images
+from lion_models.training.run_data import split_data
+from lion_models.training.runs import validation_images
 from lion_models.training.workbench import Workbench
 
 
@@ -143,7 +144,7 @@ def test_model_that_cannot_be_traced_is_named(trained: Path, images: torch.Tenso
 def test_compared_images_are_validation_images(trained: Path):
     config = load_run(trained).config
     bench = Workbench()
-    rows = split_of(config, bench.source(config)).validation
+    rows = split_data(bench.source(config), config).validation
     everything = bench.source(config).load(rows)
     assert torch.equal(validation_images(config, bench, 100), everything)
     some = validation_images(config, bench, 3)
