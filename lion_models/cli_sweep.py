@@ -20,12 +20,13 @@ from lion_models.cli_options import (
     config_of,
     numbers,
     set_up,
+    short_name,
 )
 from lion_models.cli_progress import CellBars
 from lion_models.errors import UserError, choose
 from lion_models.runner import CellRunner
 from lion_models.sweep import Plan, parse_axis, run_sweep, sweep_tables
-from lion_models.training.config import METHODS
+from lion_models.training.config import METHODS, SHOWN_METHODS
 
 __all__ = ["sweep"]
 
@@ -43,7 +44,9 @@ def sweep(
         list[str] | None,
         typer.Option(help="OPTION=VALUE,VALUE: a separate choice for each, such as shots=5,20."),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(METHODS),
+    methods: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; or all.")
+    ] = ",".join(SHOWN_METHODS),
     seeds: Annotated[str, typer.Option(help="Comma-separated; their mean chooses.")] = "42",
     test_best: Annotated[
         bool, typer.Option("--test-best", help="Read the test set with what was chosen.")
@@ -67,14 +70,15 @@ def sweep(
     set_up(threads, device)
     if test_seeds and not test_best:
         raise UserError("--test-seeds: goes with --test-best, which is not there")
+    names = METHODS if methods == "all" else methods.split(",")
     plan = Plan(
         config_of(ctx),
-        tuple(choose("--methods", part.strip(), METHODS) for part in methods.split(",")),
+        tuple(choose("--methods", part.strip(), METHODS) for part in names),
         tuple(numbers("--seeds", seeds, int)),
         tuple(parse_axis("--grid", text) for text in grid or ()),
         tuple(parse_axis("--over", text) for text in over or ()),
     )
-    folder = runs / (name or f"sweep-{Path(data).name}")
+    folder = runs / (name or f"sweep-{short_name(data)}")
     options = CellOptions(device, plot=False)
     with CellBars(jobs) as bars, CellRunner(jobs, threads or None, options) as runner:
         content = run_sweep(

@@ -250,7 +250,7 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, str):
-        return Path(value).name.removesuffix(".safetensors") or value.strip("/").replace("/", "_")
+        return Path(value).name.removesuffix(".safetensors").replace(":", "-") or "_"
     return "open" if value is None else str(value)
 
 
