@@ -36,6 +36,9 @@ def main() -> None:
                 case = make(batch, dim, memory, dtype, 10 + index)
                 check_kernel_against_float64(case, device)
                 cases += 1
+        case = broyden_case(batch, dim, memory, torch.float32, 10 + index, torch.bfloat16)
+        check_kernel_against_float64(case, device)
+        cases += 1
     print(f"{cases} steps on {device} are as exact as their references")
 
 
