@@ -113,6 +113,7 @@ def functional(
     patience: int,
     max_steps: int,
     memory: int,
+    *,
     history_dtype: torch.dtype | None = None,
 ) -> tuple[BroydenState, Tensor]:
     """The same step without mutation: differentiable in x, f and the history.
