@@ -22,9 +22,9 @@ import deqcore
 from benchmarks.harness import Report, Result, header
 from benchmarks.peers import LeanAnderson, torchdeq_anderson, torchdeq_broyden
 from benchmarks.problems import agree, contraction, free_function
+from deqcore.ops import _rows
 from deqcore.ops import anderson_step as op
-from deqcore.ops._rows import ACTIVE, BEST_STEP, HISTORY, MIXED, Rows
-from deqcore.ops._rows import STEPS as STEPS_TAKEN
+from deqcore.ops._rows import ACTIVE, Rows
 
 HERE = Path(__file__).parent
 MEMORY = 5
@@ -266,7 +266,8 @@ def broyden_step(
     state.s_ring.copy_(torch.randn(stored + 1, dim, device=bench.device))
     state.gram.copy_(torch.eye(stored + 1) * dim)
     at_start = state.rows.counters.clone()
-    at_start[:, HISTORY], at_start[:, STEPS_TAKEN], at_start[:, BEST_STEP] = stored, stored + 1, 1
+    at_start[:, _rows.HISTORY], at_start[:, _rows.STEPS] = stored, stored + 1
+    at_start[:, _rows.BEST_STEP] = 1
     context = solver.context(x, x.dtype, ())
     x_next = torch.empty_like(x)
 
@@ -275,7 +276,7 @@ def broyden_step(
         solver.advance(state, x, f, context, x_next, context.nothing)
 
     step()
-    if (state.rows.counters[:, MIXED] != stored).any():
+    if (state.rows.counters[:, _rows.MIXED] != stored).any():
         raise RuntimeError("a row of the benchmark has ended or restarted: it would read less")
     return step
 
