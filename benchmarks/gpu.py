@@ -23,6 +23,7 @@ import deqcore
 from benchmarks.harness import Report, Result, header
 from benchmarks.peers import LeanAnderson, torchdeq_anderson, torchdeq_broyden
 from benchmarks.problems import agree, contraction, free_function
+from deqcore.ops import _rows
 from deqcore.ops import anderson_step as op
 from deqcore.ops._rows import ACTIVE, Rows
 
@@ -294,7 +295,46 @@ def bench_broyden(bench: Bench) -> None:
             "torchdeq": lambda f=f, z0=z0: torchdeq_broyden(f, z0, STEPS),
         }
         bench.compare(f"G5 {STEPS} Broyden steps {batch}x{dim}", contestants, {"torchdeq": gate})
-    bench.report.facts["G5, bf16 history"] = "not built: histories are float32 or float64"
+    bench_narrow_history(bench)
+
+
+def bench_narrow_history(bench: Bench) -> None:
+    """G5: one Broyden step over thirty stored ones, in bfloat16 against float32."""
+    batch, dim = bench.shape(32, 151296)
+    contestants = {
+        "bf16 history": broyden_step(bench, batch, dim, 30, torch.bfloat16),
+        "float32 history": broyden_step(bench, batch, dim, 30, None),
+    }
+    name = f"G5 Broyden step k=30 {batch}x{dim}, bf16 history"
+    bench.compare(name, contestants, {"float32 history": 1.5})
+
+
+def broyden_step(
+    bench: Bench, batch: int, dim: int, stored: int, history_dtype: torch.dtype | None
+) -> Callable[[], None]:
+    """The op with `stored` steps in the history, again and again."""
+    f, x = torch.randn(2, batch, dim, device=bench.device)
+    solver = deqcore.Broyden(
+        memory=stored + 1, max_steps=NEVER, patience=NEVER, rtol=0.0, atol=0.0,
+        history_dtype=history_dtype,
+    )  # fmt: skip
+    state = solver.with_all_room(solver.init(x, Rows.start(batch, x.device)))
+    state.s_ring.copy_(torch.randn(stored + 1, dim, device=bench.device))
+    state.gram.copy_(torch.eye(stored + 1) * dim)
+    at_start = state.rows.counters.clone()
+    at_start[:, _rows.HISTORY], at_start[:, _rows.STEPS] = stored, stored + 1
+    at_start[:, _rows.BEST_STEP] = 1
+    context = solver.context(x, x.dtype, ())
+    x_next = torch.empty_like(x)
+
+    def step() -> None:
+        state.rows.counters.copy_(at_start)
+        solver.advance(state, x, f, context, x_next, context.nothing)
+
+    step()
+    if (state.rows.counters[:, _rows.MIXED] != stored).any():
+        raise RuntimeError("a row of the benchmark has ended or restarted: it would read less")
+    return step
 
 
 def bench_accuracy(bench: Bench) -> None:

@@ -254,7 +254,8 @@ def _arguments(
             tensors[best] = None
     else:
         z_next = 11
-        ints = [*head, slots, options[4], len(damping), patience, max_steps]
+        narrow = int(ring.dtype != x.dtype)
+        ints = [*head, slots, options[4], len(damping), patience, max_steps, narrow]
         doubles = [rtol, atol]
     if f.dtype == x.dtype:
         tensors[z_next] = None

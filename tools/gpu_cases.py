@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,10 +30,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args().device)
+    narrow = partial(broyden_case, history_dtype=torch.bfloat16)
     cases = 0
     for index, (batch, dim, memory) in enumerate(SHAPES):
-        for make in (anderson_case, broyden_case):
+        for make in (anderson_case, broyden_case, narrow):
             for dtype in DTYPES if index < 2 else DTYPES[index % 2 :: 2]:
+                if make is narrow and dtype == torch.float64:
+                    continue  # it has no other history than its own
                 case = make(batch, dim, memory, dtype, 10 + index)
                 check_kernel_against_float64(case, device)
                 cases += 1

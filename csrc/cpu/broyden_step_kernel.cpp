@@ -8,11 +8,11 @@
 namespace deqcore::cpu::DEQCORE_ISA {
 namespace {
 
-template <typename X, typename F>
+template <typename X, typename F, typename S>
 struct Row {
   const X* x;
   const F* f;
-  X* s_ring;
+  S* s_ring;
   X* best;
   X* x_next;
   F* z_next;
@@ -21,7 +21,7 @@ struct Row {
     const int64_t at = row * args.dim;
     x = static_cast<const X*>(args.x) + at;
     f = static_cast<const F*>(args.f) + at;
-    s_ring = static_cast<X*>(args.s_ring) + at * args.capacity;
+    s_ring = static_cast<S*>(args.s_ring) + at * args.capacity;
     best = static_cast<X*>(args.best) + at;
     x_next = static_cast<X*>(args.x_next) + at;
     z_next = args.z_next == nullptr ? nullptr : static_cast<F*>(args.z_next) + at;
@@ -34,29 +34,30 @@ void residual_block(const X* __restrict x, const F* __restrict f, int count, X* 
   for (int i = 0; i < count; ++i) g[i] = to_compute(f[i]) - to_compute(to_state<F>(x[i]));
 }
 
-template <typename X, typename F>
-void widen(const F* __restrict from, int count, X* __restrict to) {
-  for (int i = 0; i < count; ++i) to[i] = to_compute(from[i]);
+// The same numbers as X: `from` itself, or `room` filled with them.
+template <typename X, typename T>
+const X* widened(const T* __restrict from, int count, X* __restrict room) {
+  if constexpr (sizeof(T) == sizeof(X)) {
+    return from;
+  } else {
+    for (int i = 0; i < count; ++i) room[i] = to_compute(from[i]);
+    return room;
+  }
 }
 
 // Phase 1 on [begin, end) of a row. sums: |g|^2, |f|^2, then s_j . g and s_j . s_newest for each j.
-template <typename X, typename F>
+template <typename X, typename F, typename S>
 void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, double* sums) {
-  const Row<X, F> at(args, row);
+  const Row<X, F, S> at(args, row);
   const int stored = static_cast<int>(broyden_history(args, row));
   alignas(64) double lanes[(2 * kBroydenMaxMemory + 2) * kLanes];
   std::fill_n(lanes, (2 * stored + 2) * kLanes, 0.0);
-  alignas(64) X g[kBlock], wide_f[kBlock];
-  const X* steps[kBroydenMaxMemory];
+  alignas(64) X g[kBlock], wide_f[kBlock], wide_newest[kBlock];
+  const S* steps[kBroydenMaxMemory];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
     residual_block(at.x + first, at.f + first, count, g);
-    const X* f = wide_f;
-    if constexpr (sizeof(F) == sizeof(X)) {
-      f = at.f + first;
-    } else {
-      widen(at.f + first, count, wide_f);
-    }
+    const X* const f = widened(at.f + first, count, wide_f);
     add_square<X>(g, count, lanes);
     add_square<X>(f, count, lanes + kLanes);
     for (int j = 0; j < stored; ++j) {
@@ -64,17 +65,26 @@ void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, doub
       fetch_ahead(steps[j] + kBlock, kBlock);
     }
     if (stored == 0) continue;
-    const X* const rights[] = {g, steps[stored - 1]};
+    const X* const rights[] = {g, widened(steps[stored - 1], count, wide_newest)};
     add_all_dots<2, false>(steps, stored, rights, count, lanes + 2 * kLanes);
   }
   for (int i = 0; i < 2 * stored + 2; ++i) sums[i] = sum_lanes(lanes + i * kLanes);
 }
 
+// Stores a step, and makes it what was stored.
+template <typename X, typename S>
+void store_step(X* __restrict step, int count, S* __restrict to) {
+  for (int i = 0; i < count; ++i) {
+    to[i] = to_state<S>(step[i]);
+    step[i] = to_compute(to[i]);
+  }
+}
+
 // Phase 2 on [begin, end) of a row.
-template <typename X, typename F>
+template <typename X, typename F, typename S>
 void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decision, int64_t begin,
              int64_t end) {
-  const Row<X, F> at(args, row);
+  const Row<X, F, S> at(args, row);
   const BroydenPlan& plan = decision.plan;
   X weights[kBroydenMaxMemory];
   for (int j = 0; j < plan.count; ++j) weights[j] = static_cast<X>(decision.weights[j]);
@@ -86,13 +96,13 @@ void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decisi
     if (plan.move == BroydenMove::step) {
       residual_block(x, at.f + first, count, out);
       for (int i = 0; i < count; ++i) out[i] *= g_weight;
-      const X* from[kBroydenMaxMemory];
+      const S* from[kBroydenMaxMemory];
       for (int j = 0; j < plan.count; ++j) {
         from[j] = at.s_ring + j * args.dim + first;
         fetch_ahead(from[j] + kBlock, kBlock);
       }
       add_combination(out, from, weights, plan.count, count);
-      std::copy_n(out, count, at.s_ring + plan.count * args.dim + first);
+      store_step(out, count, at.s_ring + plan.count * args.dim + first);
       if (plan.improved) std::copy_n(x, count, at.best + first);
       for (int i = 0; i < count; ++i) out[i] += x[i];
     } else {
@@ -105,17 +115,24 @@ void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decisi
   }
 }
 
+template <typename Run>
+void with_types(const BroydenArgs& args, StateType type, const Run& run) {
+  with_state_type(type, [&]<typename X, typename F>() {
+    with_history_type<X>(args.narrow, [&]<typename S>() { run.template operator()<X, F, S>(); });
+  });
+}
+
 }  // namespace
 
 void broyden_push(const BroydenArgs& args, StateType type, int64_t first, int64_t last,
                   double* parts) {
-  with_state_type(type, [&]<typename X, typename F>() {
+  with_types(args, type, [&]<typename X, typename F, typename S>() {
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
       if (args.rows.status[row] != kActive) continue;
-      push<X, F>(args, row, begin, std::min(begin + kStepChunk, args.dim),
-                 parts + (item - first) * (2 * args.capacity + 2));
+      push<X, F, S>(args, row, begin, std::min(begin + kStepChunk, args.dim),
+                    parts + (item - first) * (2 * args.capacity + 2));
     }
   });
 }
@@ -133,12 +150,12 @@ void broyden_decide(const BroydenArgs& args, int64_t row, const double* parts,
 
 void broyden_move(const BroydenArgs& args, StateType type, int64_t first, int64_t last,
                   const BroydenDecision* decisions) {
-  with_state_type(type, [&]<typename X, typename F>() {
+  with_types(args, type, [&]<typename X, typename F, typename S>() {
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
-      move_to<X, F>(args, row, decisions[row - first / chunks], begin,
-                    std::min(begin + kStepChunk, args.dim));
+      move_to<X, F, S>(args, row, decisions[row - first / chunks], begin,
+                       std::min(begin + kStepChunk, args.dim));
     }
   });
 }

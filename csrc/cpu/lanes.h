@@ -35,6 +35,25 @@ constexpr int kRegisters = 16;
 #endif
 typedef double Doubles __attribute__((vector_size(kWidth * 8)));
 
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  _Float16 value;
+};
+
+[[gnu::always_inline]] inline float to_compute(float value) { return value; }
+[[gnu::always_inline]] inline double to_compute(double value) { return value; }
+[[gnu::always_inline]] inline float to_compute(Half value) {
+  return static_cast<float>(value.value);
+}
+[[gnu::always_inline]] inline float to_compute(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
 [[gnu::always_inline]] inline Doubles load_doubles(const double* from) {
   Doubles out;
   std::memcpy(&out, from, sizeof(out));
@@ -49,6 +68,19 @@ typedef double Doubles __attribute__((vector_size(kWidth * 8)));
   return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(from));
 #else
   return Doubles{from[0], from[1]};
+#endif
+}
+
+[[gnu::always_inline]] inline Doubles load_doubles(const BFloat16* from) {
+  // A bfloat16 is the upper half of a float.
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+  return (Doubles)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from));
+  return (Doubles)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(bits, 16)));
+#else
+  return Doubles{to_compute(from[0]), to_compute(from[1])};
 #endif
 }
 
@@ -80,11 +112,11 @@ template <int kCount, typename Body>
   }(std::make_integer_sequence<int, kCount>{});
 }
 
-// sums[l][r][lane] += lefts[l] . rights[r] over one block, for lane = index % kLanes. Every load and
-// conversion serves all sums; as many accumulators as there are registers run side by side. kSelf:
-// lefts[0] is rights[0].
-template <int kLefts, int kRights, bool kSelf, typename T>
-inline void add_dots(const T* const* lefts, const T* const* rights, int count, double* sums) {
+// sums[l][r][lane] += lefts[l] . rights[r] over one block, for lane = index % kLanes. Every load
+// and conversion serves all sums; as many accumulators as there are registers run side by side.
+// kSelf: lefts[0] is rights[0].
+template <int kLefts, int kRights, bool kSelf, typename L, typename R>
+inline void add_dots(const L* const* lefts, const R* const* rights, int count, double* sums) {
   constexpr int kParts = kLanes / kWidth, kSums = kLefts * kRights;
   constexpr int kTogether = fitting_parts(kParts, (kRegisters - 2) / (kSums + kRights));
   const int whole = count / kLanes * kLanes;
@@ -117,8 +149,8 @@ inline void add_dots(const T* const* lefts, const T* const* rights, int count, d
   for (int i = whole; i < count; ++i) {
     for (int k = 0; k < kSums; ++k) {
       double& sum = sums[k * kLanes + i % kLanes];
-      sum = multiply_add(static_cast<double>(lefts[k / kRights][i]),
-                         static_cast<double>(rights[k % kRights][i]), sum);
+      sum = multiply_add(static_cast<double>(to_compute(lefts[k / kRights][i])),
+                         static_cast<double>(to_compute(rights[k % kRights][i])), sum);
     }
   }
 }
@@ -130,8 +162,8 @@ inline void add_square(const T* a, int count, double* sums) {
 }
 
 // The same as add_dots for any number of lefts: sums [lefts][kRights][kLanes].
-template <int kRights, bool kSelf, typename T>
-inline void add_all_dots(const T* const* lefts, int count_lefts, const T* const* rights, int count,
+template <int kRights, bool kSelf, typename L, typename R>
+inline void add_all_dots(const L* const* lefts, int count_lefts, const R* const* rights, int count,
                          double* sums) {
   constexpr int kMost = kRights == 1 ? 5 : 4;  // a memory of 5 in one go
   constexpr int kStride = kRights * kLanes;
@@ -175,42 +207,24 @@ inline void fetch_ahead(const T* from, int count) {
 }
 
 // to[i] += sum_j weights[j] * sources[j][i], in the order of j.
-template <typename X>
-inline void add_combination(X* __restrict to, const X* const* sources, const X* weights, int terms,
+template <typename X, typename S>
+inline void add_combination(X* __restrict to, const S* const* sources, const X* weights, int terms,
                             int count) {
   int j = 0;
   for (; j + 4 <= terms; j += 4) {
-    const X *a = sources[j], *b = sources[j + 1], *c = sources[j + 2], *d = sources[j + 3];
+    const S *a = sources[j], *b = sources[j + 1], *c = sources[j + 2], *d = sources[j + 3];
     const X wa = weights[j], wb = weights[j + 1], wc = weights[j + 2], wd = weights[j + 3];
     for (int i = 0; i < count; ++i) {
-      const X first = multiply_add(wb, b[i], multiply_add(wa, a[i], to[i]));
-      to[i] = multiply_add(wd, d[i], multiply_add(wc, c[i], first));
+      const X first =
+          multiply_add<X>(wb, to_compute(b[i]), multiply_add<X>(wa, to_compute(a[i]), to[i]));
+      to[i] = multiply_add<X>(wd, to_compute(d[i]), multiply_add<X>(wc, to_compute(c[i]), first));
     }
   }
   for (; j < terms; ++j) {
-    const X* a = sources[j];
+    const S* a = sources[j];
     const X wa = weights[j];
-    for (int i = 0; i < count; ++i) to[i] = multiply_add(wa, a[i], to[i]);
+    for (int i = 0; i < count; ++i) to[i] = multiply_add<X>(wa, to_compute(a[i]), to[i]);
   }
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  _Float16 value;
-};
-
-[[gnu::always_inline]] inline float to_compute(float value) { return value; }
-[[gnu::always_inline]] inline double to_compute(double value) { return value; }
-[[gnu::always_inline]] inline float to_compute(Half value) {
-  return static_cast<float>(value.value);
-}
-[[gnu::always_inline]] inline float to_compute(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof(out));
-  return out;
 }
 
 template <typename F, typename X>
@@ -241,6 +255,15 @@ void with_state_type(StateType type, const Run& run) {
     case StateType::f16:
       return run.template operator()<float, Half>();
   }
+}
+
+// Calls run.operator()<S>() for the type of a history beside an iterate of type X.
+template <typename X, typename Run>
+void with_history_type(bool narrow, const Run& run) {
+  if constexpr (sizeof(X) == sizeof(float)) {
+    if (narrow) return run.template operator()<BFloat16>();
+  }
+  run.template operator()<X>();
 }
 
 }  // namespace deqcore::cpu::DEQCORE_ISA

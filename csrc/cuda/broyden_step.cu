@@ -3,7 +3,7 @@
 // Traffic of a step over k stored ones, in state-sized vectors: push reads x, f and the k steps;
 // move reads them again and writes the new step, the iterate and, where it improved, the best.
 // 2 k + 7 in all; more than 8 steps take further passes over x, f and the newest step, which
-// the cache still has.
+// the cache still has. Steps in bfloat16 (S) halve 2 k + 1 of these.
 #include "cuda/broyden_step.h"
 
 #include "cuda/pack.cuh"
@@ -77,11 +77,11 @@ DEQCORE_DEVICE int history_of(const BroydenArgs& args, RowState* state) {
   return history < args.capacity ? static_cast<int>(history) : 0;
 }
 
-template <typename X, typename F>
+template <typename X, typename F, typename S>
 struct Row {
   const X* x;
   const F* f;
-  X* s_ring;
+  S* s_ring;
   X* best;
   X* x_next;
   F* z_next;
@@ -90,7 +90,7 @@ struct Row {
     const int64_t at = row * args.dim;
     x = static_cast<const X*>(args.x) + at;
     f = static_cast<const F*>(args.f) + at;
-    s_ring = static_cast<X*>(args.s_ring) + at * args.capacity;
+    s_ring = static_cast<S*>(args.s_ring) + at * args.capacity;
     best = static_cast<X*>(args.best) + at;
     x_next = static_cast<X*>(args.x_next) + at;
     z_next = args.z_next == nullptr ? nullptr : static_cast<F*>(args.z_next) + at;
@@ -99,15 +99,16 @@ struct Row {
 
 // One pass over [begin, end): inner products of the steps from `first` on with g and with the
 // newest step; the first pass adds up the norms as well.
-template <typename X, typename F, bool kAligned, bool kFirst>
-DEQCORE_DEVICE void push_pass(const Team& team, const BroydenArgs& args, const Row<X, F>& row,
+template <typename X, typename F, typename S, bool kAligned, bool kFirst>
+DEQCORE_DEVICE void push_pass(const Team& team, const BroydenArgs& args, const Row<X, F, S>& row,
                               int first, int history, int64_t begin, int64_t end,
                               const Scratch<X>& scratch) {
   constexpr int kWidth = kPackWidth<X>, kSlots = kSlotsOf<kAligned>;
+  constexpr bool kNarrow = sizeof(S) < sizeof(X);  // then the newest step is held as X alone
   const int slots = history - first < kSlots ? history - first : kSlots;
   const int newest = history - 1 - first;  // among the slots of this pass, if it is there
-  const X* const steps = row.s_ring + first * args.dim;
-  const X* const newest_step = row.s_ring + (history - 1) * args.dim;
+  const S* const steps = row.s_ring + first * args.dim;
+  const S* const newest_step = row.s_ring + (history - 1) * args.dim;
   double with_g[kSlots], with_newest[kSlots];
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) with_g[k] = with_newest[k] = 0.0;
@@ -117,12 +118,15 @@ DEQCORE_DEVICE void push_pass(const Team& team, const BroydenArgs& args, const R
     const int64_t left = end - i;
     const auto x = load<kAligned, kWidth>(row.x + i, left, !kFirst);
     const auto f = widen<X>(load<kAligned, kWidth>(row.f + i, left, !kFirst));
-    Pack<X, kWidth> s[kSlots], s_newest;
-    if (history > 0) s_newest = load<kAligned, kWidth>(newest_step + i, left, !kFirst);
+    Pack<S, kWidth> s[kSlots];
+    Pack<X, kWidth> s_newest;
+    if (history > 0) {
+      s_newest = widen<X>(load<kAligned, kWidth>(newest_step + i, left, !kFirst));
+    }
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
       if (k == newest) {
-        s[k] = s_newest;
+        if constexpr (!kNarrow) s[k] = s_newest;
       } else if (k < slots) {
         s[k] = load_once<kAligned, kWidth>(steps + k * args.dim + i, left);
       }
@@ -135,8 +139,9 @@ DEQCORE_DEVICE void push_pass(const Team& team, const BroydenArgs& args, const R
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
       if (k < slots) {
-        add_dot(s[k], g, with_g[k]);
-        add_dot(s[k], s_newest, with_newest[k]);
+        const auto step = kNarrow && k == newest ? s_newest : widen<X>(s[k]);
+        add_dot(step, g, with_g[k]);
+        add_dot(step, s_newest, with_newest[k]);
       }
     }
   }
@@ -155,14 +160,14 @@ DEQCORE_DEVICE void push_pass(const Team& team, const BroydenArgs& args, const R
 }
 
 // Phase 1 on [begin, end); leaves each warp's part of the sums in scratch.
-template <typename X, typename F, bool kAligned>
-DEQCORE_DEVICE void push(const Team& team, const BroydenArgs& args, const Row<X, F>& row,
+template <typename X, typename F, typename S, bool kAligned>
+DEQCORE_DEVICE void push(const Team& team, const BroydenArgs& args, const Row<X, F, S>& row,
                          int history, int64_t begin, int64_t end, const Scratch<X>& scratch) {
-  push_pass<X, F, kAligned, true>(team, args, row, 0, history, begin, end, scratch);
+  push_pass<X, F, S, kAligned, true>(team, args, row, 0, history, begin, end, scratch);
   constexpr int kSlots = kSlotsOf<kAligned>;
 #pragma unroll 1
   for (int first = kSlots; first < history; first += kSlots) {
-    push_pass<X, F, kAligned, false>(team, args, row, first, history, begin, end, scratch);
+    push_pass<X, F, S, kAligned, false>(team, args, row, first, history, begin, end, scratch);
   }
 }
 
@@ -267,15 +272,15 @@ DEQCORE_DEVICE void decide(int lane, const BroydenArgs& args, int64_t row, bool 
 }
 
 // Phase 2 on [begin, end): the next iterate, as scratch.plan says.
-template <typename X, typename F, bool kAligned>
-DEQCORE_DEVICE void move(const Team& team, const BroydenArgs& args, const Row<X, F>& row,
+template <typename X, typename F, typename S, bool kAligned>
+DEQCORE_DEVICE void move(const Team& team, const BroydenArgs& args, const Row<X, F, S>& row,
                          int64_t begin, int64_t end, const Scratch<X>& scratch) {
   constexpr int kWidth = kPackWidth<X>, kSlots = kSlotsOf<kAligned>;
   const BroydenPlan plan = *scratch.plan;
   const bool steps = plan.move == BroydenMove::step;
   if (plan.move == BroydenMove::copy_x && row.x_next == row.x && row.z_next == nullptr) return;
   const X g_weight = static_cast<X>(plan.g_weight);
-  X* const new_step = row.s_ring + plan.count * args.dim;
+  S* const new_step = row.s_ring + plan.count * args.dim;
 #pragma unroll 1
   for (int64_t i = begin + team.rank * kWidth; i < end; i += team.threads * kWidth) {
     const int64_t left = end - i;
@@ -294,20 +299,21 @@ DEQCORE_DEVICE void move(const Team& team, const BroydenArgs& args, const Row<X,
 #pragma unroll 1
       for (int first = 0; first < plan.count; first += kSlots) {
         const int slots = plan.count - first;
-        const X* const from = row.s_ring + first * args.dim + i;
-        Pack<X, kWidth> s[kSlots];
+        const S* const from = row.s_ring + first * args.dim + i;
+        Pack<S, kWidth> s[kSlots];
 #pragma unroll
         for (int k = 0; k < kSlots; ++k) {
           if (k < slots) s[k] = load_once<kAligned, kWidth>(from + k * args.dim, left);
         }
 #pragma unroll
         for (int k = 0; k < kSlots; ++k) {
-          if (k < slots) add_scaled(step, scratch.weights[first + k], s[k]);
+          if (k < slots) add_scaled(step, scratch.weights[first + k], widen<X>(s[k]));
         }
       }
-      store<kAligned, kWidth>(new_step + i, step, left);
+      const auto stored = narrowed<S>(step);
+      store<kAligned, kWidth>(new_step + i, stored, left);
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) value.at[e] += step.at[e];
+      for (int e = 0; e < kWidth; ++e) value.at[e] += to_compute(stored.at[e]);
     }
     store_iterate<kAligned, kWidth>(row.x_next + i,
                                     row.z_next == nullptr ? nullptr : row.z_next + i, value, left);
@@ -316,7 +322,7 @@ DEQCORE_DEVICE void move(const Team& team, const BroydenArgs& args, const Row<X,
 
 // One launch: a team takes a row from push to move. Rows are short here, so that further passes
 // over a row find it in the cache.
-template <typename X, typename F, bool kAligned>
+template <typename X, typename F, typename S, bool kAligned>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     broyden_whole_row(const BroydenArgs args, const int team_threads) {
   DEQCORE_SHARED_DOUBLES(shared);
@@ -328,24 +334,24 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int capacity = static_cast<int>(args.capacity);
   const Scratch<X> scratch(shared + member * Scratch<X>::doubles(capacity, team.warps()), capacity,
                            team.warps());
-  const Row<X, F> row(args, index);
+  const Row<X, F, S> row(args, index);
 
   if (team.warp() == 0) read_row(team.lane(), args.rows, index, scratch.state);
   team.sync();
   if (scratch.state->active) {
     const int history = history_of(args, scratch.state);
-    push<X, F, kAligned>(team, args, row, history, 0, args.dim, scratch);
+    push<X, F, S, kAligned>(team, args, row, history, 0, args.dim, scratch);
     add_warp_sums(team, scratch.warp_sums, scratch.width, 2 + 2 * history, scratch.sums);
     if (team.warp() == 0) decide(team.lane(), args, index, /*commits=*/true, scratch);
   } else if (team.rank == 0) {
     *scratch.plan = {BroydenMove::copy_x, false, 0, 0.0};
   }
   team.sync();
-  move<X, F, kAligned>(team, args, row, 0, args.dim, scratch);
+  move<X, F, S, kAligned>(team, args, row, 0, args.dim, scratch);
 }
 
 // First of two launches: a block takes a chunk of a row.
-template <typename X, typename F, bool kAligned>
+template <typename X, typename F, typename S, bool kAligned>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     broyden_push_chunk(const BroydenArgs args, const Workspace workspace) {
   DEQCORE_SHARED_DOUBLES(shared);
@@ -364,14 +370,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int history = history_of(args, scratch.state);
   const int64_t begin = chunk * chunk_of(args.dim);
   const int64_t end = end_of_chunk(args.dim, begin);
-  push<X, F, kAligned>(team, args, Row<X, F>(args, index), history, begin, end, scratch);
+  push<X, F, S, kAligned>(team, args, Row<X, F, S>(args, index), history, begin, end, scratch);
   add_warp_sums(team, scratch.warp_sums, scratch.width, 2 + 2 * history,
                 workspace.chunk_sums + (index * chunks + chunk) * scratch.width);
 }
 
 // Second launch: every block of a row works out the same plan; the first one writes it down. Rows
 // come in reverse, so that what was read last is still in the cache.
-template <typename X, typename F, bool kAligned>
+template <typename X, typename F, typename S, bool kAligned>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     broyden_move_chunk(const BroydenArgs args, const Workspace workspace) {
   DEQCORE_SHARED_DOUBLES(shared);
@@ -394,40 +400,48 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   team.sync();
   const int64_t begin = chunk * chunk_of(args.dim);
   const int64_t end = end_of_chunk(args.dim, begin);
-  move<X, F, kAligned>(team, args, Row<X, F>(args, index), begin, end, scratch);
+  move<X, F, S, kAligned>(team, args, Row<X, F, S>(args, index), begin, end, scratch);
 }
 
-template <typename X, typename F, bool kAligned>
+template <typename X, typename F, typename S, bool kAligned>
 const char* launch_step(const BroydenArgs& args, Path path, void* workspace, Stream stream) {
   const int64_t capacity = args.capacity;
   if (path == Path::warp) {
     const int64_t blocks = (args.batch + kWarpsPerBlock - 1) / kWarpsPerBlock;
     const int64_t shared = kWarpsPerBlock * Scratch<X>::doubles(capacity, 1) * 8;
-    return launch(broyden_whole_row<X, F, kAligned>, blocks, kWarpsPerBlock * kWarp, shared, stream,
-                  args, kWarp);
+    return launch(broyden_whole_row<X, F, S, kAligned>, blocks, kWarpsPerBlock * kWarp, shared,
+                  stream, args, kWarp);
   }
   const int64_t shared = Scratch<X>::doubles(capacity, kBlockThreads / kWarp) * 8;
   if (path == Path::block) {
-    return launch(broyden_whole_row<X, F, kAligned>, args.batch, kBlockThreads, shared, stream,
+    return launch(broyden_whole_row<X, F, S, kAligned>, args.batch, kBlockThreads, shared, stream,
                   args, kBlockThreads);
   }
   const Workspace work(workspace, args.batch);
   const int64_t blocks = args.batch * chunks_of(args.dim);
-  const char* const error =
-      launch(broyden_push_chunk<X, F, kAligned>, blocks, kBlockThreads, shared, stream, args, work);
+  const char* const error = launch(broyden_push_chunk<X, F, S, kAligned>, blocks, kBlockThreads,
+                                   shared, stream, args, work);
   if (error != nullptr) return error;
-  return launch(broyden_move_chunk<X, F, kAligned>, blocks, kBlockThreads, shared, stream, args,
+  return launch(broyden_move_chunk<X, F, S, kAligned>, blocks, kBlockThreads, shared, stream, args,
                 work);
 }
 
-template <typename X, typename F>
+template <typename X, typename F, typename S>
 const char* launch_typed(const BroydenArgs& args, Path path, void* workspace, Stream stream) {
   constexpr int kWidth = kPackWidth<X>;
   const bool aligned = args.dim % kWidth == 0 &&
-                       are_aligned(16, {args.x, args.s_ring, args.best, args.x_next}) &&
+                       are_aligned(16, {args.x, args.best, args.x_next}) &&
+                       are_aligned(kWidth * sizeof(S), {args.s_ring}) &&
                        are_aligned(kWidth * sizeof(F), {args.f, args.z_next});
-  return aligned ? launch_step<X, F, true>(args, path, workspace, stream)
-                 : launch_step<X, F, false>(args, path, workspace, stream);
+  return aligned ? launch_step<X, F, S, true>(args, path, workspace, stream)
+                 : launch_step<X, F, S, false>(args, path, workspace, stream);
+}
+
+// For a float iterate.
+template <typename F>
+const char* launch_history(const BroydenArgs& args, Path path, void* workspace, Stream stream) {
+  return args.narrow ? launch_typed<float, F, BFloat16>(args, path, workspace, stream)
+                     : launch_typed<float, F, float>(args, path, workspace, stream);
 }
 
 }  // namespace
@@ -448,13 +462,13 @@ const char* broyden_step(const BroydenArgs& args, StateType type, Path path, voi
   const Stream on = static_cast<Stream>(stream);
   switch (type) {
     case StateType::f64:
-      return launch_typed<double, double>(args, path, workspace, on);
+      return launch_typed<double, double, double>(args, path, workspace, on);
     case StateType::f32:
-      return launch_typed<float, float>(args, path, workspace, on);
+      return launch_history<float>(args, path, workspace, on);
     case StateType::bf16:
-      return launch_typed<float, BFloat16>(args, path, workspace, on);
+      return launch_history<BFloat16>(args, path, workspace, on);
     case StateType::f16:
-      return launch_typed<float, Half>(args, path, workspace, on);
+      return launch_history<Half>(args, path, workspace, on);
   }
   return "unknown dtype";
 }

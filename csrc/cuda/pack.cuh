@@ -1,4 +1,4 @@
-// Packs of neighbouring elements, 16 bytes of state each: how kernels read and write rows.
+// Packs of neighbouring elements, 16 bytes of iterate each: how kernels read and write rows.
 #pragma once
 
 #include <cstdint>
@@ -102,6 +102,11 @@ DEQCORE_DEVICE Pack<T, kWidth> load_once(const T* from, int64_t left) {
     Pack<T, kWidth> pack;
     memcpy(&pack, &raw, sizeof(pack));
     return pack;
+  } else if constexpr (kAligned && sizeof(T) * kWidth == 8) {
+    const uint2 raw = __ldcs(reinterpret_cast<const uint2*>(from));
+    Pack<T, kWidth> pack;
+    memcpy(&pack, &raw, sizeof(pack));
+    return pack;
   }
 #endif
   return load<kAligned, kWidth>(from, left);
@@ -123,12 +128,21 @@ DEQCORE_DEVICE void store(T* to, const Pack<T, kWidth>& pack, int64_t left) {
   }
 }
 
-// f's value in the iterate's type.
+// The same numbers in the iterate's type.
 template <typename X, typename F, int kWidth>
 DEQCORE_DEVICE Pack<X, kWidth> widen(const Pack<F, kWidth>& pack) {
   Pack<X, kWidth> out;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) out.at[i] = to_compute(pack.at[i]);
+  return out;
+}
+
+// Rounded to the type of a history.
+template <typename S, typename X, int kWidth>
+DEQCORE_DEVICE Pack<S, kWidth> narrowed(const Pack<X, kWidth>& pack) {
+  Pack<S, kWidth> out;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) out.at[i] = to_state<S>(pack.at[i]);
   return out;
 }
 

@@ -102,6 +102,7 @@ const char* run_broyden(Reader in) {
   args.memory = in.integer();
   args.damping_length = in.integer();
   args.limits = in.limits();
+  args.narrow = in.integer() != 0;
   const Workspace workspace(cuda::broyden_workspace_bytes(args, path));
   return cuda::broyden_step(args, type, path, workspace.get(), nullptr);
 }

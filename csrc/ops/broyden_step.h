@@ -12,12 +12,13 @@ constexpr int kBroydenMaxMemory = 64;
 // A rank-one update that would stretch the step by more than this is singular: restart.
 constexpr double kBroydenMaxGrowth = 1e4;
 
-// All contiguous. State-sized tensors are float or double ("X"), f and z_next may be half ("F").
+// All contiguous. State-sized tensors are float or double ("X"), f and z_next may be half ("F"),
+// and the steps of a float state may be bfloat16 ("S").
 struct BroydenArgs {
   const void* x;          // X [B, D]
   const void* f;          // F [B, D]
   const double* damping;  // [damping_length]
-  void* s_ring;           // X [B, C, D] steps, oldest first
+  void* s_ring;           // S [B, C, D] steps, oldest first
   double* gram;           // [B, L, L]
   void* best;             // X [B, D]
   void* x_next;           // X [B, D]
@@ -25,13 +26,14 @@ struct BroydenArgs {
   Rows rows;
   int64_t batch, dim, capacity, memory, damping_length;
   RowLimits limits;
+  bool narrow;  // S is bfloat16, else X
 };
 
 // What to write into x_next of one row.
 enum class BroydenMove {
   copy_x,     // the row converged, ended on its best iterate, or is frozen
   copy_best,  // it ended elsewhere
-  step,       // x + step; the step is stored
+  step,       // x + step, rounded to S; the step is stored
 };
 
 struct BroydenPlan {

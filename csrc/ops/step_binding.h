@@ -67,6 +67,16 @@ inline void* check_z_next(const Tensor& z_next, const Tensor& f, StateType type)
   return z_next.mutable_data_ptr();
 }
 
+// Whether a history beside an iterate of that dtype is in bfloat16 instead.
+inline bool check_history(const Tensor& ring, const char* name, ScalarType dtype,
+                          std::initializer_list<int64_t> shape) {
+  const bool narrow = ring.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(!narrow || dtype == ScalarType::Float, name,
+                  ": a bfloat16 history needs a float32 x");
+  check(ring, name, narrow ? ScalarType::BFloat16 : dtype, shape);
+  return narrow;
+}
+
 inline Rows check_rows(const Tensor& status, const Tensor& counters, const Tensor& residuals,
                        const Tensor& remaining, int64_t batch) {
   check(status, "status", ScalarType::Char, {batch});
@@ -138,7 +148,7 @@ inline BroydenArgs broyden_args(const Tensor& x, const Tensor& f, const Tensor& 
   const int64_t capacity = s_ring.size(1);
   STD_TORCH_CHECK(1 <= capacity && capacity <= memory, "s_ring: expected a capacity of 1 to ",
                   memory, " steps, got ", capacity);
-  check(s_ring, "s_ring", dtype, {batch, capacity, dim});
+  const bool narrow = check_history(s_ring, "s_ring", dtype, {batch, capacity, dim});
   check(gram, "gram", ScalarType::Double, {batch, memory, memory});
   check(best, "best", dtype, {batch, dim});
   check(x_next, "x_next", dtype, {batch, dim});
@@ -159,6 +169,7 @@ inline BroydenArgs broyden_args(const Tensor& x, const Tensor& f, const Tensor& 
       .memory = memory,
       .damping_length = damping.size(0),
       .limits = limits,
+      .narrow = narrow,
   };
 }
 

@@ -11,6 +11,10 @@ Inner products of steps with g come from one pass over the stored steps; the pro
 evaluated on their Gram matrix, in float64; a second pass adds up the next step. That is half the
 memory of the usual U and V, and the same traffic. When the history is full the row restarts from
 its current iterate with H = -I: overwriting the oldest pair instead makes the method diverge.
+
+The history may be kept in bfloat16 beside a float32 iterate. A step is then rounded before it is
+taken, not only before it is stored, so that what is stored is what happened and every secant
+equation holds exactly; the rounding costs at most a factor of 2^-9 in what one step can gain.
 """
 
 from __future__ import annotations
@@ -42,7 +46,8 @@ _OP = torch.ops.deqcore.broyden_step.default
 class BroydenState(NamedTuple):
     """Steps of a batch of rows since their last restart, oldest first."""
 
-    s_ring: Tensor  # [B, C, D] steps s_j; C grows to memory as it is needed
+    s_ring: Tensor  # [B, C, D] steps s_j, in x's dtype or, for a float32 x, in bfloat16;
+    # C grows to memory as it is needed
     gram: Tensor  # float64 [B, memory, memory], inner products of the steps
     best: Tensor  # [B, D] iterate with the smallest residual
     rows: Rows
@@ -87,9 +92,11 @@ def reference(
     *options: Any,
 ) -> None:
     """The op in pure PyTorch, on any device."""
-    state = BroydenState(s_ring, gram, best, Rows(status, counters, residuals, remaining))
-    new, x_new = functional(x, f, damping, state, *options)
-    for old, value in zip((*state[:3], *state.rows), (*new[:3], *new.rows), strict=True):
+    wide = s_ring.to(x.dtype)
+    state = BroydenState(wide, gram, best, Rows(status, counters, residuals, remaining))
+    new, x_new = functional(x, f, damping, state, *options, history_dtype=s_ring.dtype)
+    s_ring.copy_(new.s_ring)
+    for old, value in zip((*state[1:3], *state.rows), (*new[1:3], *new.rows), strict=True):
         old.copy_(value)
     x_next.copy_(x_new)
     if z_next.shape == x_next.shape:
@@ -106,8 +113,14 @@ def functional(
     patience: int,
     max_steps: int,
     memory: int,
+    *,
+    history_dtype: torch.dtype | None = None,
 ) -> tuple[BroydenState, Tensor]:
-    """The same step without mutation: differentiable in x, f and the history."""
+    """The same step without mutation: differentiable in x, f and the history.
+
+    ``state.s_ring`` has x's dtype here, and steps are rounded to ``history_dtype``, by default that
+    one; gradients pass through the rounding as if it were not there, in x's dtype.
+    """
     capacity, dim = state.s_ring.shape[1:]
     f_dtype, f = f.dtype, f.to(x.dtype)
     g = f - x.to(f_dtype).to(x.dtype)
@@ -132,6 +145,9 @@ def functional(
     step = (beta * scale_g).to(x.dtype)[:, None] * g
     mixed = torch.where(stored[..., None], s_ring, 0)
     step = step + (mixed * (beta[:, None] * weights).to(x.dtype)[..., None]).sum(1)
+    if history_dtype not in (None, x.dtype):
+        # Exact: a number and its rounding are close enough for both sums to need no rounding.
+        step = step + (step.detach().to(history_dtype).to(x.dtype) - step.detach())
     write = (torch.arange(capacity, device=x.device) == count[:, None]) & going_on[:, None]
     s_ring = torch.where(write[..., None], step[:, None], state.s_ring)
     x_new = torch.where(going_on[:, None], x + step, x)

@@ -76,6 +76,24 @@ def require_damping(owner: object) -> None:
         require_number(owner, "damping", 0.0, 2.0, above=True)
 
 
+def require_history_dtype(owner: object) -> None:
+    value = getattr(owner, "history_dtype")  # noqa: B009  (not every options class has it)
+    if value not in (None, torch.bfloat16):
+        expected = "None (the iterate's own) or torch.bfloat16, which has float32's range"
+        raise ValueError(_message(owner, "history_dtype", expected, value))
+
+
+def storage_dtype(owner: object, x: Tensor) -> torch.dtype:
+    """In which the solver ``owner`` keeps its history of iterates like ``x``."""
+    dtype: torch.dtype | None = getattr(owner, "history_dtype")  # noqa: B009  (likewise)
+    if dtype is not None and x.dtype != torch.float32:
+        raise ValueError(
+            f"{type(owner).__name__}: history_dtype={dtype} needs a float32, bfloat16 or float16 "
+            f"state, got one that is solved in {x.dtype}; leave history_dtype at None"
+        )
+    return x.dtype if dtype is None else dtype
+
+
 def _message(owner: object, name: str, expected: str, value: object) -> str:
     return f"{type(owner).__name__}: {name} must be {expected}, got {value!r}"
 

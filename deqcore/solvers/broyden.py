@@ -16,8 +16,10 @@ from deqcore.solvers._options import (
     StepContext,
     options,
     require_damping,
+    require_history_dtype,
     require_int,
     step_outputs,
+    storage_dtype,
 )
 
 FIRST_CAPACITY = 8
@@ -31,30 +33,37 @@ class Broyden(SolverOptions):
         memory: stored steps, 1 to 64; a row that has filled it restarts from where it is.
             Storage grows as steps are taken.
         damping: in (0, 2]; a float, or a function of the step (1, 2, ...).
+        history_dtype: of the stored steps. None: the iterate's own, float32 or float64.
+            ``torch.bfloat16`` halves the memory and the traffic of the history of a float32,
+            bfloat16 or float16 state; each step is rounded before it is taken, and the iterate
+            stays in float32. float16 is refused: its range would end the independence of scale.
         rtol, atol, max_steps, patience, check_every, record_trace: see :class:`SolverOptions`.
 
     Raises:
         TypeError: an unknown option.
-        ValueError: an option out of range.
+        ValueError: an option out of range; in a solve, a float64 state with a ``history_dtype``.
 
     Source: Broyden (1965); in the form that stores steps only, Kelley (1995), section 7.3.
     """
 
     memory: int = 30
     damping: Damping = 1.0
+    history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int(self, "memory", 1, op.MAX_MEMORY)
         require_damping(self)
+        require_history_dtype(self)
 
     def own_options(self) -> tuple[Any, ...]:
         return (self.memory,)
 
     def init(self, x: Tensor, rows: Rows) -> BroydenState:
         batch, dim = x.shape
+        size = (batch, min(FIRST_CAPACITY, self.memory), dim)
         return BroydenState(
-            s_ring=x.new_empty(batch, min(FIRST_CAPACITY, self.memory), dim),
+            s_ring=x.new_empty(size, dtype=storage_dtype(self, x)),
             gram=x.new_zeros(batch, self.memory, self.memory, dtype=torch.float64),
             best=torch.empty_like(x),
             rows=rows,
@@ -87,8 +96,12 @@ class Broyden(SolverOptions):
     def differentiable_step(
         self, state: BroydenState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[BroydenState, Tensor]:
-        state = self._with_room(state, step)
-        return op.functional(x, f, context.damping, state, *context.options)
+        # Rounded as in `step`, but kept in x's dtype: gradients then are not rounded as well.
+        history_dtype = storage_dtype(self, x)
+        state = self._with_room(state._replace(s_ring=state.s_ring.to(x.dtype)), step)
+        return op.functional(
+            x, f, context.damping, state, *context.options, history_dtype=history_dtype
+        )
 
     def _with_room(self, state: BroydenState, step: int) -> BroydenState:
         """Grow the ring so that no row can run out: a row stores at most one step per step."""

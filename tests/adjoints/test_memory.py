@@ -137,6 +137,24 @@ def test_history_is_freed_before_the_graph_is_built(solver):
     assert seen[0] - before <= 6 * ROW_BYTES  # far from 20 or 40 stored states
 
 
+def test_a_bfloat16_history_takes_half_the_memory_of_a_solve():
+    peaks, steps = {}, 12
+
+    def f(z, w, history_dtype):
+        peaks[history_dtype] = max(peaks.get(history_dtype, 0), live_bytes())
+        return cell(z, w)
+
+    w = torch.linspace(0.2, 0.9, DIM)
+    for history_dtype in (None, torch.bfloat16):
+        solver = Broyden(history_dtype=history_dtype, max_steps=steps, rtol=0.0, atol=0.0)
+        solution = deqcore.fixed_point(f, torch.zeros(2, DIM), w, history_dtype, solver=solver)
+        assert (solution.steps == steps).all()
+        del solution  # it would be live in the next solve
+    # All stored steps, and up to half as much again for those to come.
+    saved = peaks[None] - peaks[torch.bfloat16]
+    assert (steps - 1) * ROW_BYTES / 2 <= saved <= 1.5 * steps * ROW_BYTES / 2
+
+
 def test_report_of_a_layer_keeps_no_graph():
     layer = deqcore.ImplicitLayer(torch.nn.Linear(8, 8), solver=Anderson(record_trace=True))
     layer.cell.forward = lambda z, x: 0.1 * torch.nn.functional.linear(z, layer.cell.weight) + x

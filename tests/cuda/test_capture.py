@@ -91,6 +91,17 @@ def test_replays_have_the_bits_of_eager_solves(capture, solver, dtype):
                 assert captured.evaluations == captured.steps.max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_replays_with_a_bfloat16_history_have_the_bits_of_eager_solves(capture, dtype):
+    make, device = capture
+    solver = Broyden(memory=9, max_steps=40, history_dtype=torch.bfloat16)
+    inputs = batches(dtype, device)
+    with torch.no_grad():
+        solve = make(wave, *inputs[0], solver=solver)
+        for batch in inputs:
+            check_same(solve(*batch), deqcore.fixed_point(wave, *batch, solver=solver))
+
+
 def test_earlier_solutions_are_not_overwritten(capture):
     make, device = capture
     first, second = batches(torch.float32, device, 2)

@@ -19,7 +19,8 @@ from problems import equal
 from step_cases import StepCase, anderson_case, broyden_case
 
 SEEDS = {"address_program": range(4), "thread_program": range(2)}
-CASES = {  # op, path, batch, dim, memory, dtype, seed
+NARROW = torch.bfloat16
+CASES = {  # op, path, batch, dim, memory, dtype, seed, and the history's dtype where it is not x's
     "anderson warp": ("anderson_step", "warp", 6, 130, 5, torch.float32, 11),
     "anderson warp, long memory": ("anderson_step", "warp", 6, 40, 30, torch.float64, 12),
     "anderson block": ("anderson_step", "block", 3, 1100, 7, torch.bfloat16, 13),
@@ -31,6 +32,10 @@ CASES = {  # op, path, batch, dim, memory, dtype, seed
     "broyden block, not aligned": ("broyden_step", "block", 3, 1029, 9, torch.bfloat16, 23),
     "broyden split": ("broyden_step", "split", 2, 8196, 30, torch.float32, 24),
     "broyden split, not aligned": ("broyden_step", "split", 2, 4097, 12, torch.float16, 25),
+    "narrow warp": ("broyden_step", "warp", 6, 130, 20, torch.float32, 27, NARROW),
+    "narrow block": ("broyden_step", "block", 3, 1100, 40, torch.bfloat16, 28, NARROW),
+    "narrow split": ("broyden_step", "split", 2, 8196, 9, torch.float32, 29, NARROW),
+    "narrow split, not aligned": ("broyden_step", "split", 2, 4097, 12, torch.float16, 30, NARROW),
     "empty rows": ("anderson_step", "block", 2, 0, 3, torch.float32, 26),
 }
 

@@ -32,6 +32,16 @@ def test_kernel_is_as_exact_as_the_reference(cuda_device, op, seed):
     check_kernel_against_float64(drawn(op, seed), cuda_device)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_kernel_with_a_bfloat16_history_is_as_exact_as_the_reference(cuda_device, seed):
+    require_kernels(cuda_device)
+    drawn_case = drawn("broyden_step", seed)
+    batch, dim = drawn_case.tensors["x"].shape
+    memory, dtype = drawn_case.options["memory"], DTYPES[1 + seed % 3]
+    case = broyden_case(batch, dim, memory, dtype, seed, history_dtype=torch.bfloat16)
+    check_kernel_against_float64(case, cuda_device)
+
+
 @pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
 @pytest.mark.parametrize("seed", range(20))
 def test_a_row_depends_on_nothing_but_itself(cuda_device, op, seed):

@@ -196,7 +196,13 @@ def anderson_case(
 
 
 def broyden_case(
-    batch: int, dim: int, memory: int, dtype: torch.dtype, seed: int, **options: float
+    batch: int,
+    dim: int,
+    memory: int,
+    dtype: torch.dtype,
+    seed: int,
+    history_dtype: torch.dtype | None = None,
+    **options: float,
 ) -> StepCase:
     g = generator(seed + 3)
     rows = rows_in_any_state(batch, memory, seed)
@@ -210,7 +216,7 @@ def broyden_case(
 
     # Steps that shrink, as those of a solve do: a row's inverse is then of moderate size.
     s_ring = torch.randn(batch, capacity, dim, generator=g, dtype=torch.float64)
-    s_ring = (s_ring * 0.7 ** torch.arange(capacity)[:, None]).to(x.dtype)
+    s_ring = (s_ring * 0.7 ** torch.arange(capacity)[:, None]).to(history_dtype or x.dtype)
     gram = torch.full((batch, memory, memory), NAN, dtype=torch.float64)
     gram[:, :capacity, :capacity] = s_ring.double() @ s_ring.double().mT
     known = torch.arange(memory) < (count - 1)[:, None]  # the newest step has yet to enter

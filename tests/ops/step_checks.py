@@ -11,7 +11,7 @@ from step_cases import StepCase
 from torch import Tensor
 
 from deqcore import _kernels
-from deqcore.ops._rows import ACTIVE
+from deqcore.ops._rows import ACTIVE, HISTORY
 
 # A kernel's error may be twice that of the reference in the same dtype, and this many units in the
 # last place of the row's largest number on top (its sums are taken in another order).
@@ -49,6 +49,8 @@ def check_kernel_against_float64(case: StepCase, device: torch.device) -> None:
             _compare(ring, kernel, others, exact, active)
     if "s_ring" in kernel:
         _compare("s_ring", kernel, others, exact, going_on)
+        if kernel["s_ring"].dtype != kernel["x_next"].dtype:
+            _check_rounded_step(case, kernel, exact, going_on, slack)
         _compare("best", kernel, others, exact, going_on)
     elif kernel["best"].shape[1]:
         _compare("best", kernel, others, exact, active)
@@ -58,6 +60,35 @@ def check_kernel_against_float64(case: StepCase, device: torch.device) -> None:
     _compare("gram", kernel_gram, other_grams, exact_gram, going_on)
     if kernel["z_next"].shape[1]:
         assert equal(kernel["z_next"], kernel["x_next"].to(kernel["z_next"].dtype))
+
+
+def _check_rounded_step(
+    case: StepCase,
+    kernel: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    rows: Tensor,
+    slack: Tensor,  # [B]
+) -> None:
+    """The step taken is the step stored, and that is the exact one but for a single rounding.
+
+    Other than that, its error is bounded as if nothing had been rounded.
+    """
+
+    def newest(result: dict[str, Tensor]) -> Tensor:  # [rows, D]
+        ring, slot = result["s_ring"][rows], result["counters"][rows, HISTORY].long() - 1
+        return ring.gather(1, slot[:, None, None].expand(-1, 1, ring.shape[2])).squeeze(1)
+
+    got, truth = newest(kernel), newest(exact)
+    assert equal(kernel["x_next"][rows], case.tensors["x"][rows] + got.float())
+    if not truth.numel():
+        return
+    unrounded = case.with_tensors(s_ring=case.tensors["s_ring"].float()).run(case.reference)
+    worst = _error(newest(unrounded), truth)
+    floor = FLOOR_ULPS * torch.finfo(torch.float32).eps * truth.abs().amax(1).clamp_min(1e-3)
+    bound = 2 * worst + floor + slack[rows]
+    half_ulp = torch.finfo(got.dtype).eps / 2 * truth.abs()
+    error = (got.double() - truth).abs()
+    assert (error <= half_ulp + 2 * bound[:, None]).all(), (error - half_ulp).amax()
 
 
 def check_frozen_rows_untouched(case: StepCase, after: dict[str, Tensor]) -> None:

@@ -36,6 +36,42 @@ def test_kernel_is_as_exact_as_the_reference(batch, dim, memory, dtype, seed, op
     check_kernel_against_float64(broyden_case(batch, dim, memory, dtype, seed, **options), CPU)
 
 
+@settings(max_examples=2 * settings().max_examples)
+@given(st.integers(0, 9), DIMS, MEMORIES, st.sampled_from(DTYPES[1:]), st.integers(0, 10_000))
+def test_kernel_with_a_bfloat16_history_is_as_exact_as_the_reference(
+    batch, dim, memory, dtype, seed
+):
+    require_kernels(CPU)
+    case = broyden_case(batch, dim, memory, dtype, seed, history_dtype=torch.bfloat16)
+    check_kernel_against_float64(case, CPU)
+
+
+@pytest.mark.parametrize("dim", [4097, 20_001])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("memory", [1, 12])
+def test_kernel_with_a_bfloat16_history_is_as_exact_as_the_reference_on_long_rows(
+    dim, dtype, memory, device
+):
+    require_kernels(device)
+    case = broyden_case(4, dim, memory, dtype, dim + memory, history_dtype=torch.bfloat16)
+    check_kernel_against_float64(case, device)
+
+
+@pytest.mark.parametrize("history_dtype", [torch.float16, torch.float64], ids=str)
+def test_kernel_refuses_a_history_of_another_dtype(history_dtype):
+    require_kernels(CPU)
+    case = broyden_case(2, 6, 9, torch.float32, seed=1, history_dtype=history_dtype)
+    with pytest.raises(RuntimeError, match="s_ring: expected dtype"):
+        case.run(case.op)
+
+
+def test_kernel_refuses_a_bfloat16_history_beside_a_float64_iterate():
+    require_kernels(CPU)
+    case = broyden_case(2, 6, 9, torch.float64, seed=1, history_dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="s_ring: a bfloat16 history needs a float32 x"):
+        case.run(case.op)
+
+
 @pytest.mark.parametrize("dim", [4097, 20_001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory", [1, 12])
@@ -143,6 +179,11 @@ def test_kernel_refuses_a_ring_without_room():
 @pytest.mark.parametrize(("batch", "dim", "memory"), [(4, 7, 3), (1, 1, 1), (0, 3, 2), (3, 0, 2)])
 def test_opcheck_passes(dtype, batch, dim, memory):
     check_opcheck(broyden_case(batch, dim, memory, dtype, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_opcheck_passes_with_a_bfloat16_history(dtype):
+    check_opcheck(broyden_case(4, 7, 3, dtype, 1, history_dtype=torch.bfloat16))
 
 
 def test_a_tensor_that_requires_grad_is_refused_in_grad_mode():

@@ -49,6 +49,7 @@ def test_bad_value_of_a_common_option_is_a_value_error(kind, name, values):
         (Anderson, "safeguard", [0.99, NAN, None]),
         (Anderson, "max_weight", [0.5, NAN, None]),
         (Broyden, "memory", [0, 65, 3.0]),
+        (Broyden, "history_dtype", [torch.float16, torch.float64, torch.int16, "bfloat16", 16]),
         (Implicit, "solver", [None, "anderson", Anderson]),
         (Implicit, "reuse_forward", [None, 1]),
         (Phantom, "steps", [0, 1.0, None]),
@@ -71,6 +72,7 @@ def test_bad_value_is_a_value_error_that_names_class_option_and_value(kind, name
         (Anderson, "safegaurd", "safeguard"),
         (Picard, "dampening", "damping"),
         (Broyden, "memmory", "memory"),
+        (Broyden, "history_dtyp", "history_dtype"),
         (Implicit, "solvers", "solver"),
         (Phantom, "step", "steps"),
         (Unrolled, "checkpoint_evry", "checkpoint_every"),
@@ -119,6 +121,12 @@ def test_options_of_different_classes_or_values_differ():
 def test_a_solver_with_a_damping_function_can_be_pickled():
     solver = Anderson(damping=halving_damping)
     assert pickle.loads(pickle.dumps(solver)) == solver
+
+
+def test_a_solver_with_a_history_dtype_can_be_pickled_and_compared():
+    solver = Broyden(history_dtype=torch.bfloat16)
+    assert pickle.loads(pickle.dumps(solver)) == solver != Broyden()
+    assert {solver: 1}[copy.deepcopy(solver)] == 1
 
 
 def test_replace_validates_again():
