@@ -9,22 +9,20 @@ with a single call. The adjoint's linear solve becomes a second graph of the sam
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from deqcore import _kernels
+from deqcore._graphs import CudaGraphs, Parts
 from deqcore._loop import Problem
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, Solution, SolveReport
 from deqcore.adjoints import Adjoint, Implicit
-from deqcore.adjoints.implicit import _binary_exponent, _power_of_two
+from deqcore.adjoints.implicit import _binary_exponent, _power_of_two, graph_leaves
 from deqcore.ops._rows import ACTIVE, BEST, STEPS, Rows
 from deqcore.solvers import Anderson, SolverOptions
 
@@ -64,7 +62,7 @@ def capture(
 
     Without CUDA 12.4 the graph takes ``max_steps`` steps each time, and a warning says so.
     """
-    return _capture(f, z0, args, solver, adjoint, _CudaGraphs())
+    return _capture(f, z0, args, solver, adjoint, CudaGraphs())
 
 
 def _capture(
@@ -98,17 +96,6 @@ class CapturedSolution(Solution):
     @evaluations.setter
     def evaluations(self, value: int | Tensor) -> None:
         self._evaluations = value
-
-
-class Parts(NamedTuple):
-    """What a recorder joins: ``first``, ``body`` while ``remaining`` is above zero, ``last``."""
-
-    first: Callable[[], None]
-    body: Callable[[], None]
-    last: Callable[[], None] | None
-    remaining: Tensor  # int32 [1]
-    max_steps: int
-    taken: Tensor  # int32 [1], zero: the steps of a replay, which end at max_steps come what may
 
 
 class CapturedSolver:
@@ -152,7 +139,8 @@ class CapturedSolver:
         backward = _StaticBackward(problem, self._forward)
         self._forward.begin()
         backward.evaluate()
-        backward.inputs = _leaves_of(backward.f, besides=backward.z)
+        leaves = {id(leaf): leaf for leaf in graph_leaves(backward.f) if leaf is not backward.z}
+        backward.inputs = list(leaves.values())
         if not backward.inputs:
             return None
         if not isinstance(adjoint, Implicit) or adjoint.reuse_forward:
@@ -400,22 +388,6 @@ def _copy_in(static: Any, leaf: Any, index: int) -> None:
     static.detach().copy_(leaf)
 
 
-def _leaves_of(f: Tensor, besides: Tensor) -> list[Tensor]:
-    """The leaves that the graph of f reaches, in a fixed order."""
-    found: dict[int, Tensor] = {}
-    nodes, seen = [f.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # of an AccumulateGrad node
-        if leaf is not None and leaf is not besides:
-            found[id(leaf)] = leaf
-        nodes.extend(following for following, _ in node.next_functions)
-    return list(found.values())
-
-
 def _run_a_few_steps(solves: list[Parts]) -> None:
     for parts in solves:
         parts.first()
@@ -428,84 +400,3 @@ def _run_a_few_steps(solves: list[Parts]) -> None:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes a GPU current; there is nothing to do for the CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@dataclass
-class _CudaGraphs:
-    """Records parts with torch's capture, and joins them."""
-
-    exits_early: bool = True
-    pool: Any = None
-    stream: Any = None
-    replays_alone: bool = True  # without the Python that was recorded
-
-    def check(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise ValueError(
-                f"capture: expected z0 on a GPU, got {device}: CUDA graphs exist there alone; "
-                "call deqcore.fixed_point here"
-            )
-        if not _kernels.CUDA_KERNELS:
-            raise RuntimeError(f"capture: no CUDA kernels: {_kernels.missing['cuda']}")
-        reason = _solve_graph().why_not_conditional()
-        self.exits_early = not reason
-        if reason:
-            warnings.warn(
-                f"deqcore.capture: every replay takes max_steps steps, because {reason}",
-                stacklevel=4,
-            )
-
-    @contextlib.contextmanager
-    def set_up(self) -> Iterator[None]:
-        """Makes the stream current that will be captured: for all that is done before, too.
-
-        autograd's nodes remember the stream on which they were made. One that was made on another
-        and is still alive would draw that other stream into the capture, which is an error.
-        """
-        current = torch.cuda.current_stream()
-        self.stream = torch.cuda.Stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
-
-    def warm_up(self, run: Callable[[], Any]) -> None:
-        """Before capture: libraries set themselves up in their first call."""
-        run()
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def record(self, parts: Parts) -> Callable[[], None]:
-        graphs = [self._record_part(part) for part in (parts.first, parts.body, parts.last)]
-        handles = [0 if graph is None else graph.raw_cuda_graph() for graph in graphs]
-        remaining = parts.remaining.data_ptr() if self.exits_early else 0
-        solve = _solve_graph()(*handles, remaining, parts.taken.data_ptr(), parts.max_steps)
-
-        def launch(keep: Any = (graphs, parts)) -> None:  # their memory is the solve's
-            solve.launch(torch.cuda.current_stream().cuda_stream)
-
-        return launch
-
-    def _record_part(self, part: Callable[[], None] | None) -> torch.cuda.CUDAGraph | None:
-        if part is None:
-            return None
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                part()
-        except RuntimeError as error:
-            # The end of a capture that failed fails as well, and speaks last.
-            first: BaseException = error
-            while first.__context__ is not None:
-                first = first.__context__
-            raise RuntimeError(
-                "deqcore.capture: f or its derivative cannot be captured: no value may be read "
-                "back to the host, and no result of f on these parameters may still hold its "
-                f"autograd graph (del loss, or capture before the first one); torch says: {first}"
-            ) from error
-        return graph
-
-
-def _solve_graph() -> Any:
-    from deqcore import _cuda  # type: ignore[attr-defined]
-
-    return _cuda.SolveGraph

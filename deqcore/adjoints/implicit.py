@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Implicit(Adjoint):
         solved.state = None  # the history is not needed any more, and f's graph is yet to come
         z = solved.value.clone().requires_grad_()  # the caller may change the value in place
         f = problem(z)
-        if not _depends_on_others(f, z):
+        if all(leaf is z for leaf in graph_leaves(f)):
             return solved.value, solved
         linear = _LinearProblem(z, f, problem.packing, self.solver, guess, record)
         return _ImplicitGradient.apply(f, solved, linear), solved
@@ -131,8 +131,8 @@ class _NotTwice(torch.autograd.Function):
         )
 
 
-def _depends_on_others(f: Tensor, z: Tensor) -> bool:
-    """Whether the graph of f reaches a leaf other than z."""
+def graph_leaves(f: Tensor) -> Iterator[Tensor]:
+    """The leaves that the graph of f reaches, in a fixed order."""
     nodes, seen = [f.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -140,10 +140,9 @@ def _depends_on_others(f: Tensor, z: Tensor) -> bool:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)  # of an AccumulateGrad node
-        if leaf is not None and leaf is not z:
-            return True
+        if leaf is not None:
+            yield leaf
         nodes.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def _binary_exponent(grad: Tensor) -> Tensor:

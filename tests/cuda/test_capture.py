@@ -12,8 +12,9 @@ import torch
 from problems import equal, wave, wave_batch
 
 import deqcore
-from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, _kernels
-from deqcore.capture import Parts, _capture, _CudaGraphs
+from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, _graphs, _kernels
+from deqcore._graphs import CudaGraphs, Parts
+from deqcore.capture import _capture
 
 SOLVERS = [
     Picard(damping=0.7, max_steps=40),
@@ -287,7 +288,7 @@ def test_missing_kernels_are_named(monkeypatch):
     monkeypatch.setattr(_kernels, "CUDA_KERNELS", False)
     monkeypatch.setitem(_kernels.missing, "cuda", "nvcc is not on PATH")
     with pytest.raises(RuntimeError, match="capture: no CUDA kernels: nvcc is not on PATH"):
-        _CudaGraphs().check(torch.device("cuda"))
+        CudaGraphs().check(torch.device("cuda"))
 
 
 class FakeCuda:
@@ -353,9 +354,8 @@ def test_a_recorder_joins_its_parts_on_one_stream_and_launches_on_the_current(
         def launch(self, stream):
             joined.append(stream)
 
-    module = sys.modules["deqcore.capture"]  # behind the function of that name
-    monkeypatch.setattr(module, "_solve_graph", lambda: SolveGraph)
-    recorder = _CudaGraphs(exits_early=early)
+    monkeypatch.setattr(_graphs, "_solve_graph", lambda: SolveGraph)
+    recorder = CudaGraphs(exits_early=early)
     counts = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     runs = []
     parts = Parts(*(lambda: runs.append(fake_cuda.current),) * 2, None, counts[0], 7, counts[1])
@@ -375,7 +375,7 @@ def test_a_capture_that_fails_tells_the_first_reason_and_leaves_the_stream(fake_
         raise RuntimeError("operation not permitted when stream is capturing")
 
     def record():
-        recorder = _CudaGraphs()
+        recorder = CudaGraphs()
         with recorder.set_up():
             recorder.warm_up(lambda: None)
             recorder.record(Parts(part, part, None, torch.ones(1), 7, torch.ones(1)))
