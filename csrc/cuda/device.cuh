@@ -13,10 +13,12 @@
 
 namespace deqcore::cuda {
 
+constexpr int64_t kSharedWithoutAsking = 48 * 1024;  // bytes that a block gets from any GPU
+
 #if defined(__CUDACC__)
 
 // The block's dynamic shared memory, whose size the launch gives.
-#define DEQCORE_SHARED_DOUBLES(name) extern __shared__ double name[]
+#define DEQCORE_SHARED_DOUBLES(name) extern __shared__ __align__(16) double name[]
 
 using Stream = cudaStream_t;
 
@@ -25,6 +27,14 @@ template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
                    Stream stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) return "too many blocks: the batch is too large for one launch";
+  if (shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would report it
+      return "this GPU has too little shared memory for a block";
+    }
+  }
   kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream>>>(
       arguments...);
   const cudaError_t error = cudaGetLastError();

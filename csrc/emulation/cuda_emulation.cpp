@@ -40,6 +40,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;
+constexpr int64_t kMostShared = 99 * 1024;  // of a block, on every GPU from sm_80 on
 
 enum class Wait { nothing, block, warp, operation, left };
 
@@ -60,6 +61,7 @@ struct Fiber {
   int operand = 0;
   uint64_t value = 0;                              // in, then out
   unsigned block_barriers = 0, warp_barriers = 0;  // met so far
+  std::vector<Copy> copies;                        // asked for and not awaited
 };
 
 struct Scheduler {
@@ -155,11 +157,20 @@ void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
 
 void yield(bool for_good = false) { switch_to(*scheduler.running, scheduler.host, for_good); }
 
+std::string name_of(int thread) {
+  return "thread " + std::to_string(thread) + " of block " + std::to_string(block_index.x);
+}
+
+void fail(const std::string& what) {
+  if (scheduler.error.empty()) scheduler.error = what;
+}
+
 void fiber_main() {
   Fiber& self = *scheduler.running;
   finish_switch(self);
   leave_from(start_object());
   (*scheduler.kernel)();
+  if (!self.copies.empty()) fail(name_of(self.index) + " left with copies that it has not awaited");
   arrive_at(end_object());
   self.wait = Wait::left;
   yield(/*for_good=*/true);
@@ -173,6 +184,7 @@ void start(Fiber& fiber) {
   }
   fiber.wait = Wait::nothing;
   fiber.block_barriers = fiber.warp_barriers = 0;
+  fiber.copies.clear();
   fiber.fake_stack = nullptr;
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 2;
@@ -207,14 +219,6 @@ void end(Fiber& fiber) {
 #else
   (void)fiber;
 #endif
-}
-
-std::string name_of(int thread) {
-  return "thread " + std::to_string(thread) + " of block " + std::to_string(block_index.x);
-}
-
-void fail(const std::string& what) {
-  if (scheduler.error.empty()) scheduler.error = what;
 }
 
 void make_ready(Fiber& fiber) {
@@ -372,6 +376,14 @@ void count_write(int bytes) { traffic.written += bytes; }
 
 double* shared_doubles() { return scheduler.shared; }
 
+void copy_later(void* to, const void* from) { scheduler.running->copies.push_back({to, from}); }
+
+std::vector<Copy> take_copies() {
+  std::vector<Copy> copies;
+  copies.swap(scheduler.running->copies);
+  return copies;
+}
+
 void sync_block() {
   Fiber& self = *scheduler.running;
   self.wait = Wait::block;
@@ -426,7 +438,7 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
   scheduler.threads = threads;
   scheduler.kernel = &kernel;
   scheduler.random = seed * 2 + 1;
-  if (blocks > INT32_MAX || threads > 1024 || threads % kWarp != 0 || shared_bytes > 48 * 1024) {
+  if (blocks > INT32_MAX || threads > 1024 || threads % kWarp != 0 || shared_bytes > kMostShared) {
     return "a launch that no GPU would take";
   }
   while (static_cast<int>(scheduler.fibers.size()) < threads) scheduler.fibers.emplace_back();

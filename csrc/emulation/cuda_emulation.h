@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __host__
 #define __device__
@@ -47,6 +48,14 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
 
 // The block's shared memory: exactly the bytes of the launch, so that a sanitizer sees their end.
 double* shared_doubles();
+
+// A copy to shared memory that may arrive as late as when its thread waits for it; and here does.
+struct Copy {
+  void* to;
+  const void* from;
+};
+void copy_later(void* to, const void* from);
+std::vector<Copy> take_copies();
 
 void sync_block();
 void sync_warp(unsigned mask);

@@ -1,0 +1,30 @@
+// Copies from global to shared memory that pass by the registers and run beside arithmetic. The
+// emulation makes them when they are awaited, so that a missing wait shows.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+
+namespace deqcore::cuda {
+
+// Starts a copy of 16 bytes; both ends are aligned to that. Needs sm_80.
+DEQCORE_DEVICE void copy_async_16(void* to_shared, const void* from_global) {
+#if defined(__CUDA_ARCH__)
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from_global));
+#elif !defined(__CUDACC__)
+  ::emulation::copy_later(to_shared, from_global);
+#endif
+}
+
+// Waits for this thread's copies; a barrier then shows them to the other threads.
+DEQCORE_DEVICE void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#elif !defined(__CUDACC__)
+  for (const auto& copy : ::emulation::take_copies()) memcpy(copy.to, copy.from, 16);
+#endif
+}
+
+}  // namespace deqcore::cuda

@@ -1,0 +1,34 @@
+// The launchers of masked_linear's CUDA kernels; no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/masked.h"
+
+namespace deqcore::cuda {
+
+// y [tokens, weight.rows] = x [tokens, weight.width] weight^T + bias; all of one type.
+struct MaskedLinearArgs {
+  const void* x;
+  const void* values;  // [weight.kept]
+  const void* bias;    // [weight.rows], or null
+  void* y;
+  SparseRows weight;
+  int64_t tokens;
+};
+
+// How many tokens a block takes, and how many rows: a matter of speed. The bits are the same, since
+// each entry of y is summed by one thread in the order of the columns.
+enum class LinearPath { large, medium, few };
+
+LinearPath masked_linear_path(const MaskedLinearArgs& args);
+
+// Bytes of scratch memory, aligned to 16, that the product needs on the device.
+int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType type,
+                                      LinearPath path);
+
+// Queues the product on `stream` (a cudaStream_t). Null, or what went wrong.
+const char* masked_linear(const MaskedLinearArgs& args, ValueType type, LinearPath path,
+                          void* workspace, void* stream);
+
+}  // namespace deqcore::cuda
