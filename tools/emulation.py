@@ -31,8 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = (
     "cuda/anderson_step.cu",
     "cuda/broyden_step.cu",
+    "cuda/masked_dense.cu",
     "cuda/masked_linear.cu",
+    "cuda/masked_linear_blocks.cu",
     "cuda/masked_outer.cu",
+    "cuda/masked_outer_blocks.cu",
 )
 # Rounding as the kernels ask for it and no other, so that a failure says something about them.
 FLAGS = [
@@ -42,8 +45,10 @@ FLAGS = [
 PATHS = {"warp": 0, "block": 1, "split": 2}
 # Of the masked matmuls, by op.
 MASKED_PATHS = {
-    "masked_linear": {"large": 0, "medium": 1, "few": 2},
-    "masked_outer": {"many": 0, "few": 1},
+    "masked_linear": {"large": 0, "medium": 1, "few": 2, "blocks": 3, "few_blocks": 4},
+    "masked_outer": {"many": 0, "few": 1, "blocks": 2},
+    "masked_to_dense": {"only": 0},
+    "masked_from_dense": {"only": 0},
 }
 # The op's tensors in the order in which emulate.cpp reads them.
 _ORDER = {
@@ -341,26 +346,45 @@ def _arguments(
 
 
 def masked_arguments(
-    op: str, path: str, first: Tensor, second: Tensor, pattern: Tensor, *rest: Any
+    op: str, path: str, *args: Any
 ) -> tuple[Tensor, list[Tensor | None], list[int]]:
     """The op's result, to be written, and its arguments as emulate.cpp reads them."""
-    bias = rest[0] if op == "masked_linear" else None
-    rows, columns, block = rest[1:4] if op == "masked_linear" else rest
-    transposed = op == "masked_linear" and rest[4]
-    kept = (len(pattern) - rows - columns - 2) // 3
-    by_row, by_column = pattern.split([rows + 1 + kept, columns + 1 + 2 * kept])
-    offsets, places = by_row.split([rows + 1, kept])
-    position = None
-    if transposed:
-        offsets, places, position = by_column.split([columns + 1, kept, kept])
-        rows, columns = columns, rows
-    tokens = len(first)
-    out = first.new_empty(tokens, rows) if op == "masked_linear" else first.new_empty(kept)
-    operands = [first, second, bias, out] if op == "masked_linear" else [first, second, out]
-    tensors = [*operands, offsets, places, position]
-    pointers = [None if t is None else t.contiguous() for t in tensors]
+    first = args[0]
+    transposed = False
+    tokens: list[int] = [len(first)]
+    if op == "masked_linear":
+        _, values, pattern, bias, rows, columns, block, transposed, _ = args
+        shape = (len(first), columns if transposed else rows)
+        operands = [first, values, bias]
+    elif op == "masked_outer":
+        _, right, pattern, rows, columns, block = args
+        shape = (_kept(pattern, rows, columns),)
+        operands = [first, right]
+    else:
+        pattern, block, tokens = args[1], 1, []
+        rows, columns = args[2:] if op == "masked_to_dense" else first.shape
+        shape = (rows, columns) if op == "masked_to_dense" else (_kept(pattern, rows, columns),)
+        operands = [first]
+    out = first.new_empty(shape)
     head = [TYPES[first.dtype], MASKED_PATHS[op][path]]
-    return out, pointers, [*head, rows, columns, kept, block, tokens]
+    entries, sizes = _entries(pattern, rows, columns, transposed)
+    pointers = [None if t is None else t.contiguous() for t in [*operands, out, *entries]]
+    return out, pointers, [*head, *sizes, block, *tokens]
+
+
+def _kept(pattern: Tensor, rows: int, columns: int) -> int:
+    return (len(pattern) - rows - columns - 2) // 3
+
+
+def _entries(
+    pattern: Tensor, rows: int, columns: int, transposed: bool
+) -> tuple[list[Tensor | None], list[int]]:
+    """Offsets, columns and positions of the kept entries; then rows, columns and their number."""
+    kept = _kept(pattern, rows, columns)
+    by_row, by_column = pattern.split([rows + 1 + kept, columns + 1 + 2 * kept])
+    if transposed:
+        return list(by_column.split([columns + 1, kept, kept])), [columns, rows, kept]
+    return [*by_row.split([rows + 1, kept]), None], [rows, columns, kept]
 
 
 def main() -> None:

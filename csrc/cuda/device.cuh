@@ -41,6 +41,17 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Null if the current GPU has asynchronous copies and tensor cores for bfloat16; else what to do.
+inline const char* check_gpu() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    return "cannot ask the GPU for its compute capability";
+  }
+  return major >= 8 ? nullptr
+                    : "needs a GPU of compute capability 8.0 or later; use backend='dense'";
+}
+
 // The emulation counts the traffic of the state-sized tensors here.
 DEQCORE_DEVICE void count_read(int, bool) {}
 DEQCORE_DEVICE void count_write(int) {}
@@ -56,6 +67,8 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
                    Stream, const Arguments&... arguments) {
   return ::emulation::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
+
+inline const char* check_gpu() { return nullptr; }
 
 inline void count_read(int bytes, bool again) { ::emulation::count_read(bytes, again); }
 inline void count_write(int bytes) { ::emulation::count_write(bytes); }

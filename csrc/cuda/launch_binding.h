@@ -36,6 +36,13 @@ class OnDeviceOf {
   void* stream_ = nullptr;
 };
 
+// x itself, or a copy: its elements side by side and, for packs of them, at a multiple of 16 bytes.
+inline Tensor contiguous_and_aligned(const Tensor& x) {
+  const Tensor whole = torch::stable::contiguous(x);
+  const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
+  return aligned ? whole : torch::stable::clone(whole);
+}
+
 // Device memory from torch's allocator, which gives it back in the order of the stream.
 class Workspace {
  public:

@@ -26,7 +26,7 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
                     "bias: expected ", weight.rows, " numbers of the values' dtype");
   }
   const OnDeviceOf device(x);
-  const Tensor inputs = torch::stable::contiguous(x), kept = torch::stable::contiguous(values);
+  const Tensor inputs = contiguous_and_aligned(x), kept = contiguous_and_aligned(values);
   if (bias) bias = torch::stable::contiguous(*bias);
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.rows});
   const MaskedLinearArgs args{
@@ -37,7 +37,7 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
       .weight = weight,
       .tokens = x.size(0),
   };
-  const LinearPath path = masked_linear_path(args);
+  const LinearPath path = masked_linear_path(args, type);
   const Workspace workspace(x, masked_linear_workspace_bytes(args, type, path));
   check_launch("masked_linear", masked_linear(args, type, path, workspace.get(), device.stream()));
   return y;

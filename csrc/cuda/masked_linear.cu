@@ -17,6 +17,7 @@
 #include "cuda/masked_linear.h"
 
 #include "cuda/masked_tile.cuh"
+#include "cuda/path.h"
 
 namespace deqcore::cuda {
 namespace {
@@ -248,9 +249,14 @@ auto with_types(ValueType type, LinearPath path, const Run& run) {
 
 }  // namespace
 
-LinearPath masked_linear_path(const MaskedLinearArgs& args) {
+LinearPath masked_linear_path(const MaskedLinearArgs& args, ValueType type) {
   constexpr int64_t kFewTokens = 64;
   constexpr int64_t kEnoughBlocks = 256;  // about two for each multiprocessor of a large GPU
+  if (masked_linear_has_blocks(args, type)) {
+    const int64_t tiles = blocks_for(args.tokens, 256) * (args.weight.rows / args.weight.block);
+    return args.tokens <= kFewTokens || tiles < kEnoughBlocks ? LinearPath::few_blocks
+                                                              : LinearPath::blocks;
+  }
   if (args.tokens <= kFewTokens) return LinearPath::few;
   const int64_t tiles = blocks_for(args.tokens, 128) * blocks_for(args.weight.rows, 256);
   return tiles >= kEnoughBlocks ? LinearPath::large : LinearPath::medium;
@@ -258,6 +264,7 @@ LinearPath masked_linear_path(const MaskedLinearArgs& args) {
 
 int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType type,
                                       LinearPath path) {
+  if (path == LinearPath::blocks || path == LinearPath::few_blocks) return 0;
   return with_types(type, path, [&]<typename S, typename L>() {
     Pieces pieces(nullptr);
     prepare_in<S, L>(args, pieces);
@@ -268,6 +275,10 @@ int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType ty
 const char* masked_linear(const MaskedLinearArgs& args, ValueType type, LinearPath path,
                           void* workspace, void* stream) {
   if (args.tokens == 0 || args.weight.rows == 0) return nullptr;
+  if (const char* const error = check_gpu()) return error;
+  if (path == LinearPath::blocks || path == LinearPath::few_blocks) {
+    return masked_linear_blocks(args, type, path == LinearPath::few_blocks, stream);
+  }
   return with_types(type, path, [&]<typename S, typename L>() {
     return launch_layout<S, L>(args, workspace, static_cast<Stream>(stream));
   });

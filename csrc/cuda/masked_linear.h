@@ -18,10 +18,11 @@ struct MaskedLinearArgs {
 };
 
 // How many tokens a block takes, and how many rows: a matter of speed. The bits are the same, since
-// each entry of y is summed by one thread in the order of the columns.
-enum class LinearPath { large, medium, few };
+// each entry of y is summed by one thread in the order of the columns; those of the blocks' paths
+// are others. Blocks of bfloat16 and float16 go to tensor cores; of other types they are entries.
+enum class LinearPath { large, medium, few, blocks, few_blocks };
 
-LinearPath masked_linear_path(const MaskedLinearArgs& args);
+LinearPath masked_linear_path(const MaskedLinearArgs& args, ValueType type);
 
 // Bytes of scratch memory, aligned to 16, that the product needs on the device.
 int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType type,
@@ -30,5 +31,11 @@ int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType ty
 // Queues the product on `stream` (a cudaStream_t). Null, or what went wrong.
 const char* masked_linear(const MaskedLinearArgs& args, ValueType type, LinearPath path,
                           void* workspace, void* stream);
+
+// The blocks' paths, which masked_linear takes when told to: whether these arguments allow it, and
+// the launcher.
+bool masked_linear_has_blocks(const MaskedLinearArgs& args, ValueType type);
+const char* masked_linear_blocks(const MaskedLinearArgs& args, ValueType type, bool few_tokens,
+                                 void* stream);
 
 }  // namespace deqcore::cuda

@@ -20,7 +20,7 @@ Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pa
   STD_TORCH_CHECK(right.size(0) == left.size(0), "right: expected ", left.size(0),
                   " tokens like left, got ", right.size(0));
   const OnDeviceOf device(left);
-  const Tensor lefts = torch::stable::contiguous(left), rights = torch::stable::contiguous(right);
+  const Tensor lefts = contiguous_and_aligned(left), rights = contiguous_and_aligned(right);
   Tensor values = torch::stable::new_empty(left, {kept});
   const MaskedOuterArgs args{
       .left = lefts.const_data_ptr(),
@@ -29,7 +29,7 @@ Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pa
       .entries = entries,
       .tokens = left.size(0),
   };
-  const OuterPath path = masked_outer_path(args);
+  const OuterPath path = masked_outer_path(args, type);
   const Workspace workspace(left, masked_outer_workspace_bytes(args, type, path));
   check_launch("masked_outer", masked_outer(args, type, path, workspace.get(), device.stream()));
   return values;

@@ -229,11 +229,13 @@ auto with_types(ValueType type, OuterPath path, const Run& run) {
 
 }  // namespace
 
-OuterPath masked_outer_path(const MaskedOuterArgs& args) {
+OuterPath masked_outer_path(const MaskedOuterArgs& args, ValueType type) {
+  if (masked_outer_has_blocks(args, type)) return OuterPath::blocks;
   return args.tokens <= 64 ? OuterPath::few : OuterPath::many;
 }
 
 int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, ValueType type, OuterPath path) {
+  if (path == OuterPath::blocks) return 0;
   return with_types(type, path, [&]<typename S, int kTokens>() {
     Pieces pieces(nullptr);
     prepare_in<S, kTokens>(args, pieces);
@@ -244,6 +246,8 @@ int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, ValueType type
 const char* masked_outer(const MaskedOuterArgs& args, ValueType type, OuterPath path,
                          void* workspace, void* stream) {
   if (args.entries.kept == 0) return nullptr;
+  if (const char* const error = check_gpu()) return error;
+  if (path == OuterPath::blocks) return masked_outer_blocks(args, type, stream);
   return with_types(type, path, [&]<typename S, int kTokens>() {
     return launch_tokens<S, kTokens>(args, workspace, static_cast<Stream>(stream));
   });

@@ -62,6 +62,7 @@ struct Fiber {
   uint64_t value = 0;                              // in, then out
   unsigned block_barriers = 0, warp_barriers = 0;  // met so far
   std::vector<Copy> copies;                        // asked for and not awaited
+  std::vector<unsigned char> brought, gathered;    // by this lane to its warp, and back
 };
 
 struct Scheduler {
@@ -247,6 +248,8 @@ uint64_t result_of(const Fiber& lane, const std::vector<uint64_t>& values) {
         if (lane.mask >> i & 1 && values[i] != 0) votes |= uint64_t{1} << i;
       }
       return votes;
+    case WarpOperation::gather:
+      return 0;
     case WarpOperation::shuffle:
     case WarpOperation::shuffle_xor:
       break;
@@ -259,6 +262,14 @@ uint64_t result_of(const Fiber& lane, const std::vector<uint64_t>& values) {
     return 0;
   }
   return values[source];
+}
+
+void gather(Fiber* warp) {
+  std::vector<unsigned char> all;
+  for (int i = 0; i < kWarp; ++i) {
+    all.insert(all.end(), warp[i].brought.begin(), warp[i].brought.end());
+  }
+  for (int i = 0; i < kWarp; ++i) warp[i].gathered = all;
 }
 
 // Lets a warp's lanes go on if all lanes of the mask wait for the same operation.
@@ -288,6 +299,7 @@ void complete_warp(const Fiber& last) {
     if (!(last.mask >> i & 1)) continue;
     if (last.wait == Wait::operation) warp[i].value = result_of(warp[i], values);
   }
+  if (last.wait == Wait::operation && last.operation == WarpOperation::gather) gather(warp);
   for (int i = 0; i < kWarp; ++i) {
     if (last.mask >> i & 1) make_ready(warp[i]);
   }
@@ -417,6 +429,16 @@ uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, 
   yield();
   return self.value;
 }
+
+const unsigned char* gather_warp(const void* own, int bytes) {
+  Fiber& self = *scheduler.running;
+  const auto* const first = static_cast<const unsigned char*>(own);
+  self.brought.assign(first, first + bytes);
+  warp_operation(WarpOperation::gather, 0xffffffffu, 0, 0);
+  return self.gathered.data();
+}
+
+void complain(const char* what) { fail(name_of(scheduler.running->index) + " " + what); }
 
 float half_to_float(uint16_t bits) {
   _Float16 half;

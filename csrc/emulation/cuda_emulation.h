@@ -52,7 +52,7 @@ double* shared_doubles();
 // A copy to shared memory that may arrive as late as when its thread waits for it; and here does.
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: zeros
 };
 void copy_later(void* to, const void* from);
 std::vector<Copy> take_copies();
@@ -60,10 +60,16 @@ std::vector<Copy> take_copies();
 void sync_block();
 void sync_warp(unsigned mask);
 
-enum class WarpOperation { shuffle, shuffle_xor, ballot };
+enum class WarpOperation { shuffle, shuffle_xor, ballot, gather };
 // Meets the lanes of `mask`; the result is the value of lane `operand`, of this lane ^ `operand`,
 // or a bit for each lane with a value other than zero.
 uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, int operand);
+
+// Meets the whole warp: `bytes` from each lane, lane after lane. Good until the next gathering.
+const unsigned char* gather_warp(const void* own, int bytes);
+
+// Stops the launch with a message about the thread that runs.
+void complain(const char* what);
 
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);

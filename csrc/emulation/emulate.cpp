@@ -8,6 +8,7 @@
 
 #include "cuda/anderson_step.h"
 #include "cuda/broyden_step.h"
+#include "cuda/masked_dense.h"
 #include "cuda/masked_linear.h"
 #include "cuda/masked_outer.h"
 #include "emulation/cuda_emulation.h"
@@ -146,6 +147,16 @@ const char* run_masked_outer(Reader in) {
   return cuda::masked_outer(args, type, path, workspace.get(), nullptr);
 }
 
+const char* run_masked_dense(bool to_dense, Reader in) {
+  const auto type = static_cast<ValueType>(in.integer());
+  in.integer();  // there is one path
+  const void* const from = in.pointer<void>();
+  void* const to = in.pointer<void>();
+  const SparseRows entries = in.pattern();
+  return (to_dense ? cuda::masked_to_dense : cuda::masked_from_dense)(entries, from, to, type,
+                                                                      nullptr);
+}
+
 }  // namespace
 
 // Runs one step with the given seed; null, or what a kernel did wrong.
@@ -159,6 +170,8 @@ extern "C" const char* emulate(const char* op, uint64_t seed, void** pointers, c
   if (std::strcmp(op, "broyden_step") == 0) return run_broyden(in);
   if (std::strcmp(op, "masked_linear") == 0) return run_masked_linear(in);
   if (std::strcmp(op, "masked_outer") == 0) return run_masked_outer(in);
+  if (std::strcmp(op, "masked_to_dense") == 0) return run_masked_dense(true, in);
+  if (std::strcmp(op, "masked_from_dense") == 0) return run_masked_dense(false, in);
   return "unknown op";
 }
 

@@ -14,8 +14,11 @@ from torch import Tensor
 
 ORDERS = st.integers(0, 99)
 LINEAR = ("forward", "input gradient")
-WAYS = [(name, path) for name in LINEAR for path in MASKED_PATHS["masked_linear"]]
-WAYS += [("values' gradient", path) for path in MASKED_PATHS["masked_outer"]]
+WAYS = [(name, path) for name in LINEAR for path in ("large", "medium", "few")]
+WAYS += [("values' gradient", path) for path in ("many", "few")]
+BLOCK_WAYS = [(name, path) for name in LINEAR for path in ("blocks", "few_blocks")]
+BLOCK_WAYS += [("values' gradient", "blocks")]
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def emulate(emulator: Emulator, name: str, path: str, order: int, case: Case) -> Tensor:
@@ -70,14 +73,74 @@ def test_a_token_depends_on_nothing_but_itself(emulator, name, dtype, order, tok
     whole = emulate(emulator, name, "large", 1, case)
     last = 140 - tokens
     part = Case(case.pattern, case.x[last:], case.values, case.bias, case.grad[last:])
-    for path in MASKED_PATHS["masked_linear"]:
+    for path in ("large", "medium", "few"):
         assert torch.equal(emulate(emulator, name, path, order, part), whole[last:]), path
+
+
+@pytest.mark.parametrize(("name", "path"), BLOCK_WAYS)
+@settings(max_examples=settings().max_examples // 2)
+@given(
+    size=st.sampled_from([16, 32, 64]),
+    rows=st.integers(0, 3),
+    columns=st.integers(0, 4),
+    tokens=st.one_of(st.integers(0, 40), st.sampled_from([64, 65, 129])),
+    sparsity=st.floats(0, 1),
+    dtype=st.sampled_from(HALVES),
+    order=ORDERS,
+)
+def test_blocks_on_tensor_cores_are_as_exact_as_the_reference(
+    emulator, name, path, size, rows, columns, tokens, sparsity, dtype, order
+):
+    case = make(size * rows, size * columns, tokens, sparsity, structure=size, seed=rows)
+    check_result(name, case, dtype, partial(emulate, emulator, name, path, order))
+
+
+@pytest.mark.parametrize(("name", "path"), BLOCK_WAYS)
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_several_tiles_of_tokens_by_blocks(emulator, name, path, size):
+    case = make(2 * size, 64, 270, 0.5, structure=size)
+    check_result(name, case, torch.bfloat16, partial(emulate, emulator, name, path, 5))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_a_token_depends_on_nothing_but_itself_by_blocks(emulator, name, size):
+    case = make(size, 2 * size, 80, 0.5, structure=size).to(torch.float16)
+    whole = emulate(emulator, name, "blocks", 1, case)
+    part = Case(case.pattern, case.x[70:], case.values, case.bias, case.grad[70:])
+    for path in ("blocks", "few_blocks"):
+        assert torch.equal(emulate(emulator, name, path, 2, part), whole[70:]), path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "path"), WAYS)
+def test_blocks_of_other_types_are_entries(emulator, name, path, dtype):
+    case = make(48, 64, 70, 0.5, structure=16)
+    check_result(name, case, dtype, partial(emulate, emulator, name, path, 1))
+
+
+@given(
+    rows=st.integers(0, 40),
+    columns=st.integers(0, 70),
+    sparsity=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    order=ORDERS,
+)
+def test_dense_weights_and_back(emulator, rows, columns, sparsity, dtype, order):
+    case = make(rows, columns, 0, sparsity).to(dtype)
+    indices, weight = case.pattern.indices, case.weight
+    made = emulator.masked("masked_to_dense", "only", order)(case.values, indices, rows, columns)
+    assert torch.equal(made, weight)
+    back = emulator.masked("masked_from_dense", "only", order)(weight, indices)
+    assert torch.equal(back, case.values)
 
 
 @pytest.mark.parametrize("path", MASKED_PATHS["masked_linear"])
 def test_dropped_weights_are_not_multiplied(emulator, path):
     """0 * inf would be NaN in a dense product."""
-    case = make(20, 30, 10, 0.5).to(torch.float32)
+    by_blocks = "blocks" in path
+    case = make(32, 48, 10, 0.5, 16 if by_blocks else None)
+    case = case.to(torch.bfloat16 if by_blocks else torch.float32)
     dropped = ~case.pattern.mask()
     case.x[4, 7] = float("inf")
     y = emulate(emulator, "forward", path, 1, case)
@@ -86,7 +149,7 @@ def test_dropped_weights_are_not_multiplied(emulator, path):
     assert not y[4].isfinite().all()
 
 
-@pytest.mark.parametrize("path", MASKED_PATHS["masked_outer"])
+@pytest.mark.parametrize("path", ["many", "few"])
 def test_entries_away_from_a_nan_are_not_touched(emulator, path):
     case = make(20, 30, 10, 0.5).to(torch.float32)
     clean = emulate(emulator, "values' gradient", path, 1, case)
