@@ -198,7 +198,7 @@ class Emulator:
         """The op ``deqcore::<op>`` on one of the three paths, with threads in a random order."""
 
         def run(*args: Tensor | float) -> Traffic:
-            return self._run(op, seed, *_arguments(op, path, args))
+            return self.run(op, seed, *_arguments(op, path, args))
 
         return run
 
@@ -210,12 +210,12 @@ class Emulator:
 
         def run(*args: Any) -> Tensor:
             out, pointers, ints = masked_arguments(op, path, *args)
-            self.traffic = self._run(op, seed, pointers, ints, [])
+            self.traffic = self.run(op, seed, pointers, ints, [])
             return out
 
         return run
 
-    def _run(
+    def run(
         self,
         op: str,
         seed: int,
@@ -223,6 +223,7 @@ class Emulator:
         ints: Sequence[int],
         doubles: Sequence[float],
     ) -> Traffic:
+        """One case with arguments as csrc/emulation/emulate.cpp reads them."""
         addresses = [0 if t is None else t.data_ptr() for t in pointers]
         message = self._library.emulate(
             op.encode(),

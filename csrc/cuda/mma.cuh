@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "cuda/device.cuh"
 #include "cuda/pack.cuh"
@@ -33,12 +32,11 @@ DEQCORE_DEVICE void load_tiles(uint32_t (&out)[4], const void* row) {
   __trap();  // check_gpu keeps such GPUs away
 #elif !defined(__CUDACC__)
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) ::emulation::complain("loads a tile not aligned");
-  const unsigned char* const all = ::emulation::gather_warp(&row, sizeof(row));
+  const auto own_row = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(row));
+  const uint64_t* const all = ::emulation::gather_warp(&own_row, 1);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto number = [&](int tile, int i, int j) {
-    const uint16_t* from;
-    memcpy(&from, all + (8 * tile + i) * sizeof(from), sizeof(from));
-    return uint32_t{from[j]};
+    return uint32_t{reinterpret_cast<const uint16_t*>(all[8 * tile + i])[j]};
   };
   for (int tile = 0; tile < 4; ++tile) {
     const int own = lane / 4, pair = lane % 4 * 2;
@@ -70,13 +68,13 @@ DEQCORE_DEVICE void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], uint32
 #elif defined(__CUDA_ARCH__)
   __trap();  // check_gpu keeps such GPUs away
 #elif !defined(__CUDACC__)
-  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const unsigned char* const all = ::emulation::gather_warp(own, sizeof(own));
+  const uint64_t own[3] = {a[0] | uint64_t{a[1]} << 32, a[2] | uint64_t{a[3]} << 32,
+                           b0 | uint64_t{b1} << 32};
+  const uint64_t* const all = ::emulation::gather_warp(own, 3);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto number = [&](int from, int word, int half) {
-    S value;
-    memcpy(&value, all + from * sizeof(own) + word * 4 + half * 2, sizeof(value));
-    return to_compute(value);
+    const uint64_t pair = all[3 * from + word / 2] >> 32 * (word % 2);
+    return to_compute(S{static_cast<uint16_t>(pair >> 16 * half)});
   };
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;

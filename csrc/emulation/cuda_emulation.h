@@ -65,8 +65,9 @@ enum class WarpOperation { shuffle, shuffle_xor, ballot, gather };
 // or a bit for each lane with a value other than zero.
 uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, int operand);
 
-// Meets the whole warp: `bytes` from each lane, lane after lane. Good until the next gathering.
-const unsigned char* gather_warp(const void* own, int bytes);
+// Meets the whole warp: at most three words from each lane, lane after lane. Good until the next
+// gathering.
+const uint64_t* gather_warp(const uint64_t* own, int words);
 
 // Stops the launch with a message about the thread that runs.
 void complain(const char* what);

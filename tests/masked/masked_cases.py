@@ -90,6 +90,13 @@ def run_op(name: str, case: Case) -> Tensor:
     return getattr(torch.ops.deqcore, op)(*args)
 
 
+def run_op_on(device: torch.device, name: str, case: Case) -> Tensor:
+    """The op on a copy of the case on a device; the result is back on the CPU."""
+    tensors = (case.x, case.values, case.bias, case.grad)
+    moved = Case(case.pattern.to(device), *(tensor.to(device) for tensor in tensors))
+    return run_op(name, moved).cpu()
+
+
 def operations() -> dict[str, tuple[Run, Run]]:
     return {name: (partial(run_op, name), partial(reference, name)) for name in NAMES}
 
