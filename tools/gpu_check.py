@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = {"build": 140, "test": 160, "sanitize": 115, "bench": 120}  # 8 min 55 s
+SECONDS = {"build": 135, "test": 150, "sanitize": 110, "bench": 140}  # 8 min 55 s
 PACKAGES = {"pytest": "pytest", "hypothesis": "hypothesis", "torchdeq": "torchdeq"}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 REFUSALS = re.compile(
