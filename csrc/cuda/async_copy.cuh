@@ -51,4 +51,11 @@ DEQCORE_DEVICE void wait_for_copies() {
 #endif
 }
 
+// Asks for a line of global memory that will be read soon. It reads nothing that could be seen.
+DEQCORE_DEVICE void ask_for_line([[maybe_unused]] const void* at) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(at));
+#endif
+}
+
 }  // namespace deqcore::cuda

@@ -17,8 +17,8 @@ namespace deqcore::cuda {
 inline void check_device(const Tensor& x, std::initializer_list<const Tensor*> others) {
   for (const Tensor* other : others) {
     STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == x.get_device_index(),
-                    "expected all tensors on one GPU, that of x (cuda:",
-                    x.get_device_index(), "), got one of shape ", shape_text(*other), " on ",
+                    "expected all tensors on one GPU, that of x (cuda:", x.get_device_index(),
+                    "), got one of shape ", shape_text(*other), " on ",
                     other->is_cuda() ? "another GPU" : "the CPU");
   }
 }

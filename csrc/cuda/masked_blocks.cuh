@@ -23,7 +23,8 @@ DEQCORE_DEVICE void load_a(uint32_t (&out)[4], const char* rows, int first, int 
   load_tiles<kTurned>(out, rows + Rows::place(row, piece));
 }
 
-// Operand b: 16 of its columns from `first` on: words 0 and 1 for the first 8, 2 and 3 for the others.
+// Operand b: 16 of its columns from `first` on: words 0 and 1 for the first 8, 2 and 3 for the
+// others.
 template <int kRowBytes, bool kTurned>
 DEQCORE_DEVICE void load_b(uint32_t (&out)[4], const char* rows, int first, int k, int lane) {
   using Rows = BankedRows<kRowBytes>;

@@ -7,13 +7,15 @@
 // memory. The first design of this kind is Gale et al., "Sparse GPU kernels for deep learning"
 // (2020); there the dense operand is read through the caches.
 //
-// For each kept entry and 128 tokens, float32: 4 warp-wide multiply-adds, one 16-byte load of x from
-// shared memory (4 passes of 128 bytes) and half a 16-byte load that is the same for all lanes
+// For each kept entry and 128 tokens, float32: 4 warp-wide multiply-adds, one 16-byte load of x
+// from shared memory (4 passes of 128 bytes) and half a 16-byte load that is the same for all lanes
 // (1/2 to 1 pass). Shared memory gives one pass a clock, so 4.5 passes bound this to 128/4.5 = 28
-// multiply-adds a clock and multiprocessor, 22% of what one with 128 float32 lanes can do and 44% of
-// one with 64. bfloat16 needs half the bytes of x: 2.5 passes. Each visit of a row in a chunk (96
-// columns of float32) costs about 6 passes more, which is as much as its entries at 99% sparsity.
-// Beyond shared memory, x is read rows / 256 times and entries tokens / 128 times from the L2 cache.
+// multiply-adds a clock and multiprocessor, 22% of what one with 128 float32 lanes can do and 44%
+// of one with 64. bfloat16 needs half the bytes of x: 2.5 passes. Each visit of a row in a chunk
+// (96 columns of float32) costs two exchanges more, which at 99% sparsity is half as much as its
+// entries; there a row has one entry in a chunk, and the latency of reading it is hidden by asking
+// for it a chunk ahead. Beyond shared memory, x is read rows / 256 times and the entries tokens /
+// 128 times, from the L2 cache.
 #include "cuda/masked_linear.h"
 
 #include "cuda/masked_tile.cuh"
@@ -156,8 +158,13 @@ __global__ void __launch_bounds__(L::kThreads, 1)
   const int64_t own_row = first_row + lane;  // whose entries this lane looks up
   const bool has_row = lane < L::kRows && own_row < weight.rows;
 
+  const auto end_of = [&](int64_t chunk) {
+    return has_row && chunk < ready.chunks ? ready.ends[chunk * weight.rows + own_row] : 0;
+  };
+
   Sum<S> sums[L::kRows][L::kTokens] = {};
-  int begin = has_row ? weight.offsets[own_row] : 0;
+  int begin = has_row ? weight.offsets[own_row] : 0, end = end_of(0);
+  if (begin < end) ask_for_line(ready.entries + begin);
   fetch_chunk<Tile>(ready.turned, ready.padded, weight.width, 0, token_tile, L::kThreads, buffers);
 #pragma unroll 1
   for (int64_t chunk = 0; chunk < ready.chunks; ++chunk) {
@@ -169,7 +176,9 @@ __global__ void __launch_bounds__(L::kThreads, 1)
       fetch_chunk<Tile>(ready.turned, ready.padded, weight.width, chunk + 1, token_tile,
                         L::kThreads, other);
     }
-    const int end = has_row ? ready.ends[chunk * weight.rows + own_row] : 0;
+    // The next chunk's entries come from afar, and all warps would wait for them at once.
+    const int next_end = end_of(chunk + 1);
+    if (end < next_end) ask_for_line(ready.entries + end);
     const char* const own = reinterpret_cast<const char*>(buffer + lane * L::kTokens);
 #pragma unroll
     for (int r = 0; r < L::kRows; ++r) {
@@ -177,6 +186,7 @@ __global__ void __launch_bounds__(L::kThreads, 1)
       add_entries<S, L::kTokens>(ready.entries, first, last, own, sums[r]);
     }
     begin = end;
+    end = next_end;
   }
 
   const int64_t token = token_tile * Tile::kWidth + lane * L::kTokens;

@@ -1,12 +1,13 @@
-// masked_linear's CUDA kernels for blocks of 16, 32 or 64 in bfloat16 or float16: a block of threads
-// takes a tile of tokens and one row of blocks, and multiplies block by block on tensor cores, while
-// the next block and its columns of x are copied beside it. One launch, no scratch memory. No torch.
+// masked_linear's CUDA kernels for blocks of 16, 32 or 64 in bfloat16 or float16: a block of
+// threads takes a tile of tokens and one row of blocks, and multiplies block by block on tensor
+// cores, while the next block and its columns of x are copied beside it. One launch, no scratch
+// memory. No torch.
 //
-// A warp takes 64 tokens and all kBlock rows. For 16 columns it loads 4 tiles of x and kBlock / 16 of
-// the weight (4 passes of 128 bytes of shared memory each) for kBlock / 2 tile products of 2048
+// A warp takes 64 tokens and all kBlock rows. For 16 columns it loads 4 tiles of x and kBlock / 16
+// of the weight (4 passes of 128 bytes of shared memory each) for kBlock / 2 tile products of 2048
 // multiply-adds: 1 pass for each product at 64, 1.5 at 32, 2.5 at 16. The L2 cache gives
-// 2 / kBlock bytes of x, and 2 / 256 bytes of the weight, for each multiply-add. mma.sync reaches the
-// full rate of the tensor cores of sm_80 and not of sm_90, where that takes wgmma.
+// 2 / kBlock bytes of x, and 2 / 256 bytes of the weight, for each multiply-add. mma.sync reaches
+// the full rate of the tensor cores of sm_80 and not of sm_90, where that takes wgmma.
 #include "cuda/masked_blocks.cuh"
 #include "cuda/masked_linear.h"
 #include "cuda/path.h"
@@ -107,11 +108,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename S, typename Sh>
 const char* launch_shape(const MaskedLinearArgs& args, Stream stream) {
   const int64_t blocks = args.weight.rows / Sh::kSide * blocks_for(args.tokens, Sh::kTokens);
-  return args.weight.position == nullptr
-             ? launch(masked_linear_by_blocks<S, Sh, false>, blocks, kThreads, 2 * Sh::kStage,
-                      stream, args)
-             : launch(masked_linear_by_blocks<S, Sh, true>, blocks, kThreads, 2 * Sh::kStage,
-                      stream, args);
+  return args.weight.position == nullptr ? launch(masked_linear_by_blocks<S, Sh, false>, blocks,
+                                                  kThreads, 2 * Sh::kStage, stream, args)
+                                         : launch(masked_linear_by_blocks<S, Sh, true>, blocks,
+                                                  kThreads, 2 * Sh::kStage, stream, args);
 }
 
 template <typename S, int kGroups>

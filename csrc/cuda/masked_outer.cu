@@ -1,19 +1,20 @@
 // masked_outer's CUDA kernels: the gradient of the kept values alone (SDDMM). No torch.
 //
 // Two launches. The first one turns both operands round, so that the tokens of a column lie side by
-// side, and looks up where each chunk of columns ends in each row. In the second a block takes a tile
-// of rows and a chunk of columns, and goes through all tokens: a tile of the right operand passes
-// through shared memory while the next one is fetched beside it; a warp goes row by row, holding
-// the tokens of its left column in registers.
+// side, and looks up where each chunk of columns ends in each row. In the second a block takes a
+// tile of rows and a chunk of columns, and goes through all tokens: a tile of the right operand
+// passes through shared memory while the next one is fetched beside it; a warp goes row by row,
+// holding the tokens of its left column in registers.
 //
-// The order of an entry's sum: each lane adds up its kTokens products of a tile, the lanes are added
-// in a tree of fixed shape, and tiles are added in turn by one thread. It depends on the number of
-// tokens alone.
+// The order of an entry's sum: each lane adds up its kTokens products of a tile, the lanes are
+// added in a tree of fixed shape, and tiles are added in turn by one thread. It depends on the
+// number of tokens alone.
 //
 // For each kept entry and 128 tokens, float32: 4 warp-wide multiply-adds, 4 passes of 128 bytes of
-// shared memory for the right operand, 9/8 for the exchanges of the tree (8 entries share it), 1 for
-// the entry's column and about 1/2 for the running sum: 6.6 passes bound this to 19 multiply-adds a
-// clock and multiprocessor. Each visit of a row in a chunk reads the left operand's 4 passes, too.
+// shared memory for the right operand, 9/8 for the exchanges of the tree (8 entries share it), 1
+// for the entry's column and about 1/2 for the running sum: 6.6 passes bound this to 19
+// multiply-adds a clock and multiprocessor. Each visit of a row in a chunk reads the left operand's
+// 4 passes, too.
 #include "cuda/masked_outer.h"
 
 #include "cuda/masked_tile.cuh"
@@ -23,7 +24,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kGroup = 8;                      // entries whose sums share a tree
+constexpr int kGroup = 8;                        // entries whose sums share a tree
 constexpr int kLanesOfAnEntry = kWarp / kGroup;  // that hold its sum in the end
 
 template <typename S>
@@ -126,8 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t row_tiles = blocks_for(entries.rows, kWarps * ready.rows_of_a_warp);
   const int64_t chunk = blockIdx.x / row_tiles;
-  const int64_t first_row =
-      (blockIdx.x % row_tiles * kWarps + warp) * ready.rows_of_a_warp;
+  const int64_t first_row = (blockIdx.x % row_tiles * kWarps + warp) * ready.rows_of_a_warp;
   const int column = static_cast<int>(chunk * Tile::kColumns);
   const int64_t tiles = ready.padded / Tile::kWidth;
 
@@ -193,10 +193,9 @@ const char* launch_tokens(const MaskedOuterArgs& args, void* workspace, Stream s
   const Turned left{args.left, ready.left, args.tokens, ready.padded, entries.rows};
   const Turned right{args.right, ready.right, args.tokens, ready.padded, entries.width};
   const int64_t look_up = blocks_for(ready.chunks * entries.rows, kTurnThreads);
-  const char* const error =
-      launch(masked_outer_prepare<S, Tile>, look_up + turn_blocks(left) + turn_blocks(right),
-             kTurnThreads, turn_shared_bytes<S>(), stream, entries, ready, left, right, look_up,
-             turn_blocks(left));
+  const char* const error = launch(
+      masked_outer_prepare<S, Tile>, look_up + turn_blocks(left) + turn_blocks(right), kTurnThreads,
+      turn_shared_bytes<S>(), stream, entries, ready, left, right, look_up, turn_blocks(left));
   if (error != nullptr) return error;
   const int64_t row_tiles = blocks_for(entries.rows, kWarps * ready.rows_of_a_warp);
   const int64_t columns = entries.width < Tile::kColumns ? entries.width : Tile::kColumns;

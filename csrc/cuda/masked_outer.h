@@ -31,8 +31,8 @@ int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, ValueType type
 const char* masked_outer(const MaskedOuterArgs& args, ValueType type, OuterPath path,
                          void* workspace, void* stream);
 
-// The blocks' path, which masked_outer takes when told to: whether these arguments allow it, and the
-// launcher.
+// The blocks' path, which masked_outer takes when told to: whether these arguments allow it, and
+// the launcher.
 bool masked_outer_has_blocks(const MaskedOuterArgs& args, ValueType type);
 const char* masked_outer_blocks(const MaskedOuterArgs& args, ValueType type, void* stream);
 

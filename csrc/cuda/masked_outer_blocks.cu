@@ -2,11 +2,11 @@
 // takes one block of the weight and sums over all tokens on tensor cores, while the next tokens are
 // copied beside it. One launch, no scratch memory. No torch.
 //
-// A sum runs over groups of 16 tokens in their order, whatever the number of tokens. For 16 tokens a
-// warp loads as many tiles of each operand as its part of the block has (4 passes of 128 bytes of
-// shared memory each): 2 passes for each product of 2048 multiply-adds at 64, 4 at 32 and 16. The L2
-// cache gives 4 / kSide bytes for each multiply-add. There are no more blocks of threads than kept
-// blocks: a small weight does not fill a large GPU.
+// A sum runs over groups of 16 tokens in their order, whatever the number of tokens. For 16 tokens
+// a warp loads as many tiles of each operand as its part of the block has (4 passes of 128 bytes of
+// shared memory each): 2 passes for each product of 2048 multiply-adds at 64, 4 at 32 and 16. The
+// L2 cache gives 4 / kSide bytes for each multiply-add. There are no more blocks of threads than
+// kept blocks: a small weight does not fill a large GPU.
 #include "cuda/masked_blocks.cuh"
 #include "cuda/masked_outer.h"
 #include "cuda/path.h"
@@ -60,8 +60,7 @@ DEQCORE_DEVICE int64_t block_row_of(const SparseRows& entries, int side, int64_t
 }
 
 template <typename S, typename Sh>
-__global__ void __launch_bounds__(Sh::kThreads)
-    masked_outer_by_blocks(const MaskedOuterArgs args) {
+__global__ void __launch_bounds__(Sh::kThreads) masked_outer_by_blocks(const MaskedOuterArgs args) {
   DEQCORE_SHARED_DOUBLES(shared);
   char* const stages = reinterpret_cast<char*>(shared);
   const SparseRows& entries = args.entries;
@@ -118,8 +117,7 @@ const char* launch_side(const MaskedOuterArgs& args, Stream stream) {
 
 bool masked_outer_has_blocks(const MaskedOuterArgs& args, ValueType type) {
   const bool is_half = type == ValueType::bf16 || type == ValueType::f16;
-  return is_half && args.entries.block > 1 &&
-         are_aligned(16, {args.left, args.right, args.values});
+  return is_half && args.entries.block > 1 && are_aligned(16, {args.left, args.right, args.values});
 }
 
 const char* masked_outer_blocks(const MaskedOuterArgs& args, ValueType type, void* stream) {

@@ -45,7 +45,7 @@ struct Turned {
   int64_t columns;
 };
 
-constexpr int kTurnSide = 32;     // a block turns a square of this side
+constexpr int kTurnSide = 32;  // a block turns a square of this side
 constexpr int kTurnThreads = 256;
 
 inline int64_t turn_blocks(const Turned& turned) {

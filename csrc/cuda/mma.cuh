@@ -1,6 +1,6 @@
 // Tensor cores: products of small tiles by a warp (mma.sync m16n8k16), and how their operands come
-// out of shared memory (ldmatrix). Everything that the hardware does and plain C++ does not is here,
-// each with a host path for the emulation. Needs sm_80.
+// out of shared memory (ldmatrix). Everything that the hardware does and plain C++ does not is
+// here, each with a host path for the emulation. Needs sm_80.
 #pragma once
 
 #include <cstdint>
@@ -92,7 +92,7 @@ DEQCORE_DEVICE void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], uint32
 template <int kRowBytes>
 struct BankedRows {
   static constexpr int kPieces = kRowBytes / 16;
-  static constexpr int kRowsOfALine = 8 / kPieces;  // a line is all banks once: 128 bytes
+  static constexpr int kRowsOfALine = 8 / kPieces;       // a line is all banks once: 128 bytes
   DEQCORE_DEVICE static int place(int row, int piece) {  // in bytes
     return row * kRowBytes + (piece ^ (row / kRowsOfALine % kPieces)) * 16;
   }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #if defined(EMULATION_ASAN)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(EMULATION_TSAN)
@@ -186,6 +187,10 @@ void start(Fiber& fiber) {
     fiber.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
+#if defined(EMULATION_ASAN)
+  // The fiber before left this stack for good, with frames that never returned.
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+#endif
   fiber.wait = Wait::nothing;
   fiber.block_barriers = fiber.warp_barriers = 0;
   fiber.copies.clear();
