@@ -46,7 +46,7 @@ struct Turned {
 };
 
 constexpr int kTurnSide = 32;  // a block turns a square of this side
-constexpr int kTurnThreads = 256;
+constexpr int kTurnThreads = 128;
 
 inline int64_t turn_blocks(const Turned& turned) {
   return blocks_for(turned.columns, kTurnSide) * (turned.padded / kTurnSide);

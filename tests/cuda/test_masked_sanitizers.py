@@ -13,12 +13,12 @@ from masked_cases import arguments, make
 
 SEEDS = {"address_program": range(2), "thread_program": range(1, 2)}
 CASES = {  # what, path, rows, columns, tokens, sparsity, structure, dtype
-    "large": ("forward", "large", 20, 100, 40, 0.8, None, torch.float32),
-    "medium, transposed": ("input gradient", "medium", 40, 37, 70, 0.7, None, torch.bfloat16),
-    "few": ("forward", "few", 37, 200, 5, 0.9, None, torch.float64),
-    "few, half": ("input gradient", "few", 40, 40, 33, 0.5, None, torch.float16),
+    "large": ("forward", "large", 20, 98, 20, 0.8, None, torch.float32),
+    "medium, transposed": ("input gradient", "medium", 20, 30, 70, 0.7, None, torch.bfloat16),
+    "few": ("forward", "few", 20, 200, 5, 0.9, None, torch.float64),
+    "few, half": ("input gradient", "few", 20, 30, 33, 0.5, None, torch.float16),
     "outer": ("values' gradient", "many", 5, 20, 130, 0.5, None, torch.float32),
-    "outer, half": ("values' gradient", "many", 20, 21, 30, 0.5, None, torch.bfloat16),
+    "outer, half": ("values' gradient", "many", 6, 21, 30, 0.5, None, torch.bfloat16),
     "outer, few": ("values' gradient", "few", 7, 200, 40, 0.8, None, torch.float64),
     "blocks": ("forward", "blocks", 32, 48, 20, 0.3, 16, torch.bfloat16),
     "blocks, transposed": ("input gradient", "few_blocks", 64, 64, 70, 0.5, 32, torch.float16),
@@ -43,8 +43,16 @@ def run_program(program, name: str, seeds=range(2)):
     return done, [tensors[place] for tensors in results]
 
 
-@pytest.mark.parametrize("sanitizer", ["address_program", "thread_program"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "sanitizer"),
+    [
+        (name, sanitizer)
+        for name in CASES
+        for sanitizer in SEEDS
+        # "few" is the same kernel with fewer threads, which cost ThreadSanitizer much.
+        if (name, sanitizer) != ("large", "thread_program")
+    ],
+)
 def test_sanitizers_find_nothing_and_every_order_of_threads_gives_the_same_bits(
     name, sanitizer, emulator, request
 ):
@@ -75,7 +83,7 @@ DEFECTS = {
         "cuda/masked_linear.cu",
         "    wait_for_copies();\n    __syncthreads();",
         "    wait_for_copies();\n",
-        "large",
+        "few",
         "thread",
         "WARNING: ThreadSanitizer: data race",
     ),
