@@ -52,6 +52,22 @@ def test_several_chunks_of_columns_tiles_of_rows_and_of_tokens(emulator, name, p
     check_result(name, make(530, 30, 5, 0.9), dtype, run)
 
 
+def inexact(case: Case) -> Case:
+    """With numbers whose sums have to be rounded, unlike those of the other tests."""
+    tensors = (case.x, case.values, case.bias, case.grad)
+    return Case(case.pattern, *(torch.randn_like(tensor) for tensor in tensors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "path"), WAYS + BLOCK_WAYS)
+def test_sums_are_rounded_no_worse_than_the_references(emulator, name, path, dtype):
+    if (name, path) in BLOCK_WAYS and dtype not in HALVES:
+        pytest.skip("blocks of other types are entries")
+    size = 32 if (name, path) in BLOCK_WAYS else None
+    case = inexact(make(64, 416, 140, 0.5, structure=size))
+    check_result(name, case, dtype, partial(emulate, emulator, name, path, 3))
+
+
 @pytest.mark.parametrize(("name", "path"), WAYS)
 def test_empty_rows_and_columns(emulator, name, path):
     case = make(30, 240, 20, 0.5)
