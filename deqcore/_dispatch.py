@@ -1,9 +1,10 @@
 """Which of two ways of a masked matmul is the faster: a table of measured crossovers.
 
-A table has, for each kind of processor, dtype, op and block size, the least sparsity from which the
-kernels for kept entries beat a dense product, at some numbers of tokens. The one that comes with
-deqcore is in ``_crossovers.py``; ``python -m deqcore.tune`` measures one for this machine and keeps
-it in the user's cache directory, where it takes precedence.
+A table has, for each kind of processor (a CPU's instruction set, or a GPU's name), dtype, op and
+block size, the least sparsity from which the kernels for kept entries beat a dense product, at some
+numbers of tokens. The one that comes with deqcore is in ``_crossovers.py``; ``python -m
+deqcore.tune`` measures one for this machine and keeps it in the user's cache directory, where it
+takes precedence.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ Table = dict[str, dict[str, Line]]  # kind of processor -> "dtype/op/block" -> l
 NEVER = 2.0
 # For a processor that nobody has measured: only where sparse wins on all that were.
 UNKNOWN: Line = [(1, 0.9)]
+# For a GPU that nobody has measured: dense, but where counting (docs/architecture.md) leaves at
+# least a factor of two: many tokens, a weight that fills the device, and a high sparsity.
+_COUNTED_TOKENS = 2048
+_COUNTED_ENTRIES = 2048 * 2048
+_COUNTED_SPARSITY = 0.95
 
 
 def cache_file() -> Path:
@@ -51,6 +57,11 @@ def processor_kind() -> str:
     isa = _kernels.loaded.get("cpu", {}).get("isa", "none")
     bf16 = "-bf16" if torch.cpu._is_avx512_bf16_supported() else ""
     return f"{platform.machine().lower()}-{isa}{bf16}"
+
+
+def gpu_kind(index: int) -> str:
+    """What a table is measured for on a GPU: its name."""
+    return torch.cuda.get_device_name(index)
 
 
 def line_name(dtype: torch.dtype, op: str, block: int) -> str:
@@ -81,14 +92,14 @@ def read_table(path: Path) -> Table:
         return {}
 
 
-def _lines() -> dict[str, Line]:
-    kind = processor_kind()
+def _lines(kind: str) -> dict[str, Line]:
     measured = read_table(cache_file()).get(kind)
     return dict(CROSSOVERS.get(kind, {})) if measured is None else measured
 
 
 # Read once, at import: a traced function must not read files.
-LINES = _lines()
+LINES = _lines(processor_kind())
+_GPU_LINES: dict[int, dict[str, Line]] = {}
 
 
 def prefers_sparse(op: Op, tokens: int, pattern: SparsityPattern, x: Tensor) -> bool:
@@ -96,11 +107,23 @@ def prefers_sparse(op: Op, tokens: int, pattern: SparsityPattern, x: Tensor) -> 
 
     Between two measured numbers of tokens, the higher of their crossovers holds.
     """
-    if x.device.type != "cpu" or not _kernels.CPU_KERNELS:
-        return False
     if pattern.kept == pattern.shape[0] * pattern.shape[1]:
         return False  # the values are the dense weight
-    line = LINES.get(line_name(x.dtype, op, pattern.block), UNKNOWN)
+    name = line_name(x.dtype, op, pattern.block)
+    if x.device.type == "cuda":
+        if not _kernels.CUDA_KERNELS:
+            return False
+        line = _gpu_line(x.device.index or 0, name)
+        if line is None:
+            return _counts_on_sparse(op, tokens, pattern, x.dtype)
+    elif x.device.type == "cpu" and _kernels.CPU_KERNELS:
+        line = LINES.get(name, UNKNOWN)
+    else:
+        return False
+    return pattern.sparsity >= _least_sparsity(line, tokens)
+
+
+def _least_sparsity(line: Line, tokens: int) -> float:
     least = line[0][1]
     for i, (measured, sparsity) in enumerate(line):
         if measured > tokens:
@@ -108,4 +131,31 @@ def prefers_sparse(op: Op, tokens: int, pattern: SparsityPattern, x: Tensor) -> 
                 least = max(least, sparsity)
             break
         least = sparsity
-    return pattern.sparsity >= least
+    return least
+
+
+@torch.compiler.assume_constant_result
+def _gpu_line(index: int, name: str) -> Line | None:
+    """What was measured on a GPU; None if nothing was."""
+    if index not in _GPU_LINES:  # at the first product, since it wakes the driver
+        _GPU_LINES[index] = _lines(gpu_kind(index))
+    return _GPU_LINES[index].get(name)
+
+
+def _counts_on_sparse(op: Op, tokens: int, pattern: SparsityPattern, dtype: torch.dtype) -> bool:
+    if tokens < _COUNTED_TOKENS or pattern.shape[0] * pattern.shape[1] < _COUNTED_ENTRIES:
+        return False
+    if dtype in (torch.bfloat16, torch.float16):  # dense ones run on tensor cores, so must these
+        enough = pattern.block >= (32 if op == "linear" else 64)
+    else:
+        enough = dtype == torch.float64 or not _multiplies_in_tf32()
+    return enough and pattern.sparsity >= _COUNTED_SPARSITY
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_in_tf32() -> bool:
+    """Whether a dense float32 product may use tensor cores, which the kernels here do not."""
+    precision = torch.backends.cuda.matmul.fp32_precision
+    if precision == "none":
+        precision = getattr(torch.backends, "fp32_precision", "none")
+    return precision == "tf32"

@@ -1,5 +1,7 @@
 """`python -m deqcore.tune`: measure where sparse matmuls begin to beat dense ones here.
 
+`--device cuda` measures the current GPU, with TF32 as torch's settings have it.
+
 The table goes into the user's cache directory, where `masked_linear(..., backend="auto")` finds it
 from the next start of Python on.
 """
@@ -26,20 +28,27 @@ from deqcore.sparsity import SparsityPattern
 
 SIZES = (256, 768)  # a crossover must hold at each
 TOKENS = (1, 8, 64, 512)
+GPU_SIZES = (768, 4096)
+GPU_TOKENS = (1, 64, 512, 2048, 8192)
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCKS = (1, 16, 32, 64)
+CPU = torch.device("cpu")
+Clock = Callable[[Callable[[], Tensor], int], float]
 MARGIN = 1.03  # sparse must win by this much, so that noise in a measurement costs nothing
 
 
-def measure(seconds: float, say: Callable[[str], None]) -> dict[str, _dispatch.Line]:
-    """Crossovers of this processor, by line name; ``seconds`` is spent on each comparison."""
+def measure(
+    seconds: float, say: Callable[[str], None], device: torch.device = CPU
+) -> dict[str, _dispatch.Line]:
+    """Crossovers of a device, by line name; ``seconds`` is spent on each comparison."""
     lines: dict[str, _dispatch.Line] = {}
+    numbers = TOKENS if device.type == "cpu" else GPU_TOKENS
     for dtype in DTYPES:
         for block in BLOCKS:
             for op in ("linear", "outer"):
                 name = _dispatch.line_name(dtype, op, block)
-                line = [(n, _crossover(op, n, dtype, block, seconds)) for n in TOKENS]
+                line = [(n, _crossover(op, n, dtype, block, seconds, device)) for n in numbers]
                 lines[name] = line
                 say(f"{name:20} " + "  ".join(f"{n}: {_percent(s)}" for n, s in line))
     return lines
@@ -49,14 +58,17 @@ def _percent(sparsity: float) -> str:
     return "never" if sparsity > 1 else f"{sparsity:.0%}"
 
 
-def _crossover(op: str, tokens: int, dtype: torch.dtype, block: int, seconds: float) -> float:
+def _crossover(
+    op: str, tokens: int, dtype: torch.dtype, block: int, seconds: float, device: torch.device
+) -> float:
     """The least of SPARSITIES from which sparse wins at every size, by bisection."""
+    sizes = SIZES if device.type == "cpu" else GPU_SIZES
     low, high = 0, len(SPARSITIES)  # sparse wins from `high` on, loses below `low`
     while low < high:
         middle = (low + high) // 2
         wins = all(
-            _speedup(op, size, tokens, SPARSITIES[middle], dtype, block, seconds) >= MARGIN
-            for size in SIZES
+            _speedup(op, size, tokens, SPARSITIES[middle], dtype, block, seconds, device) >= MARGIN
+            for size in sizes
         )
         low, high = (low, middle) if wins else (middle + 1, high)
     return SPARSITIES[high] if high < len(SPARSITIES) else _dispatch.NEVER
@@ -64,14 +76,21 @@ def _crossover(op: str, tokens: int, dtype: torch.dtype, block: int, seconds: fl
 
 @torch.no_grad()
 def _speedup(
-    op: str, size: int, tokens: int, sparsity: float, dtype: torch.dtype, block: int, seconds: float
+    op: str,
+    size: int,
+    tokens: int,
+    sparsity: float,
+    dtype: torch.dtype,
+    block: int,
+    seconds: float,
+    device: torch.device,
 ) -> float:
     """Time of dense over time of sparse, median of rounds in which they take turns."""
     generator = torch.Generator().manual_seed(size)
-    pattern = _pattern(size, sparsity, block)
-    values = torch.randn(pattern.kept, generator=generator).to(dtype)
-    x = torch.randn(tokens, size, generator=generator).to(dtype)
-    grad = torch.randn(tokens, size, generator=generator).to(dtype)
+    pattern = _pattern(size, sparsity, block).to(device)
+    values = torch.randn(pattern.kept, generator=generator).to(device, dtype)
+    x = torch.randn(tokens, size, generator=generator).to(device, dtype)
+    grad = torch.randn(tokens, size, generator=generator).to(device, dtype)
     sparse: Callable[[], Tensor]
     dense: Callable[[], Tensor]
     if op == "linear":
@@ -81,7 +100,8 @@ def _speedup(
         outer = torch.ops.deqcore.masked_outer
         sparse = lambda: outer(grad, x, pattern.indices, size, size, block)  # noqa: E731
         dense = lambda: pattern.from_dense(grad.t() @ x)  # noqa: E731
-    return statistics.median(_ratios(dense, sparse, seconds))
+    clock = _cpu_seconds if device.type == "cpu" else _gpu_seconds
+    return statistics.median(_ratios(dense, sparse, seconds, clock))
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,19 +113,30 @@ def _pattern(size: int, sparsity: float, block: int) -> SparsityPattern:
 
 
 def _ratios(
-    dense: Callable[[], Tensor], sparse: Callable[[], Tensor], seconds: float
+    dense: Callable[[], Tensor], sparse: Callable[[], Tensor], seconds: float, clock: Clock
 ) -> Iterator[float]:
-    dense()
-    calls = max(1, math.ceil(seconds / 14 / max(_time(dense, 1), 1e-6)))
+    dense(), sparse()
+    calls = max(1, math.ceil(seconds / 14 / max(clock(dense, 1), 1e-6)))
     for _ in range(7):
-        yield _time(dense, calls) / max(_time(sparse, calls), 1e-9)
+        yield clock(dense, calls) / max(clock(sparse, calls), 1e-9)
 
 
-def _time(run: Callable[[], Tensor], calls: int) -> float:
+def _cpu_seconds(run: Callable[[], Tensor], calls: int) -> float:
     start = time.thread_time()
     for _ in range(calls):
         run()
     return time.thread_time() - start
+
+
+def _gpu_seconds(run: Callable[[], Tensor], calls: int) -> float:
+    """Between two events on the current stream, the waits of launches included."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    for _ in range(calls):
+        run()
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3
 
 
 def _write_json(path: Path, kind: str, lines: dict[str, _dispatch.Line]) -> None:
@@ -129,6 +160,24 @@ def _write_default(kind: str, lines: dict[str, _dispatch.Line]) -> None:
     path.write_text(f"{head}{body}\n")
 
 
+def _missing(device: torch.device) -> str | None:
+    """Why this device cannot be measured, or None."""
+    if device.type == "cpu":
+        return None if _kernels.CPU_KERNELS else f"no CPU kernels: {_kernels.missing['cpu']}"
+    if device.type != "cuda":
+        return f"--device: expected cpu or cuda, got {device}"
+    if not _kernels.CUDA_KERNELS:
+        return f"no CUDA kernels: {_kernels.missing['cuda']}"
+    return None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
+
+
+def _kind(device: torch.device) -> str:
+    if device.type == "cpu":
+        return _dispatch.processor_kind()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _dispatch.gpu_kind(index)
+
+
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(prog="python -m deqcore.tune", description=__doc__)
@@ -139,14 +188,21 @@ def main() -> None:
     parser.add_argument(
         "--as-default", action="store_true", help="write the table that comes with deqcore instead"
     )
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=CPU,
+        help="cpu, or cuda to measure the current GPU (default: %(default)s)",
+    )
     options = parser.parse_args()
-    if not _kernels.CPU_KERNELS:
-        parser.exit(1, f"deqcore.tune: no CPU kernels: {_kernels.missing['cpu']}\n")
+    if problem := _missing(options.device):
+        parser.exit(1, f"deqcore.tune: {problem}\n")
     # One thread: both ways then do the same work per thread, and waiting is not counted.
     torch.set_num_threads(1)
-    kind = _dispatch.processor_kind()
+    kind = _kind(options.device)
     print(f"{kind}: least sparsity at which sparse is faster, by number of tokens")
-    lines = measure(options.seconds, lambda text: print(text, flush=True))
+    say = functools.partial(print, flush=True)
+    lines = measure(options.seconds, say, options.device)
     if options.as_default:
         _write_default(kind, lines)
     else:

@@ -35,7 +35,10 @@ FLAGS = [
     "-Xptxas=-v,-warn-spills",
     "-Werror=all-warnings",
 ]
-OPS = ("anderson_step", "broyden_step")
+OPS = (
+    *("anderson_step", "broyden_step"),
+    *("masked_linear", "masked_outer", "masked_to_dense", "masked_from_dense", "masked_two_four"),
+)
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\w+)'.*?"

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import struct
@@ -21,23 +22,40 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("cuda/anderson_step.cu", "cuda/broyden_step.cu")
+KERNELS = (
+    "cuda/anderson_step.cu",
+    "cuda/broyden_step.cu",
+    "cuda/masked_dense.cu",
+    "cuda/masked_linear.cu",
+    "cuda/masked_linear_blocks.cu",
+    "cuda/masked_outer.cu",
+    "cuda/masked_outer_blocks.cu",
+)
 # Rounding as the kernels ask for it and no other, so that a failure says something about them.
 FLAGS = [
     *["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
     *["-ffp-contract=off", "-fno-omit-frame-pointer"],
 ]
 PATHS = {"warp": 0, "block": 1, "split": 2}
+# Of the masked matmuls, by op.
+MASKED_PATHS = {
+    "masked_linear": {"large": 0, "medium": 1, "few": 2, "blocks": 3, "few_blocks": 4},
+    "masked_outer": {"many": 0, "few": 1, "blocks": 2},
+    "masked_to_dense": {"only": 0},
+    "masked_from_dense": {"only": 0},
+}
 # The op's tensors in the order in which emulate.cpp reads them.
 _ORDER = {
     "anderson_step": [0, 1, 2, 3, 4, 5, 6, 11, 12, 7, 8, 9, 10],
     "broyden_step": [0, 1, 2, 3, 4, 5, 10, 11, 6, 7, 8, 9],
 }
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -79,6 +97,8 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    kept = ROOT / "build" / "emulation" / "objects"
+    kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects = []
         commands = []
@@ -86,13 +106,16 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
         for name in (*KERNELS, "emulation/emulate.cpp", "emulation/cuda_emulation.cpp"):
             runtime = name.startswith("emulation/cuda_emulation")
             flags = how.runtime_flags if runtime else how.kernel_flags
-            objects.append(Path(scratch) / f"{Path(name).stem}.{len(objects)}.o")
             language = ["-x", "c++"] if name.endswith(".cu") else []
             options = [*FLAGS, *flags, *program, f"-I{sources.name}", *language]
-            files = ["-c", f"{sources.name}/{name}", "-o", str(objects[-1])]
-            commands.append([*compiler, *options, *files])
+            command = [*compiler, *options, "-c", f"{sources.name}/{name}"]
+            # By content, so that a copy of the sources with one change compiles what has changed.
+            key = hashlib.sha256(repr((command, _contents(sources, name))).encode()).hexdigest()
+            objects.append(kept / f"{Path(name).stem}-{key[:16]}.o")
+            if not objects[-1].exists():
+                commands.append((command, objects[-1]))
         with ThreadPoolExecutor(_processors()) as pool:
-            list(pool.map(lambda command: _run(command, sources.parent), commands))
+            list(pool.map(lambda work: _compile(*work, sources.parent), commands))
         made = Path(scratch) / "made"
         _run([*compiler, *how.link_flags, *map(str, objects), "-o", str(made)], sources.parent)
         made.replace(target)  # at once, for test workers that build the same
@@ -116,6 +139,26 @@ def _fingerprint(sources: Path, compiler: list[str], how: Flavour) -> str:
         for path in sorted((sources / part).iterdir()):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _contents(sources: Path, name: str) -> dict[str, str]:
+    """A source and every file of ours that it includes, by name."""
+    contents: dict[str, str] = {}
+    names = [name]
+    while names:
+        name = names.pop()
+        if name in contents:
+            continue
+        contents[name] = (sources / name).read_text()
+        names += [n for n in _INCLUDE.findall(contents[name]) if (sources / n).exists()]
+    return dict(sorted(contents.items()))
+
+
+def _compile(command: Sequence[str], target: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        _run([*command, "-o", str(made)], folder)
+        made.replace(target)
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
@@ -149,27 +192,51 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.emulate.restype = ctypes.c_char_p
+        self.traffic = Traffic(0, 0, 0, 0)
 
     def step(self, op: str, path: str, seed: int = 1) -> Callable[..., Traffic]:
         """The op ``deqcore::<op>`` on one of the three paths, with threads in a random order."""
 
         def run(*args: Tensor | float) -> Traffic:
-            pointers, ints, doubles = _arguments(op, path, args)
-            addresses = [0 if t is None else t.data_ptr() for t in pointers]
-            message = self._library.emulate(
-                op.encode(),
-                ctypes.c_uint64(seed),
-                (ctypes.c_void_p * len(addresses))(*addresses),
-                (ctypes.c_int64 * len(ints))(*ints),
-                (ctypes.c_double * len(doubles))(*doubles),
-            )
-            if message:
-                raise EmulationError(message.decode())
-            counts = (ctypes.c_int64 * 4)()
-            self._library.emulate_statistics(counts)
-            return Traffic(*counts)
+            return self.run(op, seed, *_arguments(op, path, args))
 
         return run
+
+    def masked(self, op: str, path: str, seed: int = 1) -> Callable[..., Tensor]:
+        """``deqcore::masked_linear`` or ``masked_outer`` on one of its paths.
+
+        What the last call did is then in ``self.traffic``.
+        """
+
+        def run(*args: Any) -> Tensor:
+            out, pointers, ints = masked_arguments(op, path, *args)
+            self.traffic = self.run(op, seed, pointers, ints, [])
+            return out
+
+        return run
+
+    def run(
+        self,
+        op: str,
+        seed: int,
+        pointers: Sequence[Tensor | None],
+        ints: Sequence[int],
+        doubles: Sequence[float],
+    ) -> Traffic:
+        """One case with arguments as csrc/emulation/emulate.cpp reads them."""
+        addresses = [0 if t is None else t.data_ptr() for t in pointers]
+        message = self._library.emulate(
+            op.encode(),
+            ctypes.c_uint64(seed),
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            (ctypes.c_int64 * len(ints))(*ints),
+            (ctypes.c_double * len(doubles))(*doubles),
+        )
+        if message:
+            raise EmulationError(message.decode())
+        counts = (ctypes.c_int64 * 4)()
+        self._library.emulate_statistics(counts)
+        return Traffic(*counts)
 
 
 def run_program(
@@ -180,6 +247,25 @@ def run_program(
     The tensors come in the order of the arguments, None where the kernels get none.
     """
     pointers, ints, doubles = _arguments(op, path, args)
+    done, results = run_case(program, op, pointers, ints, doubles, seeds)
+    ordered = []
+    for result in results:
+        tensors: list[Tensor | None] = [None] * len(result)
+        for index, tensor in zip(_ORDER[op], result, strict=True):
+            tensors[index] = tensor
+        ordered.append(tensors)
+    return done, ordered
+
+
+def run_case(
+    program: Path,
+    op: str,
+    pointers: Sequence[Tensor | None],
+    ints: Sequence[int],
+    doubles: Sequence[float],
+    seeds: Sequence[int],
+) -> tuple[subprocess.CompletedProcess[str], list[list[Tensor | None]]]:
+    """The same for arguments as csrc/emulation/emulate.cpp reads them."""
     case = bytearray()
     case += struct.pack("q", len(op)) + op.encode() + struct.pack("q", len(pointers))
     for tensor in pointers:
@@ -202,21 +288,20 @@ def run_program(
             env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"},
         )
         content = result.read_bytes() if done.returncode == 0 else b""
-    return done, _results(op, pointers, content)
+    return done, _results(pointers, content)
 
 
-def _results(
-    op: str, pointers: Sequence[Tensor | None], content: bytes
-) -> list[list[Tensor | None]]:
+def _results(pointers: Sequence[Tensor | None], content: bytes) -> list[list[Tensor | None]]:
     results, at = [], 0
     while at < len(content):
-        tensors: list[Tensor | None] = [None] * len(pointers)
-        for index, tensor in zip(_ORDER[op], pointers, strict=True):
+        tensors: list[Tensor | None] = []
+        for tensor in pointers:
             if tensor is None:
+                tensors.append(None)
                 continue
             size = tensor.numel() * tensor.element_size()
             flat = torch.frombuffer(bytearray(content[at : at + size] or b"\0"), dtype=torch.uint8)
-            tensors[index] = flat[:size].view(tensor.dtype).reshape(tensor.shape)
+            tensors.append(flat[:size].view(tensor.dtype).reshape(tensor.shape))
             at += size
         results.append(tensors)
     return results
@@ -260,6 +345,48 @@ def _arguments(
     if f.dtype == x.dtype:
         tensors[z_next] = None
     return [tensors[i] for i in _ORDER[op]], ints, doubles
+
+
+def masked_arguments(
+    op: str, path: str, *args: Any
+) -> tuple[Tensor, list[Tensor | None], list[int]]:
+    """The op's result, to be written, and its arguments as emulate.cpp reads them."""
+    first = args[0]
+    transposed = False
+    tokens: list[int] = [len(first)]
+    if op == "masked_linear":
+        _, values, pattern, bias, rows, columns, block, transposed, _ = args
+        shape = (len(first), columns if transposed else rows)
+        operands = [first, values, bias]
+    elif op == "masked_outer":
+        _, right, pattern, rows, columns, block = args
+        shape = (_kept(pattern, rows, columns),)
+        operands = [first, right]
+    else:
+        pattern, block, tokens = args[1], 1, []
+        rows, columns = args[2:] if op == "masked_to_dense" else first.shape
+        shape = (rows, columns) if op == "masked_to_dense" else (_kept(pattern, rows, columns),)
+        operands = [first]
+    out = first.new_empty(shape)
+    head = [TYPES[first.dtype], MASKED_PATHS[op][path]]
+    entries, sizes = _entries(pattern, rows, columns, transposed)
+    pointers = [None if t is None else t.contiguous() for t in [*operands, out, *entries]]
+    return out, pointers, [*head, *sizes, block, *tokens]
+
+
+def _kept(pattern: Tensor, rows: int, columns: int) -> int:
+    return (len(pattern) - rows - columns - 2) // 3
+
+
+def _entries(
+    pattern: Tensor, rows: int, columns: int, transposed: bool
+) -> tuple[list[Tensor | None], list[int]]:
+    """Offsets, columns and positions of the kept entries; then rows, columns and their number."""
+    kept = _kept(pattern, rows, columns)
+    by_row, by_column = pattern.split([rows + 1 + kept, columns + 1 + 2 * kept])
+    if transposed:
+        return list(by_column.split([columns + 1, kept, kept])), [columns, rows, kept]
+    return [*by_row.split([rows + 1, kept]), None], [rows, columns, kept]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Small steps on every path of the CUDA kernels, for a sanitizer to watch.
+"""Small cases on every path of the CUDA kernels, for a sanitizer to watch.
 
     compute-sanitizer --tool memcheck python tools/gpu_cases.py
 
@@ -16,13 +16,27 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "ops")]
+sys.path[:0] = [str(ROOT / part) for part in (".", "tests", "tests/ops", "tests/masked")]
 
+from masked_cases import NAMES, check_result, run_op_on  # noqa: E402
+from masked_cases import make as masked_case  # noqa: E402
 from step_cases import anderson_case, broyden_case  # noqa: E402
 from step_checks import check_kernel_against_float64  # noqa: E402
 
 # Rows of a warp, of a block, of several chunks; aligned and not; one pass over the history or more.
 SHAPES = [(6, 130, 5), (5, 64, 20), (3, 1100, 7), (3, 1029, 40), (2, 8196, 5), (2, 9001, 12)]
+# Rows, columns, tokens, sparsity and blocks of masked matmuls: few and many tokens, several tiles
+# of rows, tokens and columns; nothing kept; one large enough for the path of large products.
+MASKED = [
+    (37, 53, 5, 0.5, None),
+    (300, 850, 140, 0.9, None),
+    (33, 20, 70, 1.0, None),
+    (4096, 40, 2049, 0.99, None),
+    (48, 64, 70, 0.5, 16),
+    (64, 96, 300, 0.5, 32),
+    (128, 192, 30, 0.5, 64),
+    (4096, 128, 1030, 0.97, 64),
+]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -40,7 +54,12 @@ def main() -> None:
                 case = make(batch, dim, memory, dtype, 10 + index)
                 check_kernel_against_float64(case, device)
                 cases += 1
-    print(f"{cases} steps on {device} are as exact as their references")
+    for index, shape in enumerate(MASKED):
+        for dtype in (DTYPES[index % 2], DTYPES[2 + index % 2]):
+            for name in NAMES:
+                check_result(name, masked_case(*shape), dtype, partial(run_op_on, device, name))
+                cases += 1
+    print(f"{cases} cases on {device} are as exact as their references")
 
 
 if __name__ == "__main__":

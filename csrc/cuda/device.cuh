@@ -13,10 +13,12 @@
 
 namespace deqcore::cuda {
 
+constexpr int64_t kSharedWithoutAsking = 48 * 1024;  // bytes that a block gets from any GPU
+
 #if defined(__CUDACC__)
 
 // The block's dynamic shared memory, whose size the launch gives.
-#define DEQCORE_SHARED_DOUBLES(name) extern __shared__ double name[]
+#define DEQCORE_SHARED_DOUBLES(name) extern __shared__ __align__(16) double name[]
 
 using Stream = cudaStream_t;
 
@@ -25,10 +27,29 @@ template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
                    Stream stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) return "too many blocks: the batch is too large for one launch";
+  if (shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would report it
+      return "this GPU has too little shared memory for a block";
+    }
+  }
   kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream>>>(
       arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Null if the current GPU has asynchronous copies and tensor cores for bfloat16; else what to do.
+inline const char* check_gpu() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    return "cannot ask the GPU for its compute capability";
+  }
+  return major >= 8 ? nullptr
+                    : "needs a GPU of compute capability 8.0 or later; use backend='dense'";
 }
 
 // The emulation counts the traffic of the state-sized tensors here.
@@ -46,6 +67,8 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
                    Stream, const Arguments&... arguments) {
   return ::emulation::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
+
+inline const char* check_gpu() { return nullptr; }
 
 inline void count_read(int bytes, bool again) { ::emulation::count_read(bytes, again); }
 inline void count_write(int bytes) { ::emulation::count_write(bytes); }

@@ -17,8 +17,8 @@ namespace deqcore::cuda {
 inline void check_device(const Tensor& x, std::initializer_list<const Tensor*> others) {
   for (const Tensor* other : others) {
     STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == x.get_device_index(),
-                    "expected all tensors of a step on one GPU, that of x (cuda:",
-                    x.get_device_index(), "), got one of shape ", shape_text(*other), " on ",
+                    "expected all tensors on one GPU, that of x (cuda:", x.get_device_index(),
+                    "), got one of shape ", shape_text(*other), " on ",
                     other->is_cuda() ? "another GPU" : "the CPU");
   }
 }
@@ -35,6 +35,13 @@ class OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+
+// x itself, or a copy: its elements side by side and, for packs of them, at a multiple of 16 bytes.
+inline Tensor contiguous_and_aligned(const Tensor& x) {
+  const Tensor whole = torch::stable::contiguous(x);
+  const bool aligned = reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0;
+  return aligned ? whole : torch::stable::clone(whole);
+}
 
 // Device memory from torch's allocator, which gives it back in the order of the stream.
 class Workspace {

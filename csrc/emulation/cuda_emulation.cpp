@@ -15,6 +15,7 @@
 #include <vector>
 
 #if defined(EMULATION_ASAN)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(EMULATION_TSAN)
@@ -39,7 +40,9 @@ uint64_t seed = 0;
 namespace {
 
 constexpr int kWarp = 32;
+constexpr int kMostWords = 3;  // of 8 bytes, that a lane brings
 constexpr size_t kStackBytes = 256 * 1024;
+constexpr int64_t kMostShared = 99 * 1024;  // of a block, on every GPU from sm_80 on
 
 enum class Wait { nothing, block, warp, operation, left };
 
@@ -60,6 +63,10 @@ struct Fiber {
   int operand = 0;
   uint64_t value = 0;                              // in, then out
   unsigned block_barriers = 0, warp_barriers = 0;  // met so far
+  std::vector<Copy> copies;                        // asked for and not awaited
+  uint64_t brought[kMostWords] = {};               // by this lane to its warp
+  uint64_t gathered[kWarp * kMostWords] = {};      // and what all lanes have brought
+  int words = 0;
 };
 
 struct Scheduler {
@@ -155,11 +162,20 @@ void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
 
 void yield(bool for_good = false) { switch_to(*scheduler.running, scheduler.host, for_good); }
 
+std::string name_of(int thread) {
+  return "thread " + std::to_string(thread) + " of block " + std::to_string(block_index.x);
+}
+
+void fail(const std::string& what) {
+  if (scheduler.error.empty()) scheduler.error = what;
+}
+
 void fiber_main() {
   Fiber& self = *scheduler.running;
   finish_switch(self);
   leave_from(start_object());
   (*scheduler.kernel)();
+  if (!self.copies.empty()) fail(name_of(self.index) + " left with copies that it has not awaited");
   arrive_at(end_object());
   self.wait = Wait::left;
   yield(/*for_good=*/true);
@@ -171,8 +187,13 @@ void start(Fiber& fiber) {
     fiber.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
+#if defined(EMULATION_ASAN)
+  // The fiber before left this stack for good, with frames that never returned.
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+#endif
   fiber.wait = Wait::nothing;
   fiber.block_barriers = fiber.warp_barriers = 0;
+  fiber.copies.clear();
   fiber.fake_stack = nullptr;
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 2;
@@ -209,14 +230,6 @@ void end(Fiber& fiber) {
 #endif
 }
 
-std::string name_of(int thread) {
-  return "thread " + std::to_string(thread) + " of block " + std::to_string(block_index.x);
-}
-
-void fail(const std::string& what) {
-  if (scheduler.error.empty()) scheduler.error = what;
-}
-
 void make_ready(Fiber& fiber) {
   fiber.wait = Wait::nothing;
   scheduler.ready.push_back(fiber.index);
@@ -243,6 +256,8 @@ uint64_t result_of(const Fiber& lane, const std::vector<uint64_t>& values) {
         if (lane.mask >> i & 1 && values[i] != 0) votes |= uint64_t{1} << i;
       }
       return votes;
+    case WarpOperation::gather:
+      return 0;
     case WarpOperation::shuffle:
     case WarpOperation::shuffle_xor:
       break;
@@ -255,6 +270,20 @@ uint64_t result_of(const Fiber& lane, const std::vector<uint64_t>& values) {
     return 0;
   }
   return values[source];
+}
+
+// Word by word, which no compiler turns into a call of memcpy: ThreadSanitizer watches that one,
+// and would take for a race of the kernel what the scheduler does.
+void copy_words(volatile uint64_t* to, const volatile uint64_t* from, int words) {
+  for (int i = 0; i < words; ++i) to[i] = from[i];
+}
+
+void gather(Fiber* warp) {
+  for (int to = 0; to < kWarp; ++to) {
+    for (int from = 0; from < kWarp; ++from) {
+      copy_words(warp[to].gathered + from * warp[to].words, warp[from].brought, warp[to].words);
+    }
+  }
 }
 
 // Lets a warp's lanes go on if all lanes of the mask wait for the same operation.
@@ -284,6 +313,7 @@ void complete_warp(const Fiber& last) {
     if (!(last.mask >> i & 1)) continue;
     if (last.wait == Wait::operation) warp[i].value = result_of(warp[i], values);
   }
+  if (last.wait == Wait::operation && last.operation == WarpOperation::gather) gather(warp);
   for (int i = 0; i < kWarp; ++i) {
     if (last.mask >> i & 1) make_ready(warp[i]);
   }
@@ -372,6 +402,14 @@ void count_write(int bytes) { traffic.written += bytes; }
 
 double* shared_doubles() { return scheduler.shared; }
 
+void copy_later(void* to, const void* from) { scheduler.running->copies.push_back({to, from}); }
+
+std::vector<Copy> take_copies() {
+  std::vector<Copy> copies;
+  copies.swap(scheduler.running->copies);
+  return copies;
+}
+
 void sync_block() {
   Fiber& self = *scheduler.running;
   self.wait = Wait::block;
@@ -406,6 +444,17 @@ uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, 
   return self.value;
 }
 
+const uint64_t* gather_warp(const uint64_t* own, int words) {
+  Fiber& self = *scheduler.running;
+  if (words > kMostWords) std::abort();
+  self.words = words;
+  copy_words(self.brought, own, words);
+  warp_operation(WarpOperation::gather, 0xffffffffu, 0, 0);
+  return self.gathered;
+}
+
+void complain(const char* what) { fail(name_of(scheduler.running->index) + " " + what); }
+
 float half_to_float(uint16_t bits) {
   _Float16 half;
   std::memcpy(&half, &bits, sizeof(half));
@@ -426,7 +475,7 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
   scheduler.threads = threads;
   scheduler.kernel = &kernel;
   scheduler.random = seed * 2 + 1;
-  if (blocks > INT32_MAX || threads > 1024 || threads % kWarp != 0 || shared_bytes > 48 * 1024) {
+  if (blocks > INT32_MAX || threads > 1024 || threads % kWarp != 0 || shared_bytes > kMostShared) {
     return "a launch that no GPU would take";
   }
   while (static_cast<int>(scheduler.fibers.size()) < threads) scheduler.fibers.emplace_back();

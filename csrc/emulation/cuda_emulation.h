@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __host__
 #define __device__
@@ -48,13 +49,28 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
 // The block's shared memory: exactly the bytes of the launch, so that a sanitizer sees their end.
 double* shared_doubles();
 
+// A copy to shared memory that may arrive as late as when its thread waits for it; and here does.
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+void copy_later(void* to, const void* from);
+std::vector<Copy> take_copies();
+
 void sync_block();
 void sync_warp(unsigned mask);
 
-enum class WarpOperation { shuffle, shuffle_xor, ballot };
+enum class WarpOperation { shuffle, shuffle_xor, ballot, gather };
 // Meets the lanes of `mask`; the result is the value of lane `operand`, of this lane ^ `operand`,
 // or a bit for each lane with a value other than zero.
 uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, int operand);
+
+// Meets the whole warp: at most three words from each lane, lane after lane. Good until the next
+// gathering.
+const uint64_t* gather_warp(const uint64_t* own, int words);
+
+// Stops the launch with a message about the thread that runs.
+void complain(const char* what);
 
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);

@@ -8,6 +8,9 @@
 
 #include "cuda/anderson_step.h"
 #include "cuda/broyden_step.h"
+#include "cuda/masked_dense.h"
+#include "cuda/masked_linear.h"
+#include "cuda/masked_outer.h"
 #include "emulation/cuda_emulation.h"
 
 namespace {
@@ -47,6 +50,17 @@ struct Reader {
     int32_t* const counters = pointer<int32_t>();
     double* const residuals = pointer<double>();
     return {status, counters, residuals, pointer<int32_t>()};
+  }
+  SparseRows pattern() {
+    SparseRows out{};
+    out.offsets = pointer<int32_t>();
+    out.columns = pointer<int32_t>();
+    out.position = pointer<int32_t>();
+    out.rows = integer();
+    out.width = integer();
+    out.kept = integer();
+    out.block = integer();
+    return out;
   }
   RowLimits limits() {
     const double rtol = real(), atol = real();
@@ -107,6 +121,43 @@ const char* run_broyden(Reader in) {
   return cuda::broyden_step(args, type, path, workspace.get(), nullptr);
 }
 
+const char* run_masked_linear(Reader in) {
+  const auto type = static_cast<ValueType>(in.integer());
+  const auto path = static_cast<cuda::LinearPath>(in.integer());
+  cuda::MaskedLinearArgs args{};
+  args.x = in.pointer<void>();
+  args.values = in.pointer<void>();
+  args.bias = in.pointer<void>();
+  args.y = in.pointer<void>();
+  args.weight = in.pattern();
+  args.tokens = in.integer();
+  const Workspace workspace(cuda::masked_linear_workspace_bytes(args, type, path));
+  return cuda::masked_linear(args, type, path, workspace.get(), nullptr);
+}
+
+const char* run_masked_outer(Reader in) {
+  const auto type = static_cast<ValueType>(in.integer());
+  const auto path = static_cast<cuda::OuterPath>(in.integer());
+  cuda::MaskedOuterArgs args{};
+  args.left = in.pointer<void>();
+  args.right = in.pointer<void>();
+  args.values = in.pointer<void>();
+  args.entries = in.pattern();
+  args.tokens = in.integer();
+  const Workspace workspace(cuda::masked_outer_workspace_bytes(args, type, path));
+  return cuda::masked_outer(args, type, path, workspace.get(), nullptr);
+}
+
+const char* run_masked_dense(bool to_dense, Reader in) {
+  const auto type = static_cast<ValueType>(in.integer());
+  in.integer();  // there is one path
+  const void* const from = in.pointer<void>();
+  void* const to = in.pointer<void>();
+  const SparseRows entries = in.pattern();
+  return (to_dense ? cuda::masked_to_dense : cuda::masked_from_dense)(entries, from, to, type,
+                                                                      nullptr);
+}
+
 }  // namespace
 
 // Runs one step with the given seed; null, or what a kernel did wrong.
@@ -118,6 +169,10 @@ extern "C" const char* emulate(const char* op, uint64_t seed, void** pointers, c
   const Reader in{pointers, ints, doubles};
   if (std::strcmp(op, "anderson_step") == 0) return run_anderson(in);
   if (std::strcmp(op, "broyden_step") == 0) return run_broyden(in);
+  if (std::strcmp(op, "masked_linear") == 0) return run_masked_linear(in);
+  if (std::strcmp(op, "masked_outer") == 0) return run_masked_outer(in);
+  if (std::strcmp(op, "masked_to_dense") == 0) return run_masked_dense(true, in);
+  if (std::strcmp(op, "masked_from_dense") == 0) return run_masked_dense(false, in);
   return "unknown op";
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,26 +65,40 @@ def make(
 Run = Callable[[Case], Tensor]
 
 
-def _linear(op: Callable[..., Tensor], transposed: bool) -> Run:
-    def run(case: Case) -> Tensor:
-        p = case.pattern
-        x, bias = (case.grad, None) if transposed else (case.x, case.bias)
-        return op(x, case.values, p.indices, bias, *p.shape, p.block, transposed, False)
-
-    return run
+NAMES = ("forward", "input gradient", "values' gradient")
 
 
-def _outer(op: Callable[..., Tensor]) -> Run:
-    return lambda c: op(c.grad, c.x, c.pattern.indices, *c.pattern.shape, c.pattern.block)
+def arguments(name: str, case: Case) -> tuple[str, tuple[Any, ...]]:
+    """The op that computes it, and its arguments."""
+    p = case.pattern
+    if name == "values' gradient":
+        return "masked_outer", (case.grad, case.x, p.indices, *p.shape, p.block)
+    transposed = name == "input gradient"
+    x, bias = (case.grad, None) if transposed else (case.x, case.bias)
+    layout = (*p.shape, p.block, transposed, False)
+    return "masked_linear", (x, case.values, p.indices, bias, *layout)
+
+
+def reference(name: str, case: Case) -> Tensor:
+    """In the case's dtype, in pure PyTorch."""
+    op, args = arguments(name, case)
+    return (outer_op if op == "masked_outer" else linear_op).reference(*args)
+
+
+def run_op(name: str, case: Case) -> Tensor:
+    op, args = arguments(name, case)
+    return getattr(torch.ops.deqcore, op)(*args)
+
+
+def run_op_on(device: torch.device, name: str, case: Case) -> Tensor:
+    """The op on a copy of the case on a device; the result is back on the CPU."""
+    tensors = (case.x, case.values, case.bias, case.grad)
+    moved = Case(case.pattern.to(device), *(tensor.to(device) for tensor in tensors))
+    return run_op(name, moved).cpu()
 
 
 def operations() -> dict[str, tuple[Run, Run]]:
-    ops = torch.ops.deqcore
-    return {
-        "forward": (_linear(ops.masked_linear, False), _linear(linear_op.reference, False)),
-        "input gradient": (_linear(ops.masked_linear, True), _linear(linear_op.reference, True)),
-        "values' gradient": (_outer(ops.masked_outer), _outer(outer_op.reference)),
-    }
+    return {name: (partial(run_op, name), partial(reference, name)) for name in NAMES}
 
 
 def oracle(name: str, case: Case) -> Tensor:
@@ -97,10 +113,14 @@ def oracle(name: str, case: Case) -> Tensor:
 
 def check(name: str, case: Case, dtype: torch.dtype) -> None:
     """The kernel's error is at most twice that of the reference in the same dtype, plus a floor."""
-    op, reference = operations()[name]
+    check_result(name, case, dtype, partial(run_op, name))
+
+
+def check_result(name: str, case: Case, dtype: torch.dtype, op: Run) -> None:
+    """The same for any function of a case that should compute it."""
     case = case.to(dtype)
     exact = oracle(name, case)
-    ours, theirs = op(case), reference(case)
+    ours, theirs = op(case), reference(name, case)
     assert ours.dtype == dtype
     assert ours.shape == exact.shape
     if not ours.numel():

@@ -56,6 +56,85 @@ def test_without_kernels_dense_is_used(line: None, monkeypatch: pytest.MonkeyPat
     assert not _dispatch.prefers_sparse("linear", 8, pattern(0.99), torch.zeros(1))
 
 
+class OnGpu:
+    """What the choice looks at in a CUDA tensor."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, _dispatch.Line]:
+    """A GPU whose table the test fills in."""
+    lines: dict[str, _dispatch.Line] = {}
+    monkeypatch.setattr(_kernels, "CUDA_KERNELS", True)
+    monkeypatch.setattr(_dispatch, "_GPU_LINES", {0: lines})
+    return lines
+
+
+def large(sparsity: float, structure: int | None = None) -> SparsityPattern:
+    """2048 x 2048."""
+    mask = torch.rand(32, 32) >= sparsity
+    mask = mask.repeat_interleave(64, 0).repeat_interleave(64, 1)
+    return SparsityPattern.from_mask(mask, structure=structure)
+
+
+def test_an_unmeasured_gpu_multiplies_densely_but_where_counting_leaves_a_margin(
+    gpu: dict[str, _dispatch.Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prefers(pattern: SparsityPattern, dtype: torch.dtype, op: Any = "linear", n: int = 8192):
+        return _dispatch.prefers_sparse(op, n, pattern, OnGpu(dtype))  # type: ignore[arg-type]
+
+    high, blocks = large(0.97), large(0.97, 64)
+    assert high.sparsity > 0.95
+    assert prefers(high, torch.float32)
+    assert prefers(high, torch.float64, "outer")
+    assert prefers(blocks, torch.bfloat16)
+    assert not prefers(high, torch.bfloat16)  # unstructured, against tensor cores
+    assert not prefers(large(0.97, 16), torch.bfloat16)
+    assert not prefers(large(0.97, 32), torch.float16, "outer")
+    assert not prefers(large(0.8), torch.float32)
+    assert not prefers(high, torch.float32, n=64)
+    assert not prefers(pattern(0.99), torch.float32)
+    monkeypatch.setattr(_dispatch, "_multiplies_in_tf32", lambda: True)
+    assert not prefers(high, torch.float32)
+    assert prefers(high, torch.float64)
+    monkeypatch.setattr(_kernels, "CUDA_KERNELS", False)
+    assert not prefers(high, torch.float64)
+
+
+def test_a_gpu_s_table_decides_where_there_is_one(gpu: dict[str, _dispatch.Line]) -> None:
+    gpu[F32] = [(1, 2.0), (64, 0.4)]
+    x: Any = OnGpu(torch.float32)
+    assert not _dispatch.prefers_sparse("linear", 8, pattern(0.9), x)
+    assert _dispatch.prefers_sparse("linear", 64, pattern(0.5), x)
+    assert not _dispatch.prefers_sparse("linear", 64, pattern(0.3), x)
+
+
+def test_tf32_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _dispatch._multiplies_in_tf32()
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert _dispatch._multiplies_in_tf32()
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_tune_says_why_a_gpu_cannot_be_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(_kernels, "CUDA_KERNELS", False)
+    monkeypatch.setitem(_kernels.missing, "cuda", "no nvcc")
+    monkeypatch.setattr("sys.argv", ["tune", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert "no CUDA kernels: no nvcc" in capsys.readouterr().err
+
+
 def test_default_table_is_well_formed() -> None:
     assert CROSSOVERS
     for lines in CROSSOVERS.values():

@@ -1,0 +1,52 @@
+// Binding of masked_linear for CUDA tensors.
+#include "cuda/masked_linear.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "cuda/launch_binding.h"
+#include "ops/masked_binding.h"
+
+namespace deqcore::cuda {
+namespace {
+
+Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pattern,
+                        std::optional<Tensor> bias, int64_t rows, int64_t columns, int64_t block,
+                        bool transposed, bool /*dense_outer: of the derivative*/) {
+  check_device(x, {&x, &values, &pattern});
+  const ValueType type = value_type(values, "values");
+  STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
+  const SparseRows weight = read_pattern(pattern, values.size(0), rows, columns, block, transposed);
+  check_matrix(x, "x", values.scalar_type(), weight.width);
+  if (bias) {
+    check_device(x, {&*bias});
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.rows &&
+                        bias->scalar_type() == values.scalar_type(),
+                    "bias: expected ", weight.rows, " numbers of the values' dtype");
+  }
+  const OnDeviceOf device(x);
+  const Tensor inputs = contiguous_and_aligned(x), kept = contiguous_and_aligned(values);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.rows});
+  const MaskedLinearArgs args{
+      .x = inputs.const_data_ptr(),
+      .values = kept.const_data_ptr(),
+      .bias = bias ? bias->const_data_ptr() : nullptr,
+      .y = y.mutable_data_ptr(),
+      .weight = weight,
+      .tokens = x.size(0),
+  };
+  const LinearPath path = masked_linear_path(args, type);
+  const Workspace workspace(x, masked_linear_workspace_bytes(args, type, path));
+  check_launch("masked_linear", masked_linear(args, type, path, workspace.get(), device.stream()));
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deqcore, CUDA, m) {
+  m.impl("masked_linear", TORCH_BOX(&masked_linear_op));
+}
+
+}  // namespace deqcore::cuda

@@ -1,0 +1,41 @@
+// The launchers of masked_linear's CUDA kernels; no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/masked.h"
+
+namespace deqcore::cuda {
+
+// y [tokens, weight.rows] = x [tokens, weight.width] weight^T + bias; all of one type.
+struct MaskedLinearArgs {
+  const void* x;
+  const void* values;  // [weight.kept]
+  const void* bias;    // [weight.rows], or null
+  void* y;
+  SparseRows weight;
+  int64_t tokens;
+};
+
+// How many tokens a block takes, and how many rows: a matter of speed. The bits are the same, since
+// each entry of y is summed by one thread in the order of the columns; those of the blocks' paths
+// are others. Blocks of bfloat16 and float16 go to tensor cores; of other types they are entries.
+enum class LinearPath { large, medium, few, blocks, few_blocks };
+
+LinearPath masked_linear_path(const MaskedLinearArgs& args, ValueType type);
+
+// Bytes of scratch memory, aligned to 16, that the product needs on the device.
+int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType type,
+                                      LinearPath path);
+
+// Queues the product on `stream` (a cudaStream_t). Null, or what went wrong.
+const char* masked_linear(const MaskedLinearArgs& args, ValueType type, LinearPath path,
+                          void* workspace, void* stream);
+
+// The blocks' paths, which masked_linear takes when told to: whether these arguments allow it, and
+// the launcher.
+bool masked_linear_has_blocks(const MaskedLinearArgs& args, ValueType type);
+const char* masked_linear_blocks(const MaskedLinearArgs& args, ValueType type, bool few_tokens,
+                                 void* stream);
+
+}  // namespace deqcore::cuda

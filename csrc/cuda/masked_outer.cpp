@@ -1,0 +1,42 @@
+// Binding of masked_outer for CUDA tensors.
+#include "cuda/masked_outer.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/launch_binding.h"
+#include "ops/masked_binding.h"
+
+namespace deqcore::cuda {
+namespace {
+
+Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pattern, int64_t rows,
+                       int64_t columns, int64_t block) {
+  check_device(left, {&left, &right, &pattern});
+  const ValueType type = value_type(left, "left");
+  const int64_t kept = (pattern.numel() - rows - columns - 2) / 3;
+  const SparseRows entries = read_pattern(pattern, kept, rows, columns, block, false);
+  check_matrix(left, "left", left.scalar_type(), rows);
+  check_matrix(right, "right", left.scalar_type(), columns);
+  STD_TORCH_CHECK(right.size(0) == left.size(0), "right: expected ", left.size(0),
+                  " tokens like left, got ", right.size(0));
+  const OnDeviceOf device(left);
+  const Tensor lefts = contiguous_and_aligned(left), rights = contiguous_and_aligned(right);
+  Tensor values = torch::stable::new_empty(left, {kept});
+  const MaskedOuterArgs args{
+      .left = lefts.const_data_ptr(),
+      .right = rights.const_data_ptr(),
+      .values = values.mutable_data_ptr(),
+      .entries = entries,
+      .tokens = left.size(0),
+  };
+  const OuterPath path = masked_outer_path(args, type);
+  const Workspace workspace(left, masked_outer_workspace_bytes(args, type, path));
+  check_launch("masked_outer", masked_outer(args, type, path, workspace.get(), device.stream()));
+  return values;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deqcore, CUDA, m) { m.impl("masked_outer", TORCH_BOX(&masked_outer_op)); }
+
+}  // namespace deqcore::cuda

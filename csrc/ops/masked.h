@@ -1,0 +1,21 @@
+// What the kernels of the masked matmuls share with their bindings, on every device. No torch.
+#pragma once
+
+#include <cstdint>
+
+namespace deqcore {
+
+enum class ValueType { f64, f32, bf16, f16 };  // of tensors; sums are f64 for f64, else f32
+
+// The kept entries of a matrix in compressed sparse rows: of the weight, or of its transpose.
+struct SparseRows {
+  const int32_t* offsets;   // [rows + 1]
+  const int32_t* columns;   // [kept], ascending within a row
+  const int32_t* position;  // [kept] where each entry's value is; null: in this order
+  int64_t rows;
+  int64_t width;  // number of columns
+  int64_t kept;
+  int64_t block;  // 1, or 16, 32, 64: the entries are whole aligned blocks of that size
+};
+
+}  // namespace deqcore
