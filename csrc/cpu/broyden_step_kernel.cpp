@@ -45,6 +45,12 @@ const X* widened(const T* __restrict from, int count, X* __restrict room) {
   }
 }
 
+// Whether the steps of a row come from memory at each pass: then they are asked for ahead.
+template <typename S>
+bool beyond_cache(const BroydenArgs& args, int64_t stored) {
+  return stored * args.dim * static_cast<int64_t>(sizeof(S)) > kCacheable;
+}
+
 // Phase 1 on [begin, end) of a row. sums: |g|^2, |f|^2, then s_j . g and s_j . s_newest for each j.
 template <typename X, typename F, typename S>
 void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, double* sums) {
@@ -54,6 +60,7 @@ void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, doub
   std::fill_n(lanes, (2 * stored + 2) * kLanes, 0.0);
   alignas(64) X g[kBlock], wide_f[kBlock], wide_newest[kBlock];
   const S* steps[kBroydenMaxMemory];
+  const bool ahead = beyond_cache<S>(args, stored);
   for (int64_t first = begin; first < end; first += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
     residual_block(at.x + first, at.f + first, count, g);
@@ -62,7 +69,7 @@ void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, doub
     add_square<X>(f, count, lanes + kLanes);
     for (int j = 0; j < stored; ++j) {
       steps[j] = at.s_ring + j * args.dim + first;
-      fetch_ahead(steps[j] + kBlock, kBlock);
+      if (ahead) fetch_ahead(steps[j] + kBlock, kBlock);
     }
     if (stored == 0) continue;
     const X* const rights[] = {g, widened(steps[stored - 1], count, wide_newest)};
@@ -89,6 +96,7 @@ void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decisi
   X weights[kBroydenMaxMemory];
   for (int j = 0; j < plan.count; ++j) weights[j] = static_cast<X>(decision.weights[j]);
   const X g_weight = static_cast<X>(plan.g_weight);
+  const bool ahead = beyond_cache<S>(args, plan.count);
   alignas(64) X out[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
@@ -99,7 +107,7 @@ void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decisi
       const S* from[kBroydenMaxMemory];
       for (int j = 0; j < plan.count; ++j) {
         from[j] = at.s_ring + j * args.dim + first;
-        fetch_ahead(from[j] + kBlock, kBlock);
+        if (ahead) fetch_ahead(from[j] + kBlock, kBlock);
       }
       add_combination(out, from, weights, plan.count, count);
       store_step(out, count, at.s_ring + plan.count * args.dim + first);
