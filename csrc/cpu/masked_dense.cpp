@@ -1,10 +1,12 @@
-// Bindings of masked_to_dense and masked_from_dense for CPU tensors: they move numbers and compute
-// nothing, so one version serves every instruction set.
+// Bindings of masked_to_dense, masked_expand and masked_from_dense for CPU tensors: they move numbers
+// and compute nothing, so that one version of all but masked_expand serves every instruction set.
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "cpu/masked_binding.h"
+#include "cpu/masked_expand.h"
 
 namespace deqcore::cpu {
 namespace {
@@ -44,6 +46,34 @@ Tensor masked_to_dense(const Tensor& values, const Tensor& pattern, int64_t rows
   return dense;
 }
 
+Tensor masked_expand(const Tensor& values, const Tensor& words, const Tensor& pattern, int64_t rows,
+                     int64_t columns) {
+  const ValueType type = value_type(values, "values");
+  STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
+  const SparseRows entries = read_pattern(pattern, values.size(0), rows, columns, 1, false);
+  const int64_t cells = rows * columns;
+  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Byte && words.is_contiguous() &&
+                      words.numel() == (cells + 7) / 8,
+                  "words: expected a contiguous uint8 tensor of ", (cells + 7) / 8, " entries, got ",
+                  words.numel());
+  const Tensor kept = torch::stable::contiguous(values);
+  Tensor dense = torch::stable::new_empty(values, {rows, columns});
+  if (cells == 0) return dense;
+  const MaskedExpandArgs args{kept.const_data_ptr(),
+                              static_cast<const uint8_t*>(words.const_data_ptr()),
+                              dense.mutable_data_ptr(), kept.numel(), cells};
+  // A thread begins where a row's place in the values is known, and a byte of its bits.
+  const int64_t step = columns % kExpandCells == 0 ? 1 : rows;
+  std::atomic<bool> done = true;
+  torch::stable::parallel_for(0, rows / step, step == 1 ? kGrain : 1, [&](int64_t from, int64_t to) {
+    const int64_t first = from * step, last = to * step;
+    const bool mine = DEQCORE_DISPATCH_ISA(masked_expand, args, type, entries.offsets[first],
+                                           first * columns, last * columns);
+    if (!mine) done = false;
+  });
+  return done ? dense : masked_to_dense(values, pattern, rows, columns);
+}
+
 Tensor masked_from_dense(const Tensor& dense, const Tensor& pattern) {
   const ValueType type = value_type(dense, "dense");
   STD_TORCH_CHECK(dense.dim() == 2, "dense: expected (rows, columns), got ", dense.dim(),
@@ -75,6 +105,7 @@ Tensor masked_from_dense(const Tensor& dense, const Tensor& pattern) {
 
 STABLE_TORCH_LIBRARY_IMPL(deqcore, CPU, m) {
   m.impl("masked_to_dense", TORCH_BOX(&masked_to_dense));
+  m.impl("masked_expand", TORCH_BOX(&masked_expand));
   m.impl("masked_from_dense", TORCH_BOX(&masked_from_dense));
 }
 

@@ -1,4 +1,7 @@
-"""Kept values into a dense matrix and back: two ops, each the other's derivative.
+"""Kept values into a dense matrix and back: ops that are each other's derivatives.
+
+``masked_expand`` is ``masked_to_dense`` with a bit for each entry besides, by which a CPU can place
+a register of values at a time.
 
 A pattern is passed to the ops as one int32 tensor (see ``SparsityPattern.indices``): offsets of the
 rows [rows + 1], columns of the entries [kept], offsets of the columns [columns + 1], rows of the
@@ -56,6 +59,15 @@ def _to_dense_backward(ctx: Any, grad: Tensor) -> Any:
     return torch.ops.deqcore.masked_from_dense(grad, pattern), None, None, None
 
 
+def _expand_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _expand_backward(ctx: Any, grad: Tensor) -> Any:
+    (pattern,) = ctx.saved_tensors
+    return torch.ops.deqcore.masked_from_dense(grad, pattern), None, None, None, None
+
+
 def _from_dense_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
     ctx.shape = inputs[0].shape
     ctx.save_for_backward(inputs[1])
@@ -73,6 +85,16 @@ define_pure(
     lambda values, pattern, rows, columns: values.new_empty(rows, columns),
     _to_dense_setup,
     _to_dense_backward,
+)
+define_pure(
+    "masked_expand",
+    "(Tensor values, Tensor words, Tensor pattern, SymInt rows, SymInt columns) -> Tensor",
+    lambda values, words, pattern, rows, columns: to_dense_reference(
+        values, pattern, rows, columns
+    ),
+    lambda values, words, pattern, rows, columns: values.new_empty(rows, columns),
+    _expand_setup,
+    _expand_backward,
 )
 define_pure(
     "masked_from_dense",

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from masked_cases import DTYPES, Case, check, make, operations
 
+from deqcore import SparsityPattern
+
 NAMES = list(operations())
 # On both sides of the widths that kernels take at a time: 4, 8, 16, 32, 48, 64, 96 tokens.
 TOKENS = (0, 1, 4, 5, 8, 9, 16, 17, 48, 64, 65, 100, 200)
@@ -37,6 +39,29 @@ def test_wide_weights_go_through_several_blocks_of_columns(name: str) -> None:
     check(name, make(40, 3000, 70, 0.7), torch.float32)
     check(name, make(3000, 40, 200, 0.7), torch.float32)
     check(name, make(600, 700, 333, 0.97), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(1, 1), (3, 7), (1, 8), (5, 16), (37, 53), (300, 64), (64, 640), (9, 1001)],
+)
+def test_expanding_puts_every_value_where_the_mask_is_true(
+    dtype: torch.dtype, threads: int, rows: int, columns: int
+) -> None:
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(rows * columns)
+    for sparsity in (0.0, 0.1, 0.5, 0.95, 1.0):
+        mask = torch.rand(rows, columns, generator=generator) >= sparsity
+        pattern = SparsityPattern.from_mask(mask)
+        values = torch.randn(pattern.kept, generator=generator).to(dtype)
+        expected = torch.zeros(rows, columns, dtype=dtype)
+        expected[mask] = values
+        words, indices = pattern._words, pattern.indices
+        dense = torch.ops.deqcore.masked_expand(values, words, indices, rows, columns)
+        assert torch.equal(dense, expected)
+        assert torch.equal(pattern.to_dense(values), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

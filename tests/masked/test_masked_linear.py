@@ -99,6 +99,8 @@ def test_opcheck(structure: int | None, dtype: torch.dtype) -> None:
     grad = case.grad.clone().requires_grad_()
     torch.library.opcheck(ops.masked_outer.default, (grad, x, indices, *shape))
     torch.library.opcheck(ops.masked_to_dense.default, (values, indices, *shape[:2]))
+    words = case.pattern._words
+    torch.library.opcheck(ops.masked_expand.default, (values, words, indices, *shape[:2]))
     weight = case.weight.detach().clone().requires_grad_()
     torch.library.opcheck(ops.masked_from_dense.default, (weight, indices))
 
