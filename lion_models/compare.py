@@ -160,14 +160,16 @@ def summarise(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def comparison_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
-    """Test accuracy, trained weights with and without the head, kept ones, seconds, solver steps.
+    """Test accuracy, trained weights with and without the head, seconds, solver steps.
 
-    Kept are the weights that pruning leaves, without the head. VPT-deep is compared with the
-    weights trained, not with those kept.
+    Where a method pruned, a column shows the weights that are kept, without the head. VPT-deep is
+    compared with the weights trained, not with those kept.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
-    for heading in ("accuracy", "trained", "no head", "kept", "vs VPT-deep", "seconds", "steps"):
+    pruned = any(row["kept_without_head"] != row["without_head"] for row in summary)
+    kept = ["kept"] if pruned else []  # all columns fit a terminal of 80 characters without it
+    for heading in ("accuracy", "trained", "no head", *kept, "vs VPT-deep", "seconds", "steps"):
         table.add_column(heading, justify="right", no_wrap=True)
     vpt = next((row["without_head"] for row in summary if row["method"] == "vpt-deep"), None)
     for row in summary:
@@ -179,7 +181,7 @@ def comparison_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
             f"{100 * row['test_accuracy']:.1f}%{spread}",
             f"{row['trained']:,}",
             f"{row['without_head']:,}",
-            f"{row['kept_without_head']:,}",
+            *([f"{row['kept_without_head']:,}"] if pruned else []),
             relative,
             f"{row['seconds']:.1f}",
             steps,

@@ -116,21 +116,23 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
     figure, axes = _figure(3)
     figure.suptitle(title)
-    bars, curves, last = axes
+    points, curves, last = axes
     for position, method in enumerate(methods):
         own = [cell for cell in cells if cell["method"] == method]
         values = [100 * cell["test_accuracy"] for cell in own]
         mean = sum(values) / len(values)
         colour = METHOD_COLOURS.get(method, "#000000")
-        bars.bar(position, mean, width=0.6, color=colour, alpha=0.85)
-        bars.plot([position] * len(values), values, "o", color="black", markersize=4, alpha=0.7)
-        bars.annotate(
+        # Dots, not bars: the axis does not begin at zero, where a bar's length would mislead.
+        points.hlines(mean, position - 0.25, position + 0.25, color=colour, linewidth=4)
+        points.plot([position] * len(values), values, "o", color="black", markersize=5, alpha=0.6)
+        points.annotate(
             f"{mean:.1f}",
-            (position, max(values)),
-            xytext=(0, 6),
+            (position + 0.3, mean),
+            xytext=(2, 0),
             textcoords="offset points",
-            ha="center",
+            va="center",
             fontweight="bold",
+            color=colour,
         )
         epochs = list(zip(*(cell["curve"] for cell in own), strict=True))
         means = [100 * sum(epoch) / len(epoch) for epoch in epochs]
@@ -148,11 +150,18 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     for method in methods:
         count = next(cell["without_head"] for cell in cells if cell["method"] == method)
         labels.append(f"{method}\n{count:,} weights\n+ head")
-    bars.set_xticks(range(len(methods)), labels)
+    points.set_xticks(range(len(methods)), labels)
+    points.set_xlim(-0.5, len(methods) - 0.3)
     everything = [100 * cell["test_accuracy"] for cell in cells]
-    bars.set_ylim(max(0.0, min(everything) - 10), min(101.0, max(everything) + 5))
-    _dress(bars, "Test accuracy (a dot is a seed)", "", "accuracy (%)", legend=False)
-    bars.grid(axis="x", visible=False)
+    points.set_ylim(max(0.0, min(everything) - 5), min(101.0, max(everything) + 5))
+    _dress(
+        points,
+        "Test accuracy (a dot is a seed, a line their mean)",
+        "",
+        "accuracy (%)",
+        legend=False,
+    )
+    points.grid(axis="x", visible=False)
     _dress(curves, "Validation while training (band: all seeds)", "epoch", "accuracy (%)")
     traced = [cell for cell in cells if cell["traces"]["after"]]
     if traced:
