@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,18 @@ def checkpoint_blocks(backbone: FrozenBackbone) -> FrozenBackbone:
     Raises:
         UserError: no blocks.
     """
-    blocks, _ = transformer_parts(backbone, "--checkpoint-backbone", "leave the option out")
-    return _through(backbone, [CheckpointedBlock(block) for block in blocks])
+    blocks, pool = transformer_parts(backbone, "--checkpoint-backbone", "leave the option out")
+    twins = tuple(CheckpointedBlock(block) for block in blocks)
+
+    def encode(tokens: Tensor) -> Tensor:
+        for block in twins:
+            tokens = block(tokens)
+        return pool(tokens)
+
+    view = copy.copy(backbone)
+    view.blocks = twins
+    view.encode = encode
+    return view
 
 
 def with_modules(block: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
@@ -94,17 +104,3 @@ def with_modules(block: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.
     for child, some in inner.items():
         twin._modules[child] = with_modules(block.get_submodule(child), some)
     return twin
-
-
-def _through(backbone: FrozenBackbone, blocks: Sequence[nn.Module]) -> FrozenBackbone:
-    _, pool = transformer_parts(backbone, "blocks", "")
-
-    def encode(tokens: Tensor) -> Tensor:
-        for block in blocks:
-            tokens = block(tokens)
-        return pool(tokens)
-
-    view = copy.copy(backbone)
-    view.blocks = tuple(blocks)
-    view.encode = encode
-    return view

@@ -13,7 +13,16 @@ from lion_models.data.images import decode_file
 from lion_models.data.transforms import Geometry
 from lion_models.errors import UserError
 
-__all__ = ["TEST", "TRAIN", "VALIDATION", "ArraySource", "FolderSource", "Source", "check_fit"]
+__all__ = [
+    "TEST",
+    "TRAIN",
+    "VALIDATION",
+    "ArraySource",
+    "DecodingSource",
+    "FolderSource",
+    "Source",
+    "check_fit",
+]
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
@@ -97,8 +106,33 @@ class ArraySource(Source):
         return images if self.geometry is None else self.geometry.arrays(images, training=True)
 
 
+class DecodingSource(Source):
+    """Images that are decoded one by one.
+
+    Attributes:
+        geometry: what makes a backbone's input of each.
+    """
+
+    geometry: Geometry
+
+    @abstractmethod
+    def decode(self, row: int, training: bool) -> Tensor:
+        """One image: uint8 (C, S, S), or with the margin for training (C, R, R)."""
+
+    def load(self, rows: Tensor) -> Tensor:
+        return self._decode_all(rows, training=False)
+
+    def load_training(self, rows: Tensor) -> Tensor:
+        return self._decode_all(rows, training=True)
+
+    def _decode_all(self, rows: Tensor, training: bool) -> Tensor:
+        if len(rows) == 0:
+            return self.geometry.empty(training)
+        return torch.stack([self.decode(row, training) for row in rows.tolist()])
+
+
 @dataclass
-class FolderSource(Source):
+class FolderSource(DecodingSource):
     """Image files, decoded on demand."""
 
     name: str
@@ -109,18 +143,8 @@ class FolderSource(Source):
     official: Tensor | None = None
     skipped: tuple[str, ...] = ()
 
-    def load(self, rows: Tensor) -> Tensor:
-        return self._decode(rows, training=False)
-
-    def load_training(self, rows: Tensor) -> Tensor:
-        return self._decode(rows, training=True)
-
-    def _decode(self, rows: Tensor, training: bool) -> Tensor:
-        if len(rows) == 0:
-            return self.geometry.empty(training)
-        return torch.stack(
-            [decode_file(self.paths[row], self.geometry, training) for row in rows.tolist()]
-        )
+    def decode(self, row: int, training: bool) -> Tensor:
+        return decode_file(self.paths[row], self.geometry, training)
 
 
 def check_fit(source: Source, channels: int, size: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lion_models.data.base import Source
+from lion_models.data.base import DecodingSource
 from lion_models.data.images import to_tensor
 from lion_models.data.transforms import Geometry
 from lion_models.errors import UserError
@@ -38,7 +38,7 @@ VARIATION_SELECTOR = 0xFE0F
 
 
 @dataclass
-class EmojiSource(Source):
+class EmojiSource(DecodingSource):
     """Characters that are drawn on white when they are asked for."""
 
     name: str
@@ -51,20 +51,8 @@ class EmojiSource(Source):
     skipped: tuple[str, ...] = ()
     _face: ImageFont.FreeTypeFont | None = field(default=None, repr=False, compare=False)
 
-    def load(self, rows: Tensor) -> Tensor:
-        return self._draw(rows, training=False)
-
-    def load_training(self, rows: Tensor) -> Tensor:
-        return self._draw(rows, training=True)
-
-    def _draw(self, rows: Tensor, training: bool) -> Tensor:
-        if len(rows) == 0:
-            return self.geometry.empty(training)
-        drawn = [
-            to_tensor(self.picture(self.characters[row]), self.geometry, training)
-            for row in rows.tolist()
-        ]
-        return torch.stack(drawn)
+    def decode(self, row: int, training: bool) -> Tensor:
+        return to_tensor(self.picture(self.characters[row]), self.geometry, training)
 
     def picture(self, character: str) -> Image.Image:
         """One emoji in colour on white, square.

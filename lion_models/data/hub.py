@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lion_models.data.base import TEST, TRAIN, Source
+from lion_models.data.base import TEST, TRAIN, DecodingSource
 from lion_models.data.folder import SPLITS
 from lion_models.data.images import to_tensor
 from lion_models.data.places import data_root
@@ -38,7 +38,7 @@ __all__ = [
 
 
 @dataclass
-class PictureSource(Source):
+class PictureSource(DecodingSource):
     """Pictures that another library hands out by number."""
 
     name: str
@@ -50,18 +50,8 @@ class PictureSource(Source):
     official: Tensor | None = None
     skipped: tuple[str, ...] = ()
 
-    def load(self, rows: Tensor) -> Tensor:
-        return self._decode(rows, training=False)
-
-    def load_training(self, rows: Tensor) -> Tensor:
-        return self._decode(rows, training=True)
-
-    def _decode(self, rows: Tensor, training: bool) -> Tensor:
-        if len(rows) == 0:
-            return self.geometry.empty(training)
-        return torch.stack(
-            [to_tensor(self._picture(row), self.geometry, training) for row in rows.tolist()]
-        )
+    def decode(self, row: int, training: bool) -> Tensor:
+        return to_tensor(self._picture(row), self.geometry, training)
 
     def _picture(self, row: int) -> Image.Image:
         part = 0

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import emulation
 import pytest
 import torch
+from defects import Defect
 from emulation import ROOT, EmulationError, Emulator
 from problems import equal
 from step_cases import StepCase, anderson_case, broyden_case
@@ -63,18 +63,6 @@ def test_sanitizers_find_nothing_and_every_order_of_threads_gives_the_same_bits(
     for result in results:
         for got, wanted in zip(result, expected, strict=True):
             assert got is None or equal(got, wanted)
-
-
-@dataclass(frozen=True)
-class Defect:
-    """One change to the kernels' sources, and what must notice it."""
-
-    file: str
-    before: str  # occurs once
-    after: str
-    case: str
-    flavour: str  # with no sanitizer, the emulator itself must see it
-    message: str  # part of the report
 
 
 DEFECTS = {

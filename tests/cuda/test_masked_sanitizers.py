@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 
 import emulation
 import pytest
 import torch
+from defects import Defect
 from emulation import ROOT, EmulationError, Emulator
 from masked_cases import arguments, make
 
@@ -64,18 +64,6 @@ def test_sanitizers_find_nothing_and_every_order_of_threads_gives_the_same_bits(
     assert done.stderr == ""
     assert len(results) == len(seeds)
     assert all(torch.equal(result, expected) for result in results)
-
-
-@dataclass(frozen=True)
-class Defect:
-    """One change to the kernels' sources, and what must notice it."""
-
-    file: str
-    before: str  # occurs once
-    after: str
-    case: str
-    flavour: str  # with no sanitizer, the emulator itself must see it
-    message: str  # part of the report
 
 
 DEFECTS = {

@@ -13,10 +13,12 @@ from PIL import Image
 from small import small_vit
 from typer.testing import CliRunner
 
-from lion_models.backbones import FrozenBackbone, freeze_vit
+from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
 from lion_models.cli import app
+from lion_models.data import Task, make_task, open_source
 from lion_models.data.places import data_root
 from lion_models.pretrain import save_weights
+from lion_models.training import RunConfig
 
 CLASSES = ("dark", "light", "middle")
 PREPARED = data_root()  # what the machine's user has prepared, before the tests look elsewhere
@@ -96,3 +98,14 @@ def finished_run(
 def trained(finished_run: Path, tmp_path: Path) -> Path:
     """The folder of a finished short LION run, which the test may damage."""
     return Path(shutil.copytree(finished_run, tmp_path / "runs" / "finished"))
+
+
+@pytest.fixture
+def frozen(backbone_file: Path) -> FrozenBackbone:
+    return load_backbone(str(backbone_file))
+
+
+@pytest.fixture
+def task(config: RunConfig) -> Task:
+    """The images that the test's own `config` names."""
+    return make_task(open_source(config.data, 1, 12), config.seed, 4, 3)

@@ -17,7 +17,7 @@ from torch import nn
 import deqcore
 from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
 from lion_models.classifier import count_parameters, load_trained, trained_state
-from lion_models.data import Task, make_task, open_source
+from lion_models.data import Task
 from lion_models.errors import UserError
 from lion_models.lion import Lion
 from lion_models.pruning import prune_and_rebuild, prune_model
@@ -50,11 +50,6 @@ def config(image_folder: Path, backbone_file: Path) -> RunConfig:
         data=str(image_folder), backbone=str(backbone_file), shots=4, validation_shots=3,
         epochs=4, batch=8, hidden=H, lr=0.02, sparsity=0.75, prune_at=2,
     )  # fmt: skip
-
-
-@pytest.fixture
-def task(config: RunConfig) -> Task:
-    return make_task(open_source(config.data, 1, 12), config.seed, 4, 3)
 
 
 def double_lion() -> Lion:

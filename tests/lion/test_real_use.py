@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from conftest import CLASSES, Lion
 from PIL import Image
 
-from lion_models.backbones import FrozenBackbone, load_backbone
+from lion_models.backbones import FrozenBackbone
 from lion_models.classifier import TunedClassifier, trained_state
-from lion_models.data import Task, make_task, open_source
+from lion_models.data import Task, open_source
 from lion_models.errors import UserError
 from lion_models.files import replacing, write_json
 from lion_models.seeding import seed_all
@@ -44,16 +44,6 @@ def config(image_folder: Path, backbone_file: Path) -> RunConfig:
         prompts=2,
         lr=0.02,
     )
-
-
-@pytest.fixture
-def frozen(backbone_file: Path) -> FrozenBackbone:
-    return load_backbone(str(backbone_file))
-
-
-@pytest.fixture
-def task(config: RunConfig) -> Task:
-    return make_task(open_source(config.data, 1, 12), config.seed, 4, 3)
 
 
 def fitted(
