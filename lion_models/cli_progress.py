@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,16 @@ from tqdm import tqdm
 
 from lion_models.cells import Cell, Event
 from lion_models.training import FitState, RunConfig
+
+LOG_SECONDS = 30.0  # between two lines in a file or a pipe, where a bar cannot be drawn over
+
+
+def _bar(total: int, initial: int, name: str) -> tqdm[Any]:
+    """A bar of epochs."""
+    options = (
+        {} if sys.stderr.isatty() else {"mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
+    )
+    return tqdm(total=total, initial=initial, unit="epoch", desc=name, **options)
 
 
 class ProgressBars:
@@ -30,12 +41,8 @@ class ProgressBars:
         if config != self._config or self._bar is None:
             self.__exit__()
             self._config = config
-            self._bar = tqdm(
-                total=config.epochs,
-                initial=row["epoch"] - 1,
-                unit="epoch",
-                desc=f"{config.method} seed {config.seed}",
-            )
+            name = f"{config.method} seed {config.seed}"
+            self._bar = _bar(config.epochs, row["epoch"] - 1, name)
         steps = "/".join(f"{figures['steps']:.0f}" for figures in row["solver"].values())
         shown = {"loss": f"{row['loss']:.3f}", "val": f"{100 * row['validation_accuracy']:.1f}%"}
         self._bar.set_postfix(shown | ({"steps": steps} if steps else {}), refresh=False)
@@ -75,7 +82,7 @@ class CellBars:
         epochs = [cell.config.epochs for cell in cells]
         seen = [0 if cell.result() is None else epochs[i] for i, cell in enumerate(cells)]
         done = {index for index, count in enumerate(seen) if count}
-        bar = self._all = tqdm(total=sum(epochs), initial=sum(seen), unit="epoch", desc="runs")
+        bar = self._all = _bar(sum(epochs), sum(seen), "runs")
         best = 0.0
         failed = 0
 
@@ -84,14 +91,14 @@ class CellBars:
             if event.kind == "held":
                 return
             now = event.epoch if event.kind == "epoch" else epochs[event.index]
-            bar.update(max(0, now - seen[event.index]))
-            seen[event.index] = max(now, seen[event.index])
             if event.kind != "epoch":
                 done.add(event.index)
                 best = max(best, event.accuracy)
                 failed += event.kind == "failed"
             shown = {"done": f"{len(done)}/{len(cells)}", "best val": f"{100 * best:.1f}%"}
-            bar.set_postfix(shown | ({"failed": failed} if failed else {}))
+            bar.set_postfix(shown | ({"failed": failed} if failed else {}), refresh=False)
+            bar.update(max(0, now - seen[event.index]))
+            seen[event.index] = max(now, seen[event.index])
             if event.kind == "failed":
                 bar.write(f"{cells[event.index].folder.name}: {event.message}")
 

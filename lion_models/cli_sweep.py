@@ -25,7 +25,8 @@ from lion_models.cli_options import (
 from lion_models.cli_progress import CellBars
 from lion_models.errors import UserError, choose
 from lion_models.runner import CellRunner
-from lion_models.sweep import Plan, parse_axis, run_sweep, sweep_tables
+from lion_models.sweep import Plan, parse_axis, run_sweep
+from lion_models.sweep_report import sweep_tables
 from lion_models.training.config import METHODS, SHOWN_METHODS
 
 __all__ = ["sweep"]
@@ -65,7 +66,8 @@ def sweep(
 ) -> None:
     """A grid of options, chosen on validation data: sweep.json, sweep.png. Continues by itself.
 
-    The test set is not read without --test-best. Several commands may share a folder.
+    The test set is not read without --test-best, which adds tested.md and tested.png. Several
+    commands may share a folder.
     """
     set_up(threads, device)
     if test_seeds and not test_best:
@@ -91,9 +93,12 @@ def sweep(
             on_cells=bars.together,
         )
     plural = "seed" if len(plan.seeds) == 1 else "seeds"
-    for table in sweep_tables(content, f"{data}, {len(plan.seeds)} {plural}; * is chosen"):
+    marked = "what was chosen" if plan.over else "* is chosen"
+    where = "" if any(axis.key == "data" for axis in plan.over) else f"{data}, "
+    for table in sweep_tables(content, f"{where}{len(plan.seeds)} {plural}; {marked}"):
         out.print(table)
-    out.print(f"wrote {folder}/sweep.json and {folder}/sweep.png")
+    wrote = ["sweep.json", "sweep.png"] + ["tested.md", "tested.png"] * bool(content["tested"])
+    out.print(f"wrote {', '.join(wrote)} in {folder}")
     if content["failed"]:
         shown = "; ".join(f"{run}: {why}" for run, why in list(content["failed"].items())[:3])
         raise UserError(

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from lion_models.cells import Cell, OnEvent, check_cells
 from lion_models.errors import UserError, choose
 from lion_models.files import write_json
@@ -20,9 +18,8 @@ from lion_models.runner import CellRunner
 from lion_models.training.config import METHODS, ONLY_FOR, RunConfig
 from lion_models.training.runs import check_data
 
-__all__ = ["Axis", "Plan", "parse_axis", "run_sweep", "sweep_tables"]
+__all__ = ["Axis", "Plan", "parse_axis", "run_sweep", "short_value"]
 
-TABLE_ROWS = 40
 Setting = dict[str, Any]
 
 
@@ -145,7 +142,9 @@ def run_sweep(
     overwrite: bool = False,
     on_cells: typing.Callable[[Sequence[Cell]], OnEvent] = lambda cells: lambda event: None,
 ) -> dict[str, Any]:
-    """Run what is missing of a grid, choose by validation, and write sweep.json and sweep.png.
+    """Run what is missing of a grid, choose by validation, and write what came out.
+
+    That is sweep.json and sweep.png, and once the test set has been read tested.md and tested.png.
 
     Args:
         folder: holds one run for each cell; several commands, on several machines, may share it.
@@ -205,10 +204,12 @@ def run_sweep(
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
     # Imported here: worker processes, which load this module too, draw nothing.
+    from lion_models.sweep_report import write_measured
     from lion_models.training.sweep_plot import plot_sweep
 
     write_json(folder / "sweep.json", content)
     plot_sweep(folder / "sweep.png", content)
+    write_measured(folder, content)
 
 
 def _rows(
@@ -234,7 +235,7 @@ def _rows(
             # A setting last: an axis of one method may narrow what holds for all.
             options = row.condition | row.setting
             config = replace(plan.base, method=row.method, seed=seed, **options).resolved()
-            parts = [row.method, *(f"{key}={_short(value)}" for key, value in options.items())]
+            parts = [row.method, *(f"{key}={short_value(value)}" for key, value in options.items())]
             name = "-".join([*parts, f"s{seed}"])
             if name in names:
                 raise UserError(
@@ -246,7 +247,8 @@ def _rows(
     return made
 
 
-def _short(value: Any) -> str:
+def short_value(value: Any) -> str:
+    """A value of an option as names of runs and tables show it."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, str):
@@ -299,46 +301,3 @@ def _cell_figures(cell: Cell, result: dict[str, Any] | None) -> dict[str, Any]:
             "seconds", "parameters", "solver")  # fmt: skip
     found = {} if result is None else {key: result[key] for key in keys if key in result}
     return {"run": cell.folder.name, "recipe": cell.config.recipe._asdict()} | found
-
-
-def describe(options: Mapping[str, Any]) -> str:
-    """`lr 0.03, hidden 8`."""
-    return ", ".join(f"{key} {_short(value)}" for key, value in options.items())
-
-
-def sweep_tables(content: dict[str, Any], title: str) -> list[Table]:
-    """Settings by validation accuracy, then what was tested."""
-    tables = [_table(title, content["settings"], "validation", bool(content["over"]))]
-    if content["tested"]:
-        tested = sorted(content["tested"], key=lambda one: -(one["test_accuracy"] or 0))
-        tables.append(_table("chosen by validation, test set", tested, "test",
-                             bool(content["over"])))  # fmt: skip
-    return tables
-
-
-def _table(title: str, rows: Sequence[dict[str, Any]], figure: str, over: bool) -> Table:
-    table = Table(title=title, title_justify="left")
-    if over:
-        table.add_column("condition")
-    table.add_column("method", no_wrap=True)
-    table.add_column("setting")
-    for heading in (figure, "trained", "no head", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows[:TABLE_ROWS]:
-        accuracy, spread = row[f"{figure}_accuracy"], row[f"{figure}_spread"]
-        shown = "failed" if accuracy is None else f"{100 * accuracy:.1f}%"
-        shown += f" ± {100 * spread:.1f}" if spread is not None else ""
-        counts = row["parameters"]
-        cells = [describe(row["condition"])] if over else []
-        cells += [
-            row["method"],
-            describe(row["setting"]) or "-",
-            shown + (" *" if row.get("chosen") else ""),
-            f"{counts['trained']:,}" if counts else "-",
-            f"{counts['without_head']:,}" if counts else "-",
-            f"{row['seconds']:.1f}" if row["seconds"] is not None else "-",
-        ]
-        table.add_row(*cells)
-    if len(rows) > TABLE_ROWS:
-        table.caption = f"and {len(rows) - TABLE_ROWS} more in sweep.json"
-    return table

@@ -1,7 +1,9 @@
-"""The PNG of a sweep: a heat map where two options vary, else a row of dots for each setting."""
+"""The PNGs of a sweep: validation accuracy over the grid, test accuracy over trained weights."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lion_models.files import save_figure
+from lion_models.training.plots import METHOD_COLOURS
 
-__all__ = ["plot_sweep"]
+__all__ = ["plot_sweep", "plot_tested"]
 
 SHOWN_SETTINGS = 15
 
 
 def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     """Draw validation accuracy over the grid, a panel for each condition and method.
+
+    A panel is a heat map where two options vary, else a row of dots for each setting.
 
     Args:
         path: PNG to write.
@@ -38,7 +43,12 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(conditions), len(methods), squeeze=False)
     seeds = ", ".join(map(str, content["seeds"]))
-    figure.suptitle(f"Validation accuracy (%) on {content['options']['data']}, seeds {seeds}")
+    data = (
+        "" if "data" in content["settings"][0]["condition"] else f" on {content['options']['data']}"
+    )
+    figure.suptitle(
+        f"Validation accuracy (%){data}, seed{'s' * (len(content['seeds']) > 1)} {seeds}"
+    )
     by_run = {cell["run"]: cell.get("validation_accuracy") for cell in content["cells"]}
     for row, condition in enumerate(conditions):
         for column, method in enumerate(methods):
@@ -54,6 +64,52 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
             else:
                 _dots(axis, settings, keys, by_run)
     save_figure(path, figure)
+
+
+def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float]]]]) -> None:
+    """Draw test accuracy of each method, a panel for each condition and one for their mean.
+
+    Args:
+        path: PNG to write.
+        tested: by method, in the order of the rows: trained parameters without the head, and the
+            accuracies of each condition, one for each seed.
+    """
+    conditions = list(next(iter(tested.values()))[1])
+    titles = [*conditions, "mean"] if len(conditions) > 1 else conditions
+    columns = min(len(titles), 3)
+    rows = -(-len(titles) // columns)
+    size = (1.6 + 3.6 * columns, 0.6 + (1.2 + 0.26 * len(tested)) * rows)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for position, axis in enumerate(panels.flat):
+        if position >= len(titles):
+            axis.set_axis_off()
+            continue
+        title = titles[position]
+        axis.set_title(title, fontsize=11)
+        for row, (method, (_, accuracies)) in enumerate(tested.items()):
+            seeds = zip(*accuracies.values(), strict=True)
+            values = accuracies.get(title) or [statistics.fmean(seed) for seed in seeds]
+            _tested_row(axis, row, method, [100 * value for value in values])
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    labels = [f"{method}  {count:,}" for method, (count, _) in tested.items()]
+    panels[0][0].set_yticks(range(len(labels)), labels, fontsize=9)
+    panels[0][0].set_ylim(len(labels) - 0.5, -0.5)
+    figure.supxlabel("test accuracy (%); a dot is a seed, the bar their mean", fontsize=10)
+    figure.supylabel("method, trained parameters without the head", fontsize=10)
+    save_figure(path, figure)
+
+
+def _tested_row(axis: Axes, row: int, method: str, values: list[float]) -> None:
+    colour = METHOD_COLOURS[method]
+    if method == "lion":
+        axis.axhspan(row - 0.5, row + 0.5, color=colour, alpha=0.08, linewidth=0)
+    axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.5, markersize=5)
+    mean = statistics.fmean(values)
+    axis.plot([mean], [row], "|", color="black", markersize=14, markeredgewidth=2)
 
 
 def _varying(settings: list[dict[str, Any]]) -> list[str]:

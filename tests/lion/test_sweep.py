@@ -17,6 +17,7 @@ import pytest
 from conftest import Lion
 
 from lion_models.cells import Cell, CellOptions, Event
+from lion_models.cli_progress import CellBars
 from lion_models.compare import run_comparison
 from lion_models.errors import UserError
 from lion_models.files import claim, holding, run_lock
@@ -76,9 +77,13 @@ def test_sweep_command_makes_a_table_json_and_picture_and_never_reads_the_test_s
     assert (tmp_path / "s" / "sweep.png").stat().st_size > 10_000
     assert not list((tmp_path / "s").rglob("test.json"))
     assert not list((tmp_path / "s").rglob("*.part"))
+    assert not list((tmp_path / "s").glob("tested.*"))
 
     tested = lion(*arguments, "--test-best", "--test-seeds", "2,3")
     assert tested.code == 0, tested.err
+    assert "wrote sweep.json, sweep.png, tested.md, tested.png" in tested.out
+    assert "| lion |" in (tmp_path / "s" / "tested.md").read_text()
+    assert (tmp_path / "s" / "tested.png").stat().st_size > 5_000
     written = json.loads((tmp_path / "s" / "sweep.json").read_text())
     read = {path.parent.name for path in (tmp_path / "s").rglob("test.json")}
     assert read == {run for one in written["tested"] for run in one["runs"]}
@@ -167,6 +172,22 @@ def test_worker_that_is_killed_loses_its_cell_alone(
     assert list(outcome.failures) == [0]
     assert "ended by signal 9" in outcome.failures[0]
     assert all(result is not None for result in outcome.results[1:])
+
+
+def test_progress_in_a_file_is_a_few_lines_with_the_last_state(
+    base: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cells = cells_of(tmp_path, replace(base, epochs=100), 50)
+    with CellBars(2) as bars:
+        hear = bars.together(cells)
+        for index in range(len(cells)):
+            for epoch in range(1, 101):
+                hear(Event(index, "epoch", epoch, 0.5))
+            hear(Event(index, "done", 100, 0.5))
+    shown = capsys.readouterr().err
+    assert "5000/5000" in shown
+    assert "done=50/50, best val=50.0%" in shown
+    assert shown.count("\r") < 10
 
 
 def test_lock_of_a_living_process_holds_and_that_of_a_killed_one_is_free(tmp_path: Path):
