@@ -22,6 +22,7 @@ __all__ = ["CellRunner"]
 
 LOOK_AGAIN_SECONDS = 1.0
 REPORT_SECONDS = 0.5
+END_SECONDS = 10.0  # that an idle process has to end by itself
 
 
 class CellRunner:
@@ -138,9 +139,14 @@ class _Team:
                         look_again = time.monotonic() + LOOK_AGAIN_SECONDS
 
     def end(self) -> None:
+        """End all processes: idle ones by themselves, as terminated ones leave locks behind."""
         for worker in self._workers:
+            worker.pipe.close()
+            if worker.current is not None or not worker.ready:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(END_SECONDS)
             worker.process.terminate()
-        for worker in self._workers:
             worker.process.join()
 
     def _start(self) -> _Worker:

@@ -35,7 +35,8 @@ def read_idx(path: Path) -> Tensor:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; expected an IDX file such as train-images-idx3-ubyte.gz"
+            f"{path}: no such file; images (such as train-images-idx3-ubyte.gz) and labels "
+            "(train-labels-idx1-ubyte.gz) go together"
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -153,6 +154,27 @@ def test_processes_share_the_cells_and_a_failed_cell_stops_no_other(
     trained = [(folder / "checkpoint.safetensors").read_bytes()
                for folder in (tmp_path / "alone", cells[2].folder)]  # fmt: skip
     assert trained[0] == trained[1]
+
+
+def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(base: RunConfig, tmp_path: Path):
+    """A process that is terminated leaves its locks behind, and Python warns of each."""
+    with quick(2) as runner:
+        runner.run(cells_of(tmp_path / "idle", base, 3))
+        idle = multiprocessing.active_children()
+    assert [process.exitcode for process in idle] == [0, 0]
+
+    class Enough(Exception):
+        pass
+
+    def give_up(event: Event) -> None:
+        raise Enough
+
+    endless = cells_of(tmp_path / "busy", replace(base, epochs=10**6), 2)
+    begun = time.monotonic()
+    with pytest.raises(Enough), quick(2) as runner:
+        runner.run(endless, give_up)
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - begun < 60
 
 
 def test_worker_that_is_killed_loses_its_cell_alone(
