@@ -163,15 +163,12 @@ def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(base: RunConfig,
         idle = multiprocessing.active_children()
     assert [process.exitcode for process in idle] == [0, 0]
 
-    class Enough(Exception):
-        pass
-
     def give_up(event: Event) -> None:
-        raise Enough
+        raise StopIteration
 
     endless = cells_of(tmp_path / "busy", replace(base, epochs=10**6), 2)
     begun = time.monotonic()
-    with pytest.raises(Enough), quick(2) as runner:
+    with pytest.raises(StopIteration), quick(2) as runner:
         runner.run(endless, give_up)
     assert not multiprocessing.active_children()
     assert time.monotonic() - begun < 60
