@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from benchmarks import gpu as gpu_benchmarks
+from benchmarks import gpu_solvers
+from benchmarks.gpu_bench import Bench
 from benchmarks.harness import Report
 from deqcore import _kernels
 
@@ -175,7 +177,7 @@ def test_a_benchmark_goes_on_without_a_peer_and_after_a_part_that_fails(monkeypa
     def broken(bench):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gpu_benchmarks, "torchdeq_anderson", no_peer)
+    monkeypatch.setattr(gpu_solvers, "torchdeq_anderson", no_peer)
     monkeypatch.setitem(gpu_benchmarks.PARTS, "bandwidth", broken)
     target = tmp_path / "gpu.json"
     torch.manual_seed(1)  # not that of the free function, or x is a solution
@@ -192,7 +194,7 @@ def test_a_benchmark_goes_on_without_a_peer_and_after_a_part_that_fails(monkeypa
 
 
 def test_what_cannot_be_timed_itself_is_a_failure_of_its_work():
-    bench = gpu_benchmarks.Bench(Report(), "cpu", 1, 600)
+    bench = Bench(Report(), "cpu", 1, 600)
     bench.compare("G3 work", {"ours": lambda: 1 / 0, "peer": lambda: None}, {})
     assert bench.report.facts["failures"] == {"G3 work": "ZeroDivisionError: division by zero"}
     assert not bench.report.results

@@ -1,0 +1,115 @@
+"""S1 to S5: the masked products on a GPU against dense and CSR ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import deqcore
+from benchmarks.gpu_bench import Bench
+from deqcore.ops.masked_linear import Backend
+from deqcore.sparsity import Structure
+
+__all__ = ["bench_auto", "bench_masked", "bench_masked_gradient"]
+
+
+def masked_problem(
+    bench: Bench, size: int, tokens: int, sparsity: float, dtype: torch.dtype, structure: Structure
+) -> tuple[Tensor, Tensor, deqcore.SparsityPattern, Tensor]:
+    """x, kept values, their pattern, and the same weight dense: W * M."""
+    if not bench.real:
+        size, tokens = min(size, 128), min(tokens, 64)
+    generator = torch.Generator(bench.device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=bench.device).to(dtype)
+
+    scores = torch.rand(size, size, generator=generator, device=bench.device)
+    pattern = deqcore.SparsityPattern.from_scores(scores, sparsity, structure=structure)
+    weight = randn(size, size)
+    return randn(tokens, size), pattern.from_dense(weight), pattern, weight * pattern.mask()
+
+
+def compare_masked(
+    bench: Bench,
+    gate_name: str,
+    problem: tuple[Tensor, Tensor, deqcore.SparsityPattern, Tensor],
+    gates: dict[str, float],
+    backend: Backend = "sparse",
+) -> None:
+    """masked_linear against F.linear, and against CSR where there is a gate for it."""
+    x, values, pattern, dense = problem
+    exact = x.double() @ dense.double().t()
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "deqcore": lambda: deqcore.masked_linear(x, values, pattern, backend=backend),
+        "F.linear(x, W*M)": lambda: F.linear(x, dense),
+    }
+    if "torch.sparse CSR" in gates:
+        csr = dense.to_sparse_csr()
+        contestants["torch.sparse CSR"] = lambda: (csr @ x.t()).t()
+    floor = 4 * torch.finfo(x.dtype).eps * exact.abs().max()
+    ours, theirs = ((run().double() - exact).abs().max() for run in list(contestants.values())[:2])
+    if not ours <= 2 * theirs + floor:
+        raise RuntimeError(f"{gate_name}: error {ours:.2e}, of the dense product {theirs:.2e}")
+    kind = str(x.dtype).removeprefix("torch.")
+    work = f"{gate_name} {kind} {pattern.sparsity:.0%} {len(x)}x{pattern.shape[1]}"
+    bench.compare(work, contestants, gates)
+
+
+def bench_masked(bench: Bench) -> None:
+    """S1, S2 and S4: blocks, 2:4 and unstructured against cuBLAS; TF32 is off."""
+    for sparsity, gate in ((0.5, 1.6), (0.8, 4.0), (0.9, 7.0)):
+        problem = masked_problem(bench, 4096, 8192, sparsity, torch.bfloat16, 64)
+        compare_masked(bench, "S1 blocks of 64", problem, {"F.linear(x, W*M)": gate})
+    problem = masked_problem(bench, 8192, 8192, 0.5, torch.bfloat16, "2:4")
+    compare_masked(bench, "S2 2:4", problem, {"F.linear(x, W*M)": 1.2})
+    for sparsity, gate in ((0.9, 2.5), (0.95, 5.0), (0.99, 12.0)):
+        problem = masked_problem(bench, 4096, 8192, sparsity, torch.float32, None)
+        gates = {"F.linear(x, W*M)": gate, "torch.sparse CSR": 3.0}
+        compare_masked(bench, "S4 unstructured", problem, gates)
+
+
+def bench_masked_gradient(bench: Bench) -> None:
+    """The values' gradient against the dense weight gradient; there is no gate for it."""
+    outer = torch.ops.deqcore.masked_outer
+    for dtype, structure in ((torch.float32, None), (torch.bfloat16, 64)):
+        for sparsity in (0.9, 0.95):
+            x, _, pattern, _ = masked_problem(bench, 4096, 8192, sparsity, dtype, structure)
+            shape = (*pattern.shape, pattern.block)
+            grad = torch.randn_like(x)
+            contestants: dict[str, Callable[[], Tensor]] = {
+                "deqcore": lambda g=grad, x=x, p=pattern, s=shape: outer(g, x, p.indices, *s),
+                "dense weight gradient": lambda g=grad, x=x: g.t() @ x,
+            }
+            kind = "unstructured" if structure is None else f"blocks of {structure}"
+            bench.compare(f"values' gradient {kind} {pattern.sparsity:.0%}", contestants, {})
+
+
+def bench_auto(bench: Bench) -> None:
+    """S5: auto, as this machine's table or the cautious default has it, against dense.
+
+    Run python -m deqcore.tune --device cuda first to judge a measured table.
+    """
+    for size in (768, 4096):
+        for tokens in (1, 512, 8192):
+            for dtype, structure in (
+                (torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 64)
+            ):  # fmt: skip
+                for sparsity in (0.9, 0.99):
+                    problem = masked_problem(bench, size, tokens, sparsity, dtype, structure)
+                    x, values, pattern, dense = problem
+                    mask = pattern.mask().to(dtype)
+                    kind = str(dtype).removeprefix("torch.")
+                    bench.compare(
+                        f"S5 auto {kind} {structure} {sparsity:.0%} {tokens}x{size}",
+                        {
+                            "deqcore": lambda p=pattern, v=values, x=x: deqcore.masked_linear(
+                                x, v, p
+                            ),
+                            "F.linear(x, W*M)": lambda x=x, w=dense, m=mask: F.linear(x, w * m),
+                        },
+                        {"F.linear(x, W*M)": 0.95},
+                    )
