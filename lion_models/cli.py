@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+import deqcore
 from lion_models import cli_data
 from lion_models.cells import CellOptions
 from lion_models.cli_options import (
@@ -83,13 +85,14 @@ from lion_models.training.workbench import Workbench
 
 __all__ = ["app", "main"]
 
-# 112 pixels and 20 epochs, so that two cores need minutes: a step goes through 11 blocks twice.
+# 84 pixels and 20 epochs, so that two cores need minutes: a step goes through 11 blocks twice.
 VIT_DEMO = RunConfig(
     data="tuxpaint",
-    backbone="vit-s14-focus,image_size=112,readout=11",
+    backbone="vit-s14-focus,image_size=84,readout=11",
     shots=5,
     epochs=20,
     batch=20,
+    strength=0.1,
 )
 
 out = Console()
@@ -118,10 +121,25 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Tune a frozen vision backbone with implicit prompts (LION).",
 )
 
 app.add_typer(cli_data.app, name="data")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        out.print(f"deqcore {deqcore.__version__}, torch {torch.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _lion(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    """Tune a frozen vision backbone with implicit prompts (LION)."""
 
 
 @app.command()
@@ -236,7 +254,7 @@ def _show_result(folder: Path, result: dict[str, Any]) -> None:
             f"pruned to {counts['kept']:,} parameters ({counts['kept_without_head']:,} without "
             f"the head, of which {counts['nonzero_without_head']:,} are not zero)"
         )
-    out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png")
+    out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png", soft_wrap=True)
 
 
 @app.command()
@@ -322,7 +340,7 @@ def _compare(
     shots = f"{base.shots} images a class" if base.shots else "all images"
     seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
     out.print(comparison_table(result["summary"], f"{base.data}, {shots}, {seed_text}"))
-    out.print(f"wrote {folder}/compare.json and {folder}/compare.png")
+    out.print(f"wrote {folder}/compare.json and {folder}/compare.png", soft_wrap=True)
 
 
 def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConfig:

@@ -93,7 +93,7 @@ def evaluate(
         report_to.mkdir(parents=True, exist_ok=True)
         write_json(report_to / REPORT, classes)
         plot_confusion(report_to / CONFUSION, classes)
-        out.print(f"wrote {report_to}/{REPORT} and {report_to}/{CONFUSION}")
+        out.print(f"wrote {report_to}/{REPORT} and {report_to}/{CONFUSION}", soft_wrap=True)
 
 
 def _report_table(report: dict[str, Any]) -> Table:
@@ -144,7 +144,7 @@ def predict_command(
         kind = "json" if form == "json" or output.suffix == ".json" else "csv"
         with replacing(output, "w") as file:
             count = write_predictions(file, kind, loaded.classes, readable())
-        out.print(f"wrote {count} predictions to {output}")
+        out.print(f"wrote {count} predictions to {output}", soft_wrap=True)
     elif form == "table":
         table = Table("file", "class", "probability")
         for one in readable():

@@ -98,7 +98,7 @@ def sweep(
     for table in sweep_tables(content, f"{where}{len(plan.seeds)} {plural}; {marked}"):
         out.print(table)
     wrote = ["sweep.json", "sweep.png"] + ["tested.md", "tested.png"] * bool(content["tested"])
-    out.print(f"wrote {', '.join(wrote)} in {folder}")
+    out.print(f"wrote {', '.join(wrote)} in {folder}", soft_wrap=True)
     if content["failed"]:
         shown = "; ".join(f"{run}: {why}" for run, why in list(content["failed"].items())[:3])
         raise UserError(

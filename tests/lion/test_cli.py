@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Lion
 from PIL import Image
 from small import small_vit
 
+import deqcore
 from lion_models.pretrain import save_weights
 
 QUICK = ("--shots", 3, "--validation-shots", 2, "--epochs", 2)
@@ -35,6 +37,12 @@ def test_train_writes_a_whole_run(trained: Path):
     assert result["test"]["images"] == 12
     assert set(result["traces"]["after"]) == {"input", "output"}
     assert picture_is_drawn(trained / "curves.png")
+
+
+def test_version_is_that_of_the_package(lion: Lion):
+    shown = lion("--version")
+    assert shown.code == 0
+    assert f"deqcore {deqcore.__version__}, torch {torch.__version__}" in shown.out
 
 
 def test_train_on_digits_with_the_embedded_backbone(lion: Lion, tmp_path: Path):
