@@ -32,16 +32,32 @@ class QueryValueDelta(nn.Module):
         self.b = nn.Parameter(torch.zeros(2, dim_out, rank))
         self.scale = alpha / rank
 
+    @property
+    def weight(self) -> Tensor:
+        """The same as a matrix, (3 dim_out, dim_in)."""
+        query, value = self.scale * (self.b @ self.a)
+        return torch.cat([query, torch.zeros_like(query), value])
+
     def forward(self, x: Tensor) -> Tensor:  # (..., dim_in) -> (..., 3 dim_out)
         query, value = (x @ a.T @ b.T * self.scale for a, b in zip(self.a, self.b, strict=True))
         return torch.cat([query, torch.zeros_like(query), value], dim=-1)
 
 
 class _Sum(nn.Module):
-    def __init__(self, linear: nn.Linear, delta: nn.Module) -> None:
+    """A linear layer with a delta; for blocks that read its weight instead of calling it, too."""
+
+    def __init__(self, linear: nn.Linear, delta: QueryValueDelta) -> None:
         super().__init__()
         self.linear = linear
         self.delta = delta
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight + self.delta.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.delta(x)

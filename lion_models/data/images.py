@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,18 @@ __all__ = [
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+)
+
+# What Pillow raises for damaged files, by their format.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
 )
 
 
@@ -77,7 +91,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             f"{path}: not an image ({path.stat().st_size} bytes of something else); "
             "expected PNG, JPEG or another format that Pillow reads; remove or replace it"
         ) from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except _DAMAGE as error:
         raise UserError(f"{path}: damaged image ({error}); remove or replace it") from error
 
 

@@ -32,8 +32,7 @@ BAD_FILES = ("fail", "skip")
 VERIFY = ("full", "header")
 SHOWN = 20
 
-# size in bytes, modification time in ns, what is wrong with the file (None: nothing)
-Verdict = tuple[int, int, str | None]
+Stamp = tuple[int, int]  # size in bytes, modification time in ns
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,10 @@ def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dic
 
     Args:
         paths: files below `root`.
-        root: names the remembered verdicts in the user's cache.
-        verify: `full` decodes every file, once: the verdict is remembered for the file's path, size
-            and modification time. `header` reads beginnings only, so that data which is cut off or
-            damaged inside is found when the image is used.
+        root: names what is remembered in the user's cache.
+        verify: `full` decodes every file; one that is whole is remembered by its path, size and
+            modification time, and not decoded again. `header` reads beginnings only, so that data
+            which is cut off or damaged inside is found when the image is used.
 
     Returns:
         A message for each file that is missing or damaged.
@@ -72,20 +71,19 @@ def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dic
     known = _read_store(store)
     names = {path: os.path.abspath(path) for path in paths}
     stamps = {path: _stamp(path) for path in paths}
-    fresh = [path for path in paths if known.get(names[path], (None,))[:2] != stamps[path]]
+    fresh = [path for path in paths if known.get(names[path]) != stamps[path]]
     judged = _each(fresh, check_whole, "checking image files")
-    for path, text in judged.items():
-        known[names[path]] = (*stamps[path], text)
     if fresh:
+        whole = [path for path in fresh if judged[path] is None]
         listed = set(names.values())
-        kept = {name: verdict for name, verdict in known.items() if name in listed}
+        kept = {name: stamp for name, stamp in known.items() if name in listed}
+        kept |= {names[path]: stamps[path] for path in whole}
         try:
             store.parent.mkdir(parents=True, exist_ok=True)
             write_json(store, {"pillow": PIL.__version__, "files": kept})
         except (OSError, UserError) as error:  # a cache: the next opening decodes again
             warnings.warn(f"{store}: not written ({error})", stacklevel=2)
-    verdicts = {path: known[names[path]][2] for path in paths}
-    return {path: text for path, text in verdicts.items() if text is not None}
+    return {path: text for path, text in judged.items() if text is not None}
 
 
 def judge_damaged(problems: Sequence[str], bad_files: str, where: str) -> None:
@@ -106,14 +104,13 @@ def judge_damaged(problems: Sequence[str], bad_files: str, where: str) -> None:
         text = f"--data: left out {len(problems)} unusable files of {where}:{lines}"
         warnings.warn(text, BadFilesWarning, stacklevel=3)
         return
-    advice = "--bad-files skip trains without it"
     if len(problems) == 1:
-        raise UserError(f"{problems[0]}; {advice}")
+        raise UserError(f"{problems[0]}; --bad-files skip trains without it")
     lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
     more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     raise UserError(
-        f"--data: {len(problems)} unusable files in {where}; {advice.replace('it', 'them')}:"
-        f"{lines}{more}"
+        f"--data: {len(problems)} unusable files in {where}; --bad-files skip trains without "
+        f"them:{lines}{more}"
     )
 
 
@@ -142,7 +139,7 @@ def _each(
     return found
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> Stamp:
     try:
         status = path.stat()
     except OSError:
@@ -155,15 +152,12 @@ def _store_of(root: Path) -> Path:
     return cache_root() / "verified" / f"{digest}.json"
 
 
-def _read_store(store: Path) -> dict[str, Verdict]:
-    """What is remembered; nothing where the file is missing, damaged or of another Pillow."""
+def _read_store(store: Path) -> dict[str, Stamp]:
+    """The whole files that are remembered; none if the store is missing, damaged or outdated."""
     try:
         stored = json.loads(store.read_text())
         if stored["pillow"] != PIL.__version__:
             return {}
-        return {
-            str(name): (int(size), int(time), text)
-            for name, (size, time, text) in stored["files"].items()
-        }
+        return {str(name): (int(size), int(time)) for name, (size, time) in stored["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from deqcore import MaskedLinear
 from lion_models.classifier import TunedClassifier, trained_state
 
 __all__ = ["Average"]
@@ -36,17 +37,26 @@ class Average:
             return
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.weights:  # the first step
-            self.restart(model)
+            self.weights = trained_state(model)
             return
         decay = min(self._decay, (1 + steps) / (10 + steps))
         averages = [self.weights[name].to(own[name].device) for name in own]
         get_ema_multi_avg_fn(decay)(averages, [p.detach() for p in own.values()], steps)
         self.weights |= dict(zip(own, averages, strict=True))  # beside what is not averaged
 
-    def restart(self, model: TunedClassifier) -> None:
-        """Begin anew at the model's weights, of which pruning has removed some."""
-        if self._decay is not None:
-            self.weights = trained_state(model)
+    def prune(self, model: TunedClassifier) -> None:
+        """Keep the averages of what pruning has left of a model.
+
+        Args:
+            model: pruned since the last update.
+        """
+        if self._decay is None:
+            return
+        dense, self.weights = self.weights, trained_state(model)
+        self.weights |= {name: dense[name] for name in self.weights if name in dense}
+        for path, module in model.named_modules():
+            if isinstance(module, MaskedLinear) and f"{path}.weight" in dense:
+                self.weights[f"{path}.values"] = module.pattern.from_dense(dense[f"{path}.weight"])
 
     @contextmanager
     def applied(self, model: TunedClassifier) -> Iterator[None]:

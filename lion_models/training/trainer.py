@@ -115,6 +115,8 @@ def score(
     size = model.backbone.evaluation_batch
     batches = zip(fixed.split(size), labels.split(size), strict=True)
     for batch, truth in batches:
+        if len(truth) == 0:  # a process without a share of the data
+            continue
         logits = model.tuned(batch)
         if predicted is not None:
             predicted.append(logits.argmax(1).cpu())
@@ -184,7 +186,7 @@ def fit(
                 config.sparsity,
                 lambda: make_optimizer(model, config, steps),
             )
-            tools.average.restart(model)
+            tools.average.prune(model)
         if config.prune_epoch is not None:
             row["kept"] = count_parameters(model).kept
         with tools.average.applied(model):

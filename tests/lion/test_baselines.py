@@ -10,7 +10,7 @@ import torch
 from small import SMALL, small_vit
 from torch import nn
 
-from lion_models.backbones import FrozenBackbone, freeze_vit
+from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
 from lion_models.backbones.views import checkpoint_blocks
 from lion_models.baselines import Adapters, FineTune, LoRA, VPTDeep, VPTPad, VPTShallow
 from lion_models.classifier import TunedClassifier, count_parameters, trained_state
@@ -38,6 +38,36 @@ def convolutional() -> FrozenBackbone:
         channels=3, image_size=10, token_dim=3, feature_dim=5, space="pixel",
         normalisation=(0.5, 0.5),
     )  # fmt: skip
+
+
+class WeightReader(nn.Module):
+    """Attention that reads its projection's weight and bias, as BEiT's does, not its output."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.qkv = attention.qkv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)[2]
+
+
+def test_lora_reaches_blocks_that_read_the_projection_s_weight():
+    backbone = load_backbone("tiny-vit")
+    for block in backbone.blocks:
+        block.attn = WeightReader(block.attn)
+    model = LoRA(backbone, 3, rank=2, alpha=3.0)
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.allclose(model(images), model.head(backbone(images)), atol=1e-6)
+    with torch.no_grad():
+        for parameter in model.deltas.parameters():
+            parameter.normal_()
+    x = torch.randn(5, 96)
+    merged = model._blocks[0].attn.qkv
+    torch.testing.assert_close(
+        nn.functional.linear(x, merged.weight, merged.bias), merged(x), rtol=1e-4, atol=1e-4
+    )
+    model(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.deltas.parameters())
 
 
 def take_steps(model: TunedClassifier, images: torch.Tensor, count: int = 3) -> None:

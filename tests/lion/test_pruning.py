@@ -187,6 +187,29 @@ def test_average_goes_on_over_the_kept_weights(
     assert torch.equal(trained_state(model)[pruned], state.best[pruned])
 
 
+@pytest.mark.parametrize("prune_at", [None, 2])
+def test_average_is_pruned_and_not_begun_anew(
+    prune_at: int | None, config: RunConfig, backbone: FrozenBackbone, task: Task
+):
+    """At the pruned epoch the average is that of the dense run, at the kept entries."""
+    config = replace(config, ema=0.9, epochs=3, prune_at=prune_at)
+
+    def average(**options: object) -> dict[str, torch.Tensor]:
+        changed = replace(config, **options)
+        seed_all(3)
+        model = build_model(changed, backbone, len(task.classes))
+        averages = []
+        fit(model, task, changed, on_epoch=lambda state: averages.append(state.average))
+        return averages[(prune_at or config.epochs) - 1]
+
+    pruned, dense = average(), average(sparsity=0.0, prune_at=None)
+    matrix = "input_prompt.layer.cell.down."
+    kept = pruned[matrix + "values"]
+    assert 0 < kept.numel() < dense[matrix + "weight"].numel()
+    assert torch.isin(kept, dense[matrix + "weight"]).all()
+    assert torch.equal(pruned["head.bias"], dense["head.bias"])
+
+
 def test_patience_waits_for_pruning(config: RunConfig, backbone: FrozenBackbone, task: Task):
     config = replace(config, epochs=12, prune_at=6, patience=2, lr=1e-7)
     seed_all(3)

@@ -178,7 +178,8 @@ def test_features_are_shared_by_runs_with_the_same_frozen_part_alone(
         taken = inputs.take(torch.arange(len(labels)))
         assert torch.equal(taken, freeze_images(model, images))
     # The linear probe and the output side read the same feature; the input side reads tokens.
-    assert computed == [1, 12, 1, 12, 1]
+    # One image gives the size, one of noise tells the frozen part.
+    assert computed == [1, 1, 12, 1, 1, 12, 1, 1]
 
 
 def test_images_are_decoded_once_for_many_runs(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
@@ -197,6 +198,24 @@ def test_images_are_decoded_once_for_many_runs(config: RunConfig, monkeypatch: p
     assert torch.equal(second[0], first[2])
     assert torch.equal(second[2], first[0])
     assert torch.equal(second[1], open_source(config.data, 1, 12).load(torch.tensor([1]))[0])
+
+
+def test_frozen_parts_that_agree_on_a_black_image_are_told_apart(frozen: FrozenBackbone):
+    images = torch.randint(0, 256, (4, 1, 12, 12), dtype=torch.uint8)
+    images[0] = 0
+    features = FeatureCache()
+    for method, pad in (("vpt-pad", 1), ("vpt-pad", 3), ("full", 2), ("bias", 2), ("linear", 2)):
+        config = RunConfig(data="digits", method=method, pad=pad)
+        model = build_model(config, frozen, 3)
+        inputs = Inputs(model, images, torch.zeros(4, dtype=torch.int64), features=features)
+        assert torch.equal(inputs.take(torch.arange(4)), freeze_images(model, images))
+
+
+def test_process_without_a_validation_image_adds_nothing(frozen: FrozenBackbone):
+    model = build_model(RunConfig(data="digits", method="lion"), frozen, 3)
+    nothing = freeze_images(model, torch.zeros(1, 1, 12, 12, dtype=torch.uint8))[:0]
+    sums = score(model, nothing, torch.zeros(0, dtype=torch.int64))
+    assert sums == {"accuracy": 0.0, "loss": 0.0}
 
 
 def test_report_gives_precision_recall_and_f1_of_each_class():
