@@ -34,6 +34,8 @@ def masked_linear(
 
     Gradients reach x, values and bias, and nothing is computed for the entries that are not kept.
     With ``backend="sparse"`` a token's result does not depend, bit for bit, on the other tokens.
+    Forward-mode differentiation (jvp) and ``torch.func.grad`` fill a dense weight, whatever the
+    backend.
 
     Args:
         x: [..., columns] of the pattern, any leading dimensions; float64, float32, bfloat16 or
