@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import deqcore
-from deqcore import MaskedLinear, SparsityPattern
+from deqcore import MaskedLinear, SparsityPattern, _dispatch
 
 
 def layer(sparsity: float = 0.75, bias: bool = True, structure: Any = None) -> MaskedLinear:
@@ -153,6 +153,27 @@ def test_compiles_as_a_module() -> None:
     compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 64)
     torch.testing.assert_close(compiled(x), masked(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("measured", [(0.9, 0.1, 0.1), (0.1, 0.1, 0.9), (0.1, 0.1, 0.1)])
+def test_exports_with_a_dynamic_batch(
+    monkeypatch: pytest.MonkeyPatch, measured: tuple[float, ...], strict: bool
+) -> None:
+    line = list(zip((1, 8, 64), measured, strict=True))
+    monkeypatch.setattr(_dispatch._kernels, "CPU_KERNELS", True)
+    for op in ("linear", "outer"):
+        name = _dispatch.line_name(torch.float32, op, 1)
+        monkeypatch.setitem(_dispatch.LINES, name, line)
+    masked, batch = layer(0.75), torch.export.Dim("batch")
+    x = torch.randn(4, 64)
+    program = torch.export.export(masked, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    called = {str(node.target) for node in program.graph.nodes}
+    # One program for all sizes: sparse only where it wins at each of them.
+    assert ("deqcore.masked_linear.default" in called) == (max(measured) < 0.75)
+    for tokens in (2, 30, 200):
+        x = torch.randn(tokens, 64)
+        torch.testing.assert_close(program.module()(x), masked(x))
 
 
 class Cell(nn.Module):
