@@ -59,8 +59,9 @@ def masked_linear(
         TypeError: pattern is not a SparsityPattern.
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, values = _cast(x, dtype), _cast(values, dtype)
         bias = None if bias is None else _cast(bias, dtype)
     _check(x, values, pattern, bias)

@@ -67,6 +67,20 @@ def test_moves_with_its_pattern() -> None:
         assert MaskedLinear(masked.pattern.to("meta")).values.device.type == "meta"
 
 
+@pytest.mark.parametrize("backend", ["auto", "sparse", "dense"])
+@pytest.mark.parametrize("structure", [None, 16])
+def test_meta_tensors_give_the_shapes(backend: Any, structure: Any) -> None:
+    masked = layer(structure=structure)
+    masked.backend = backend
+    meta = masked.to("meta")
+    y = meta(torch.empty(2, 3, 64, device="meta"))
+    assert y.device.type == "meta"
+    assert y.shape == (2, 3, 32)
+    y.sum().backward()
+    assert meta.values.grad is not None
+    assert meta.values.grad.shape == meta.values.shape
+
+
 def test_repr_says_sparsity() -> None:
     assert repr(layer(0.75)) == (
         "MaskedLinear(in_features=64, out_features=32, bias=True, sparsity=75.0% (512 kept), "
