@@ -110,13 +110,16 @@ def restore_pruned(
             )
         if old not in made:
             parameter = old.weight if isinstance(old, nn.Linear) else old.values
-            made[old] = MaskedLinear(
+            new = MaskedLinear(
                 SparsityPattern.from_packed(state_dict[key]).to(parameter.device),
                 old.bias is not None,
                 backend=backend,
                 dtype=parameter.dtype,
             )
-            made[old].train(old.training).requires_grad_(parameter.requires_grad)
+            new.values.requires_grad_(parameter.requires_grad)
+            if old.bias is not None and new.bias is not None:
+                new.bias.requires_grad_(old.bias.requires_grad)
+            made[old] = new.train(old.training)
         replacements[name] = made[old]
     layer = _replace(layer, replacements)
     layer.load_state_dict(state_dict)

@@ -251,6 +251,19 @@ def test_restore_pruned_gives_a_dense_layer_the_patterns() -> None:
         deqcore.restore_pruned(nn.Linear(2, 2), pruned.state_dict())
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_restore_pruned_keeps_what_is_frozen(frozen: str) -> None:
+    linear = nn.Linear(8, 4)
+    state = deqcore.prune_layer(linear, sparsity=0.5).state_dict()
+    getattr(linear, frozen).requires_grad_(False)
+    for start in (linear, deqcore.prune_layer(linear, sparsity=0.25)):
+        restored = deqcore.restore_pruned(start, state)
+        assert isinstance(restored, MaskedLinear)
+        assert restored.values.requires_grad == (frozen == "bias")
+        assert restored.bias is not None
+        assert restored.bias.requires_grad == (frozen == "weight")
+
+
 @pytest.mark.parametrize("structure", [None, 16])
 def test_pruned_implicit_layer_has_the_solution_and_gradients_of_the_masked_dense_one(
     structure: Any,
