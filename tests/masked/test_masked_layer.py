@@ -144,6 +144,20 @@ def test_state_dict_without_or_with_a_damaged_pattern_is_refused() -> None:
         masked.load_state_dict(nn.Linear(64, 32).state_dict())
 
 
+def test_without_a_pattern_nothing_is_loaded_and_all_of_it_is_missing() -> None:
+    model = nn.Sequential(layer())
+    state = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
+    del state["0.pattern"]
+    before = model[0].values.clone()
+    result = model.load_state_dict(state, strict=False)
+    assert torch.equal(model[0].values, before)
+    assert sorted(result.missing_keys) == ["0.bias", "0.pattern", "0.values"]
+    assert not result.unexpected_keys
+    without_bias = nn.Sequential(layer(bias=False))
+    result = without_bias.load_state_dict({}, strict=False)
+    assert sorted(result.missing_keys) == ["0.pattern", "0.values"]
+
+
 def test_bad_masks_and_linears() -> None:
     linear = nn.Linear(6, 4)
     with pytest.raises(ValueError, match=r"expected the weight's shape \(4, 6\).*got \(6, 4\)"):
