@@ -102,10 +102,11 @@ LINES = _lines(processor_kind())
 _GPU_LINES: dict[int, dict[str, Line]] = {}
 
 
-def prefers_sparse(op: Op, tokens: int, pattern: SparsityPattern, x: Tensor) -> bool:
+def prefers_sparse(op: Op, tokens: int | None, pattern: SparsityPattern, x: Tensor) -> bool:
     """Whether the kernels for kept entries are faster than a dense product here.
 
-    Between two measured numbers of tokens, the higher of their crossovers holds.
+    Between two measured numbers of tokens, the higher of their crossovers holds; for any number
+    (None), the highest of all.
     """
     if pattern.kept == pattern.shape[0] * pattern.shape[1]:
         return False  # the values are the dense weight
@@ -123,7 +124,9 @@ def prefers_sparse(op: Op, tokens: int, pattern: SparsityPattern, x: Tensor) -> 
     return pattern.sparsity >= _least_sparsity(line, tokens)
 
 
-def _least_sparsity(line: Line, tokens: int) -> float:
+def _least_sparsity(line: Line, tokens: int | None) -> float:
+    if tokens is None:
+        return max(sparsity for _, sparsity in line)
     least = line[0][1]
     for i, (measured, sparsity) in enumerate(line):
         if measured > tokens:
@@ -142,8 +145,12 @@ def _gpu_line(index: int, name: str) -> Line | None:
     return _GPU_LINES[index].get(name)
 
 
-def _counts_on_sparse(op: Op, tokens: int, pattern: SparsityPattern, dtype: torch.dtype) -> bool:
-    if tokens < _COUNTED_TOKENS or pattern.shape[0] * pattern.shape[1] < _COUNTED_ENTRIES:
+def _counts_on_sparse(
+    op: Op, tokens: int | None, pattern: SparsityPattern, dtype: torch.dtype
+) -> bool:
+    if tokens is None or tokens < _COUNTED_TOKENS:
+        return False
+    if pattern.shape[0] * pattern.shape[1] < _COUNTED_ENTRIES:
         return False
     if dtype in (torch.bfloat16, torch.float16):  # dense ones run on tensor cores, so must these
         enough = pattern.block >= (32 if op == "linear" else 64)

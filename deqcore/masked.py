@@ -164,7 +164,8 @@ class MaskedLinear(nn.Module):
     ) -> None:
         key = prefix + "pattern"
         if key not in state_dict:
-            missing_keys.append(key)
+            # Values say nothing without their places, so no parameter is loaded, whatever is there.
+            missing_keys += [prefix + name for name, _ in self.named_parameters()] + [key]
             if prefix + "weight" in state_dict:
                 error_msgs.append(
                     f"{prefix}weight is dense, and this layer keeps only some weights; load it "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deqcore.masked import MaskedLinear
@@ -31,13 +30,15 @@ def prune_layer(
     """Replace each nn.Linear in ``layer`` by a MaskedLinear that keeps its best-scored weights.
 
     In an implicit layer each step of the solve, and each product of its backward solve, is then
-    made with the kept weights alone. A linear used in several places is pruned once.
+    made with the kept weights alone. A linear used in several places is pruned once, and linears
+    that share a weight go on sharing it, if the scores keep the same entries.
 
     Args:
         layer: changed in place, except where it is an nn.Linear itself.
         scores: a function of an nn.Linear (default: :func:`magnitude`), which prunes all of them;
             or tensors of the weights' shapes by the linears' names (``""`` for the layer itself),
-            which prune those named and leave the others dense. Higher is kept.
+            which prune those named and leave the others dense. Higher is kept. A linear that has
+            several names needs one of them.
         sparsity: share of each weight to drop.
         structure: None, 16, 32 or 64 (whole blocks), or ``"2:4"``.
         backend: of the new layers; see :func:`deqcore.masked_linear`.
@@ -46,7 +47,8 @@ def prune_layer(
         ``layer``, or the MaskedLinear made of it.
 
     Raises:
-        ValueError: nothing to prune, a name that is no nn.Linear, or scores that do not fit.
+        ValueError: nothing to prune, a name that is no nn.Linear, scores that do not fit, or a
+            parameter that something in ``layer`` shares which stays dense (an embedding, say).
     """
     linears = _linears(layer)
     if isinstance(scores, Mapping):
@@ -56,14 +58,15 @@ def prune_layer(
                 f"scores: no nn.Linear named {', '.join(map(repr, unknown))}; there are "
                 f"{', '.join(map(repr, linears)) or 'none'}"
             )
-        linears = {name: linear for name, linear in linears.items() if name in scores}
+        chosen = {linears[name]: score for name, score in scores.items()}
+        linears = {name: linear for name, linear in linears.items() if linear in chosen}
     if not linears:
         raise ValueError("layer: has no nn.Linear to prune")
 
     pruned: dict[nn.Module, MaskedLinear] = {}
     for name, linear in linears.items():
         if linear not in pruned:
-            score = scores[name] if isinstance(scores, Mapping) else scores(linear)
+            score = chosen[linear] if isinstance(scores, Mapping) else scores(linear)
             if score.shape != linear.weight.shape:
                 raise ValueError(
                     f"scores of {name!r}: expected the weight's shape "
@@ -88,7 +91,8 @@ def restore_pruned(
         ``layer``, or the MaskedLinear made of it.
 
     Raises:
-        ValueError: a pattern of the state dict belongs to no linear of the layer.
+        ValueError: a pattern of the state dict belongs to no linear of the layer, or parameters
+            are shared that the state dict keeps apart (see :func:`prune_layer`).
         RuntimeError: from ``load_state_dict``.
     """
     replacements: dict[str, MaskedLinear] = {}
@@ -106,13 +110,16 @@ def restore_pruned(
             )
         if old not in made:
             parameter = old.weight if isinstance(old, nn.Linear) else old.values
-            made[old] = MaskedLinear(
+            new = MaskedLinear(
                 SparsityPattern.from_packed(state_dict[key]).to(parameter.device),
                 old.bias is not None,
                 backend=backend,
                 dtype=parameter.dtype,
             )
-            made[old].train(old.training).requires_grad_(parameter.requires_grad)
+            new.values.requires_grad_(parameter.requires_grad)
+            if old.bias is not None and new.bias is not None:
+                new.bias.requires_grad_(old.bias.requires_grad)
+            made[old] = new.train(old.training)
         replacements[name] = made[old]
     layer = _replace(layer, replacements)
     layer.load_state_dict(state_dict)
@@ -124,11 +131,50 @@ def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
-@torch.no_grad()
-def _replace(layer: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+def _replace(layer: nn.Module, replacements: Mapping[str, MaskedLinear]) -> nn.Module:
+    _share(layer, replacements)
     for name, new in replacements.items():
         parent, _, child = name.rpartition(".")
         if not name:
             return new
         setattr(layer.get_submodule(parent), child, new)
     return layer
+
+
+def _share(layer: nn.Module, replacements: Mapping[str, MaskedLinear]) -> None:
+    """Let the new layers share what the old ones share; raise where they cannot."""
+    names_of: dict[Tensor, list[str]] = {}
+    for name, parameter in layer.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    for names in names_of.values():
+        pruned = [name for name in names if name.rpartition(".")[0] in replacements]
+        if not pruned:
+            continue
+        dense = [name for name in names if name not in pruned]
+        module, _, attribute = pruned[0].rpartition(".")
+        if dense:
+            raise ValueError(
+                f"layer: {pruned[0]} is also {dense[0]}, which stays dense, so that pruning would "
+                f"untie them; leave {module!r} dense too (scores of the other linears by name), or "
+                f"{_how_to_untie(pruned[0])}"
+            )
+        first = replacements[module]
+        for name in pruned[1:]:
+            other = replacements[name.rpartition(".")[0]]
+            if attribute == "bias":
+                other.bias = first.bias
+                continue
+            if other.pattern != first.pattern:
+                raise ValueError(
+                    f"layer: {pruned[0]} and {name} are one parameter, but were given different "
+                    f"entries to keep; give both the same, or {_how_to_untie(name)}"
+                )
+            other.values = first.values
+
+
+def _how_to_untie(name: str) -> str:
+    module, _, attribute = name.rpartition(".")
+    return (
+        f"untie them first: m = layer.get_submodule({module!r}); "
+        f"m.{attribute} = nn.Parameter(m.{attribute}.detach().clone())"
+    )

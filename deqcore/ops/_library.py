@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("deqcore", "DEF")
 
@@ -46,7 +47,7 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
 
 def call_pure(op: Callable[..., Tensor], *args: object) -> Tensor:
     """Call an op without side effects; outside grad mode past autograd, as :func:`call_step`."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -62,9 +63,44 @@ def define_pure(
 ) -> None:
     """Register an op without side effects, with its derivative (``setup`` and ``backward``).
 
-    ``reference`` runs wherever no compiled kernel is registered for the tensors' device.
+    ``reference`` runs wherever no compiled kernel is registered for the tensors' device, and under
+    forward-mode differentiation and ``torch.func``'s transforms: PyTorch differentiates its
+    operations in every way, and ``backward`` is reverse mode alone.
     """
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deqcore::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd(f"deqcore::{name}", backward, setup_context=setup, lib=LIBRARY)
+    op = getattr(torch.ops.deqcore, name).default
+
+    def below_autograd(keyset: torch._C.DispatchKeySet, args: Sequence[object]) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            result: Tensor = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return result
+
+    # Not torch.library.register_autograd: its kernel loses tangents without a word.
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:  # the op's arguments, then the keyset
+            output = below_autograd(args[-1], args[:-1])
+            setup(ctx, args[:-1], output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return *backward(ctx, grad), None
+
+    def differentiate(keyset: torch._C.DispatchKeySet, *args: object) -> Tensor:
+        if _is_transformed():
+            return reference(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            result: Tensor = Derivative.apply(*args, keyset)
+            return result
+        return below_autograd(keyset, args)
+
+    Derivative.__name__ = Derivative.__qualname__ = f"{name}_derivative"
+    LIBRARY.impl(name, differentiate, "Autograd", with_keyset=True)
+
+
+def _is_transformed() -> bool:
+    """Whether tensors may have tangents, or wrappers of torch.func."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

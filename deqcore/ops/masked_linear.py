@@ -34,6 +34,8 @@ def masked_linear(
 
     Gradients reach x, values and bias, and nothing is computed for the entries that are not kept.
     With ``backend="sparse"`` a token's result does not depend, bit for bit, on the other tokens.
+    Forward-mode differentiation (jvp) and ``torch.func.grad`` fill a dense weight, whatever the
+    backend.
 
     Args:
         x: [..., columns] of the pattern, any leading dimensions; float64, float32, bfloat16 or
@@ -44,10 +46,11 @@ def masked_linear(
         backend: ``"sparse"`` runs the kernels for kept entries, ``"dense"`` fills a dense weight
             and multiplies by that, ``"auto"`` takes the faster by a table measured on this kind of
             processor (``python -m deqcore.tune`` measures yours; a GPU that has no table gets dense
-            products but where sparse ones should be at least twice as fast). On a GPU, ``"sparse"``
-            multiplies blocks in bfloat16 and float16 on tensor cores, never in TF32, and 2:4
-            patterns of those dtypes by PyTorch's semi-structured support where shapes allow it
-            (multiples of 32 rows and 64 columns).
+            products but where sparse ones should be at least twice as fast; an exported or compiled
+            program with dynamic shapes, but where they are faster at any number of tokens). On a
+            GPU, ``"sparse"`` multiplies blocks in bfloat16 and float16 on tensor cores, never in
+            TF32, and 2:4 patterns of those dtypes by PyTorch's semi-structured support where shapes
+            allow it (multiples of 32 rows and 64 columns).
 
     Returns:
         [..., rows], in x's dtype.
@@ -56,15 +59,16 @@ def masked_linear(
         TypeError: pattern is not a SparsityPattern.
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, values = _cast(x, dtype), _cast(values, dtype)
         bias = None if bias is None else _cast(bias, dtype)
     _check(x, values, pattern, bias)
     rows, columns = pattern.shape
     dense_outer = False
     if backend == "auto":
-        tokens = x.numel() // max(columns, 1)
+        tokens = _tokens(x, columns)
         backend = "sparse"
         if not _dispatch.prefers_sparse("linear", tokens, pattern, x):
             backend = "dense"
@@ -84,6 +88,21 @@ def masked_linear(
         flat, values, pattern.indices, bias, rows, columns, pattern.block, False, dense_outer,
     )  # fmt: skip
     return y.view(*x.shape[:-1], rows)
+
+
+def _tokens(x: Tensor, columns: int) -> int | None:
+    """How many rows are multiplied; None for any number, in a program with dynamic shapes.
+
+    Such a program must not branch on the number. It gets sparse kernels only where they win at
+    every number: then no size is slower than with a dense product.
+    """
+    tokens: Any = x.numel() // max(columns, 1)
+    if not isinstance(tokens, torch.SymInt) and not torch.compiler.is_compiling():
+        return int(tokens)
+    # Dynamo calls its symbolic integers int. Not at the top: this module imports SymPy.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return tokens if has_static_value(tokens) else None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,6 +51,32 @@ def test_unrolled_has_forward_mode():
     torch.testing.assert_close(tangent, torch.full((2, 3), 2.0), rtol=1e-3, atol=1e-3)
 
 
+def test_masked_cells_have_the_tangents_of_dense_ones_or_an_error(adjoint):
+    mask = torch.arange(9).reshape(3, 3) % 2 == 0
+    pattern = deqcore.SparsityPattern.from_mask(mask)
+    places = mask.nonzero(as_tuple=True)
+    values = 0.1 * torch.arange(1.0, 6.0)
+
+    def solved(weight, adjoint):
+        def f(z):
+            return torch.tanh(weight(z)) + 1
+
+        return deqcore.fixed_point(f, torch.zeros(2, 3), adjoint=adjoint).value
+
+    def masked(values):
+        return solved(lambda z: deqcore.masked_linear(z, values, pattern), adjoint)
+
+    def dense(values):
+        weight = torch.zeros(3, 3).index_put(places, values)
+        return solved(lambda z: z @ weight.t(), Unrolled())
+
+    _, expected = torch.func.jvp(dense, (values,), (values,))
+    assert expected.abs().min() > 0.01
+    right_or_error(lambda: torch.func.jvp(masked, (values,), (values,))[1], expected)
+    if isinstance(adjoint, Unrolled):
+        torch.testing.assert_close(torch.func.jvp(masked, (values,), (values,))[1], expected)
+
+
 def test_func_grad_is_right_or_an_error(adjoint):
     w = torch.ones(3)
     expected = torch.full((3,), 4.0 if not isinstance(adjoint, Phantom) else 2.0)

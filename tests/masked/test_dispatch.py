@@ -25,6 +25,14 @@ def line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_dispatch.LINES, F32, [(1, 0.5), (8, 0.2), (64, 0.7)])
 
 
+@pytest.mark.parametrize(("sparsity", "sparse"), [(0.6, False), (0.7, True)])
+def test_for_any_number_of_tokens_sparse_has_to_win_at_each(
+    line: None, sparsity: float, sparse: bool
+) -> None:
+    x = torch.zeros(1)
+    assert _dispatch.prefers_sparse("linear", None, pattern(sparsity), x) == sparse
+
+
 @pytest.mark.parametrize(
     ("tokens", "sparsity", "sparse"),
     [
@@ -84,7 +92,7 @@ def large(sparsity: float, structure: int | None = None) -> SparsityPattern:
 def test_an_unmeasured_gpu_multiplies_densely_but_where_counting_leaves_a_margin(
     gpu: dict[str, _dispatch.Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prefers(pattern: SparsityPattern, dtype: torch.dtype, op: Any = "linear", n: int = 8192):
+    def prefers(pattern: SparsityPattern, dtype: torch.dtype, op: Any = "linear", n: Any = 8192):
         return _dispatch.prefers_sparse(op, n, pattern, OnGpu(dtype))  # type: ignore[arg-type]
 
     high, blocks = large(0.97), large(0.97, 64)
@@ -97,6 +105,7 @@ def test_an_unmeasured_gpu_multiplies_densely_but_where_counting_leaves_a_margin
     assert not prefers(large(0.97, 32), torch.float16, "outer")
     assert not prefers(large(0.8), torch.float32)
     assert not prefers(high, torch.float32, n=64)
+    assert not prefers(high, torch.float32, n=None)
     assert not prefers(pattern(0.99), torch.float32)
     monkeypatch.setattr(_dispatch, "_multiplies_in_tf32", lambda: True)
     assert not prefers(high, torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import deqcore
-from deqcore import MaskedLinear, SparsityPattern
+from deqcore import MaskedLinear, SparsityPattern, _dispatch
 
 
 def layer(sparsity: float = 0.75, bias: bool = True, structure: Any = None) -> MaskedLinear:
@@ -65,6 +65,20 @@ def test_moves_with_its_pattern() -> None:
     assert masked.pattern.indices.dtype == torch.int32
     with torch.device("meta"):
         assert MaskedLinear(masked.pattern.to("meta")).values.device.type == "meta"
+
+
+@pytest.mark.parametrize("backend", ["auto", "sparse", "dense"])
+@pytest.mark.parametrize("structure", [None, 16])
+def test_meta_tensors_give_the_shapes(backend: Any, structure: Any) -> None:
+    masked = layer(structure=structure)
+    masked.backend = backend
+    meta = masked.to("meta")
+    y = meta(torch.empty(2, 3, 64, device="meta"))
+    assert y.device.type == "meta"
+    assert y.shape == (2, 3, 32)
+    y.sum().backward()
+    assert meta.values.grad is not None
+    assert meta.values.grad.shape == meta.values.shape
 
 
 def test_repr_says_sparsity() -> None:
@@ -130,6 +144,20 @@ def test_state_dict_without_or_with_a_damaged_pattern_is_refused() -> None:
         masked.load_state_dict(nn.Linear(64, 32).state_dict())
 
 
+def test_without_a_pattern_nothing_is_loaded_and_all_of_it_is_missing() -> None:
+    model = nn.Sequential(layer())
+    state = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
+    del state["0.pattern"]
+    before = model[0].values.clone()
+    result = model.load_state_dict(state, strict=False)
+    assert torch.equal(model[0].values, before)
+    assert sorted(result.missing_keys) == ["0.bias", "0.pattern", "0.values"]
+    assert not result.unexpected_keys
+    without_bias = nn.Sequential(layer(bias=False))
+    result = without_bias.load_state_dict({}, strict=False)
+    assert sorted(result.missing_keys) == ["0.pattern", "0.values"]
+
+
 def test_bad_masks_and_linears() -> None:
     linear = nn.Linear(6, 4)
     with pytest.raises(ValueError, match=r"expected the weight's shape \(4, 6\).*got \(6, 4\)"):
@@ -153,6 +181,27 @@ def test_compiles_as_a_module() -> None:
     compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 64)
     torch.testing.assert_close(compiled(x), masked(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("measured", [(0.9, 0.1, 0.1), (0.1, 0.1, 0.9), (0.1, 0.1, 0.1)])
+def test_exports_with_a_dynamic_batch(
+    monkeypatch: pytest.MonkeyPatch, measured: tuple[float, ...], strict: bool
+) -> None:
+    line = list(zip((1, 8, 64), measured, strict=True))
+    monkeypatch.setattr(_dispatch._kernels, "CPU_KERNELS", True)
+    for op in ("linear", "outer"):
+        name = _dispatch.line_name(torch.float32, op, 1)
+        monkeypatch.setitem(_dispatch.LINES, name, line)
+    masked, batch = layer(0.75), torch.export.Dim("batch")
+    x = torch.randn(4, 64)
+    program = torch.export.export(masked, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    called = {str(node.target) for node in program.graph.nodes}
+    # One program for all sizes: sparse only where it wins at each of them.
+    assert ("deqcore.masked_linear.default" in called) == (max(measured) < 0.75)
+    for tokens in (2, 30, 200):
+        x = torch.randn(tokens, 64)
+        torch.testing.assert_close(program.module()(x), masked(x))
 
 
 class Cell(nn.Module):
@@ -214,6 +263,19 @@ def test_restore_pruned_gives_a_dense_layer_the_patterns() -> None:
     assert torch.equal(other(z, x), pruned(z, x))
     with pytest.raises(ValueError, match=r"inner\.pattern belongs to a pruned linear, but"):
         deqcore.restore_pruned(nn.Linear(2, 2), pruned.state_dict())
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_restore_pruned_keeps_what_is_frozen(frozen: str) -> None:
+    linear = nn.Linear(8, 4)
+    state = deqcore.prune_layer(linear, sparsity=0.5).state_dict()
+    getattr(linear, frozen).requires_grad_(False)
+    for start in (linear, deqcore.prune_layer(linear, sparsity=0.25)):
+        restored = deqcore.restore_pruned(start, state)
+        assert isinstance(restored, MaskedLinear)
+        assert restored.values.requires_grad == (frozen == "bias")
+        assert restored.bias is not None
+        assert restored.bias.requires_grad == (frozen == "weight")
 
 
 @pytest.mark.parametrize("structure", [None, 16])
