@@ -199,7 +199,7 @@ def test_average_is_pruned_and_not_begun_anew(
         seed_all(3)
         model = build_model(changed, backbone, len(task.classes))
         averages = []
-        fit(model, task, changed, on_epoch=lambda state: averages.append(state.average))
+        fit(model, task, changed, on_epoch=lambda s: averages.append(copy.deepcopy(s.average)))
         return averages[(prune_at or config.epochs) - 1]
 
     pruned, dense = average(), average(sparsity=0.0, prune_at=None)
