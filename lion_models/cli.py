@@ -65,6 +65,7 @@ from lion_models.cli_options import (
     ValidationShots,
     Verify,
     config_of,
+    distinct,
     numbers,
     set_up,
     short_name,
@@ -110,8 +111,8 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print(
-                "interrupted; the same command continues with --resume "
-                "(compare and demo continue by themselves)"
+                "interrupted; the same command continues: train with --resume, "
+                "compare, sweep and demo by themselves"
             )
             raise typer.Exit(130) from None
 
@@ -284,12 +285,20 @@ def compare(
     """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
     set_up(threads, device)
     parts = METHODS if methods == "all" else methods.split(",")
-    names = [choose("--methods", part.strip(), METHODS) for part in parts]
+    names = distinct("--methods", [choose("--methods", p.strip(), METHODS) for p in parts])
     base = config_of(ctx)
     folder = runs / (name or f"compare-{short_name(data)}-{shots}")
-    rates = numbers("--lrs", lrs, float) if lrs else []
+    rates = distinct("--lrs", numbers("--lrs", lrs, float)) if lrs else []
     _compare(
-        folder, base, names, numbers("--seeds", seeds, int), rates, overwrite, device, jobs, threads
+        folder,
+        base,
+        names,
+        distinct("--seeds", numbers("--seeds", seeds, int)),
+        rates,
+        overwrite,
+        device,
+        jobs,
+        threads,
     )
 
 

@@ -236,6 +236,14 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         raise UserError(f"{option}: expected numbers separated by commas, got '{text}'") from None
 
 
+def distinct(option: str, values: list[Any]) -> list[Any]:
+    """The values; UserError where one is there twice, which would count one run as two."""
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise UserError(f"{option}: {twice} is there twice; leave one out")
+    return values
+
+
 def short_name(data: str) -> str:
     """The data's part of a run's name: the last part of a path, no colon."""
     return Path(data).name.replace(":", "-")

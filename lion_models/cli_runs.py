@@ -30,7 +30,7 @@ from lion_models.predict import (
     predict,
     write_predictions,
 )
-from lion_models.training import load_run, measure_run
+from lion_models.training import LoadedRun, load_run, measure_run
 from lion_models.training.report import CONFUSION, REPORT, class_report, read_report
 from lion_models.training.runs import validation_images
 from lion_models.training.workbench import Workbench
@@ -39,7 +39,18 @@ __all__ = ["evaluate", "export", "info", "predict_command"]
 
 COMPARED_IMAGES = 64
 
+Moved = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone", help="Where its file lies now.", show_default="the name that the run stored"
+    ),
+]
+
 out = Console()
+
+
+def _load(run: Path, backbone: str | None) -> LoadedRun:
+    return load_run(run, None if backbone is None else load_backbone(backbone))
 
 
 def evaluate(
@@ -58,6 +69,13 @@ def evaluate(
         Path | None,
         typer.Option(help="With --data: write report.json and confusion.png to this folder."),
     ] = None,
+    bad_files: Annotated[
+        str | None,
+        typer.Option(
+            help="With --data: fail or skip, as in training.", show_default="the run's own"
+        ),
+    ] = None,
+    backbone: Moved = None,
     threads: Threads = 0,
     device: Device = "cpu",
 ) -> None:
@@ -69,14 +87,16 @@ def evaluate(
             raise UserError(f"{run}: is a checkpoint file; name the run's folder, or add --data")
         if report_to is not None:
             raise UserError(f"--report-to: a run's own report is written to {run}; add --data")
+        if backbone is not None or bad_files is not None:
+            raise UserError("--backbone and --bad-files: go with --data; add it")
         figures = measure_run(run, bench=Workbench(device))["test"]
         classes = read_report(run / REPORT) if report else {}
         where = "the run's test set"
     else:
-        loaded = load_run(run)
+        loaded = _load(run, backbone)
         loaded.model.to(device)
         predicted: list[Tensor] = []
-        figures, truth = evaluate_on(loaded, data, predicted)
+        figures, truth = evaluate_on(loaded, data, predicted, bad_files)
         classes = class_report(loaded.classes, truth, torch.cat(predicted)) if (
             report or report_to) else {}  # fmt: skip
         where = data
@@ -111,22 +131,31 @@ def _report_table(report: dict[str, Any]) -> Table:
 def predict_command(
     run: Annotated[Path, typer.Argument(help="A run's folder or checkpoint.")],
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
-    form: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="table, csv or json.", show_default="table; by --output's name"
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write csv or json here.")] = None,
     unreadable: Annotated[
         str, typer.Option(help="Files that are no whole images: fail, or skip (and name them).")
     ] = "fail",
+    backbone: Moved = None,
     threads: Threads = 0,
     device: Device = "cpu",
 ) -> None:
     """Class and probability of images."""
     set_up(threads, device)
-    choose("--format", form, ["table", "csv", "json"])
+    if form is None:
+        by_name = "json" if output is not None and output.suffix == ".json" else "csv"
+        form = "table" if output is None else by_name
+    choose("--format", form, ["csv", "json"] if output is not None else ["table", "csv", "json"])
     choose("--unreadable", unreadable, UNREADABLE)
     if output is not None and not output.resolve().parent.is_dir():
         raise UserError(f"--output: folder {output.parent} does not exist; create it first")
     images = gather_images(paths)
-    loaded = load_run(run)
+    loaded = _load(run, backbone)
     loaded.model.to(device)
     skipped: list[str] = []
 
@@ -141,9 +170,8 @@ def predict_command(
                 yield one
 
     if output is not None:
-        kind = "json" if form == "json" or output.suffix == ".json" else "csv"
         with replacing(output, "w") as file:
-            count = write_predictions(file, kind, loaded.classes, readable())
+            count = write_predictions(file, form, loaded.classes, readable())
         out.print(f"wrote {count} predictions to {output}", soft_wrap=True)
     elif form == "table":
         table = Table("file", "class", "probability")
@@ -174,6 +202,7 @@ def export(
             help="Images or folders to compare on.", show_default="the run's validation images"
         ),
     ] = None,
+    backbone: Moved = None,
     threads: Threads = 0,
 ) -> None:
     """Write a classifier as one file that needs no lion_models, and compare it on real images."""
@@ -183,11 +212,10 @@ def export(
     output = folder / f"model.{FORMATS[form]}" if output is None else output
     if not output.resolve().parent.is_dir():
         raise UserError(f"--output: folder {output.parent} does not exist; create it first")
-    loaded = load_run(run)
-    backbone = loaded.model.backbone
+    loaded = _load(run, backbone)
     if images:
         paths = gather_images(images)[:COMPARED_IMAGES]
-        shape = backbone.channels, backbone.image_size
+        shape = loaded.model.backbone.channels, loaded.model.backbone.image_size
         decoded = [decode_image(path, *shape, loaded.config.transform) for path in paths]
         pixels = torch.stack(decoded * (1 if len(decoded) > 1 else 2))
     else:

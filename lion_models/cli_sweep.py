@@ -18,6 +18,7 @@ from lion_models.cli_options import (
     Shots,
     Threads,
     config_of,
+    distinct,
     numbers,
     set_up,
     short_name,
@@ -75,10 +76,15 @@ def sweep(
     names = METHODS if methods == "all" else methods.split(",")
     plan = Plan(
         config_of(ctx),
-        tuple(choose("--methods", part.strip(), METHODS) for part in names),
-        tuple(numbers("--seeds", seeds, int)),
+        tuple(
+            distinct("--methods", [choose("--methods", part.strip(), METHODS) for part in names])
+        ),
+        tuple(distinct("--seeds", numbers("--seeds", seeds, int))),
         tuple(parse_axis("--grid", text) for text in grid or ()),
         tuple(parse_axis("--over", text) for text in over or ()),
+    )
+    tested = (
+        distinct("--test-seeds", numbers("--test-seeds", test_seeds, int)) if test_seeds else []
     )
     folder = runs / (name or f"sweep-{short_name(data)}")
     options = CellOptions(device, plot=False)
@@ -88,7 +94,7 @@ def sweep(
             plan,
             runner,
             test_best=test_best,
-            test_seeds=numbers("--test-seeds", test_seeds, int) if test_seeds else (),
+            test_seeds=tested,
             overwrite=overwrite,
             on_cells=bars.together,
         )

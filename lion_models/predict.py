@@ -148,7 +148,7 @@ def write_predictions(
 
 
 def evaluate_on(
-    run: LoadedRun, data: str, predicted: list[Tensor] | None = None
+    run: LoadedRun, data: str, predicted: list[Tensor] | None = None, bad_files: str | None = None
 ) -> tuple[dict[str, float], Tensor]:
     """Mean accuracy and cross-entropy on every image of another data set with the same classes.
 
@@ -156,6 +156,7 @@ def evaluate_on(
         run: the classifier.
         data: as for `--data`.
         predicted: gets the predicted labels.
+        bad_files: `fail` or `skip`; None means as the run was trained.
 
     Returns:
         The figures, and the true labels.
@@ -165,7 +166,13 @@ def evaluate_on(
     """
     model = run.model
     backbone, transform = model.backbone, run.config.transform
-    source = open_source(data, backbone.channels, backbone.image_size, transform=transform)
+    source = open_source(
+        data,
+        backbone.channels,
+        backbone.image_size,
+        transform=transform,
+        bad_files=run.config.bad_files if bad_files is None else bad_files,
+    )
     if source.classes != run.classes:
         raise UserError(
             f"--data {data}: has classes {', '.join(source.classes)}; the run was "

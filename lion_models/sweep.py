@@ -65,8 +65,13 @@ class Plan:
         return _combinations(self.over)
 
     def settings(self, method: str) -> list[Setting]:
-        """The grid of one method, without options that it does not have."""
-        return _combinations([axis for axis in self.grid if axis.applies_to(method)])
+        """The grid of one method, without options that it does not have.
+
+        An axis of the method's own stands in for one that holds for all.
+        """
+        axes = [axis for axis in self.grid if axis.applies_to(method)]
+        own = {axis.key for axis in axes if axis.method is not None}
+        return _combinations([axis for axis in axes if axis.method or axis.key not in own])
 
 
 @dataclass
@@ -165,8 +170,10 @@ def run_sweep(
     cells = [cell for row in rows for cell in row.cells]
     check_cells(cells, overwrite)
     for options in plan.conditions():
-        if any(row.condition == options and not row.cells[0].folder.exists() for row in rows):
-            check_data(replace(plan.base, seed=plan.seeds[0], **options), runner.bench)
+        new = [r for r in rows if r.condition == options and not r.cells[0].folder.exists()]
+        for method in dict.fromkeys(row.method for row in new):  # before anything has run
+            base = replace(plan.base, method=method, seed=plan.seeds[0], **options)
+            check_data(base, runner.bench)
     outcome = runner.run(cells, on_cells(cells))
     results = dict(zip((cell.folder for cell in cells), outcome.results, strict=True))
     settings = sorted((_summary(row, results) for row in rows), key=_rank, reverse=True)
@@ -239,7 +246,8 @@ def _rows(
             name = "-".join([*parts, f"s{seed}"])
             if name in names:
                 raise UserError(
-                    f"two runs of the sweep would be called '{name}'; rename one's data"
+                    f"two runs of the sweep would be called '{name}'; leave out what is there "
+                    "twice, or rename one's data"
                 )
             names.add(name)
             cells.append(Cell(folder / name, config, test))

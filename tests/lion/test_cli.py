@@ -13,10 +13,13 @@ import pytest
 import torch
 from conftest import Lion
 from PIL import Image
+from safetensors.torch import save_file
 from small import small_vit
 
 import deqcore
+from lion_models.data import BadFilesWarning
 from lion_models.pretrain import save_weights
+from lion_models.training.checkpoint import read_checkpoint
 
 QUICK = ("--shots", 3, "--validation-shots", 2, "--epochs", 2)
 
@@ -234,6 +237,53 @@ def test_predict_names_what_is_wrong(lion: Lion, trained: Path, tmp_path: Path):
         outcome = lion("predict", *arguments)
         assert outcome.code == 2
         assert message in outcome.err
+
+
+def test_format_of_predictions_is_what_is_asked_for_and_else_the_name_s(
+    lion: Lion, trained: Path, image_folder: Path, tmp_path: Path
+):
+    image = next(image_folder.rglob("*.png"))
+    for asked, name, first in [
+        (("--format", "csv"), "a.json", "file,class"),
+        (("--format", "json"), "a.csv", "["),
+        ((), "b.json", "["),
+        ((), "b.txt", "file,class"),
+    ]:
+        assert lion("predict", trained, image, *asked, "--output", tmp_path / name).code == 0
+        assert (tmp_path / name).read_text().startswith(first)
+    refused = lion("predict", trained, image, "--format", "table", "--output", tmp_path / "c")
+    assert refused.code == 2
+    assert "--format: expected one of csv, json, got 'table'" in refused.err
+
+
+def test_run_whose_backbone_file_has_moved_is_told_its_new_place(
+    lion: Lion, trained: Path, image_folder: Path, backbone_file: Path, tmp_path: Path
+):
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(backbone_file, moved)
+    weights, metadata = read_checkpoint(trained / "checkpoint.safetensors")
+    metadata["backbone"] = str(tmp_path / "gone.safetensors")
+    save_file(weights, trained / "checkpoint.safetensors", metadata)
+    image = next(image_folder.rglob("*.png"))
+    assert "gone.safetensors does not exist" in lion("predict", trained, image).err
+    assert lion("predict", trained, image, "--backbone", moved).code == 0
+    assert lion("eval", trained, "--data", image_folder, "--backbone", moved).code == 0
+
+
+def test_eval_leaves_damaged_files_out_where_it_may(
+    lion: Lion, trained: Path, image_folder: Path, tmp_path: Path
+):
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    next(other.rglob("*.png")).write_bytes(b"cut")
+    refused = lion("eval", trained, "--data", other)
+    assert refused.code == 2
+    assert "--bad-files skip" in refused.err
+    with pytest.warns(BadFilesWarning):
+        shown = lion("eval", trained, "--data", other, "--bad-files", "skip")
+    assert shown.code == 0, shown.err
+    assert "over 35 images" in shown.out
+    assert "go with --data" in lion("eval", trained, "--bad-files", "skip").err
 
 
 def test_damaged_checkpoint_and_changed_backbone_are_named(

@@ -326,6 +326,13 @@ def test_options_of_one_method_do_not_repeat_the_runs_of_another():
     assert len(plan.settings("lion")) == 4
 
 
+def test_axis_of_one_method_stands_in_for_that_of_all(base: RunConfig):
+    grid = (Axis("lr", (0.01, 0.03)), Axis("lr", (0.003,), "lion"), Axis("hidden", (2, 4)))
+    plan = Plan(base, ("linear", "lion"), (1,), grid)
+    assert plan.settings("linear") == [{"lr": 0.01}, {"lr": 0.03}]
+    assert plan.settings("lion") == [{"lr": 0.003, "hidden": 2}, {"lr": 0.003, "hidden": 4}]
+
+
 def test_bad_sweeps_are_named_before_anything_is_written(
     lion: Lion, base: RunConfig, tmp_path: Path
 ):
@@ -333,6 +340,10 @@ def test_bad_sweeps_are_named_before_anything_is_written(
         (("--data", "digit"), "did you mean 'digits'?"),
         (("--data", base.data, "--jobs", 0), "--jobs: expected 1 or more, got 0"),
         (("--data", base.data, "--test-seeds", "1"), "goes with --test-best"),
+        (("--data", base.data, "--seeds", "1,2,1"), "--seeds: 1 is there twice"),
+        (("--data", base.data, "--methods", "lion,lion"), "--methods: lion is there twice"),
+        (("--data", base.data, "--backbone", base.backbone, "--shots", 3, "--pad", 6, "--methods",
+          "linear,vpt-pad"), "--pad"),
         (("--data", base.data, "--grid", "hidden=0"), "--hidden: expected 1 or more, got 0"),
         (("--data", base.data, "--over", "shots=5,900", "--backbone", base.backbone),
          "lower --shots"),
