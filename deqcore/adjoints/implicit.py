@@ -67,7 +67,7 @@ class Implicit(Adjoint):
         f = problem(z)
         if all(leaf is z for leaf in graph_leaves(f)):
             return solved.value, solved
-        linear = _LinearProblem(z, f, problem.packing, self.solver, guess, record)
+        linear = _LinearProblem(z, f, problem.f_dtypes, self.solver, guess, record)
         return _ImplicitGradient.apply(f, solved, linear), solved
 
 
@@ -77,7 +77,7 @@ class _LinearProblem:
 
     z: Tensor  # [B, D] leaf at the solution
     f: Tensor  # [B, D] f(z), with its graph
-    packing: Packing
+    f_dtypes: tuple[torch.dtype, ...]  # the vector-Jacobian products are as coarse as f
     solver: SolverOptions
     guess: Callable[[Tensor], Tensor] | None  # g -> first u
     record: BackwardRecord
@@ -87,7 +87,7 @@ class _LinearProblem:
         exponent = _binary_exponent(grad)
         unit = (grad.double() * _power_of_two(-exponent)).to(grad.dtype)
         zero = (grad == 0).all(1)
-        problem = Problem(lambda u: unit + self._vjp(u), (), Packing.of(unit))
+        problem = Problem(lambda u: unit + self._vjp(u), (), Packing.of(unit), self.f_dtypes)
         u0 = unit if self.guess is None else self.guess(unit)
         solved = solve(problem, u0, self.solver, frozen=zero)
         self.record.report = SolveReport(**solved.report(problem))
