@@ -14,6 +14,7 @@ from deqcore._loop import Problem, Solved, solve
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, SolveReport
 from deqcore.adjoints._base import Adjoint
+from deqcore.adjoints._saved import SavedOnce
 from deqcore.ops import _rows
 from deqcore.solvers import Anderson, Broyden, SolverOptions
 from deqcore.solvers._options import options, require_bool
@@ -64,10 +65,12 @@ class Implicit(Adjoint):
             guess = functools.partial(solver.inverse_transpose, solved.state)
         solved.state = None  # the history is not needed any more, and f's graph is yet to come
         z = solved.value.clone().requires_grad_()  # the caller may change the value in place
-        f = problem(z)
+        saved = SavedOnce()
+        with saved.recording():
+            f = problem(z)
         if all(leaf is z for leaf in graph_leaves(f)):
             return solved.value, solved
-        linear = _LinearProblem(z, f, problem.f_dtypes, self.solver, guess, record)
+        linear = _LinearProblem(z, f, saved, problem.f_dtypes, self.solver, guess, record)
         return _ImplicitGradient.apply(f, solved, linear), solved
 
 
@@ -77,6 +80,7 @@ class _LinearProblem:
 
     z: Tensor  # [B, D] leaf at the solution
     f: Tensor  # [B, D] f(z), with its graph
+    saved: SavedOnce  # by that graph
     f_dtypes: tuple[torch.dtype, ...]  # the vector-Jacobian products are as coarse as f
     solver: SolverOptions
     guess: Callable[[Tensor], Tensor] | None  # g -> first u
@@ -84,6 +88,7 @@ class _LinearProblem:
 
     def solve(self, grad: Tensor) -> Tensor:
         """u for an incoming gradient [B, D], row by row at unit scale."""
+        self.saved.unpack()
         exponent = _binary_exponent(grad)
         unit = (grad.double() * _power_of_two(-exponent)).to(grad.dtype)
         zero = (grad == 0).all(1)
