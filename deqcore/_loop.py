@@ -129,7 +129,9 @@ def differentiable_solve(
 
 def _differentiable_steps(run: _Run, steps: range) -> None:
     for step in steps:
-        if run.solver.check_every and not run.rows.remaining.item():
+        # The first step of an empty batch gives its value a graph, as other adjoints do.
+        needed = step == 1 and torch.is_grad_enabled()
+        if run.solver.check_every and not needed and not run.rows.remaining.item():
             return
         f = run.problem(run.z)
         context = run.context()
