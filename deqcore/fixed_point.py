@@ -71,12 +71,19 @@ def root(
 ) -> Solution:
     """Solve g(z, *args) = 0, as the fixed point of f(z) = z + g(z).
 
-    Arguments, result and errors are those of :func:`fixed_point`; the residual is rms(g(z)), and a
+    Arguments, result and errors are those of :func:`fixed_point`: g too must return the structure
+    and shapes of z0, nothing is broadcast. The residual is rms(g(z)), and a
     row has converged when rms(g(z)) <= atol + rtol * rms(z + g(z)). Where g is steep, pass
     ``damping`` or use ``Broyden``.
     """
 
+    if not callable(g):
+        raise TypeError(f"g: expected a callable, got {type(g).__name__}")
+    packing = Packing.of(z0)
+
     def shifted(z: Any, *rest: Any) -> Any:
-        return pytree.tree_map(torch.add, z, g(z, *rest))
+        value = g(z, *rest)
+        packing.check(value, "g(z)")  # the sum would broadcast a smaller one
+        return pytree.tree_map(torch.add, z, value)
 
     return fixed_point(shifted, z0, *args, solver=solver, adjoint=adjoint)
