@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from deqcore._packing import Packing
+from deqcore._transforms import refuse_mapped
 from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
 from deqcore.solvers import SolverOptions
 from deqcore.solvers._options import StepContext
@@ -102,6 +103,7 @@ def solve(
             f = problem(run.z)
             if step == 1:
                 _refuse_forward_mode(f)
+                refuse_mapped(run.x, f)
                 context = run.context()
             run.state, run.x, z = solver.step(run.state, run.x, f, step, context)
             run.seen(z)
@@ -134,6 +136,7 @@ def _differentiable_steps(run: _Run, steps: range) -> None:
         if run.solver.check_every and not needed and not run.rows.remaining.item():
             return
         f = run.problem(run.z)
+        refuse_mapped(run.x, f)
         context = run.context()
         run.state, run.x = run.solver.differentiable_step(run.state, run.x, f, step, context)
         run.seen(run.x.to(run.packing.dtype))

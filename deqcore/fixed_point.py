@@ -44,7 +44,7 @@ def fixed_point(
 
     Raises:
         TypeError: ``solver``, ``adjoint`` or ``z0`` of a wrong kind.
-        ValueError: f returned another structure, shape or device.
+        ValueError: f returned another structure, shape or device; z0 is on the meta device.
 
     At most ``solver.max_steps`` calls of f are made to find the solution. In grad mode ``Implicit``
     makes one more to build the graph, and ``Phantom`` its ``steps``.
@@ -56,6 +56,11 @@ def fixed_point(
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint: expected e.g. deqcore.Implicit(), got {adjoint!r}")
     packing = Packing.of(z0)
+    if packing.device.type == "meta":
+        raise ValueError(
+            "z0: expected data on a CPU or a GPU, got a meta tensor: how many steps a solve takes "
+            "depends on values; move the model and z0 with to_empty(device=...) first"
+        )
     problem = Problem(f, args, packing)
     record = BackwardRecord()
     value, solved = adjoint.solve(problem, packing.pack(z0, "z0"), solver, record)

@@ -13,6 +13,7 @@ from torch import Tensor
 from deqcore._loop import Problem, Solved, solve
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, SolveReport
+from deqcore._transforms import refuse_mapped, refuse_transforms
 from deqcore.adjoints._base import Adjoint
 from deqcore.adjoints._saved import SavedOnce
 from deqcore.ops import _rows
@@ -57,6 +58,8 @@ class Implicit(Adjoint):
                 "Implicit: reuse_forward=True needs the inverse that deqcore.Broyden builds, got a "
                 f"forward solver {type(solver).__name__}; pass solver=deqcore.Broyden()"
             )
+        if torch.is_grad_enabled():
+            refuse_transforms(self)
         solved = solve(problem, z0, solver)
         if not torch.is_grad_enabled():
             return solved.value, solved
@@ -115,6 +118,7 @@ class _ImplicitGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_mapped(grad)
         u = ctx.linear.solve(grad.detach())
         if torch.is_grad_enabled():
             u = _NotTwice.apply(u, ctx.linear.f, grad)

@@ -114,6 +114,11 @@ def test_bad_start_is_named(z0, error, message):
         deqcore.fixed_point(halve, z0)
 
 
+def test_a_start_on_the_meta_device_is_named(adjoint):
+    with pytest.raises(ValueError, match=r"z0: expected data on a CPU or a GPU, got a meta tensor"):
+        deqcore.fixed_point(halve, torch.ones(2, 3, device="meta"), adjoint=adjoint)
+
+
 def test_wrong_kinds_of_arguments_are_type_errors():
     z0 = torch.ones(2, 3)
     with pytest.raises(TypeError, match="f: expected a callable, got Tensor"):
