@@ -118,6 +118,11 @@ class StepContext(NamedTuple):
 class SolverOptions:
     """Options of every solver.
 
+    Norms are roots of sums of squares in float64. Of a float64 state they are meant for values
+    between about 1e-150 and 1e150: a row whose sum of squares exceeds 1.8e308 ends as NONFINITE,
+    and a residual below 1e-162 counts as 0, which meets any tolerance. Scale such a problem. States
+    in other dtypes cannot get there.
+
     Args:
         rtol: relative tolerance; a row has converged when
             ``rms(f(z) - z) <= atol + rtol * rms(f(z))``. None: 1e-4, or the machine epsilon of the
