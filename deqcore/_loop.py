@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from deqcore._packing import Packing
+from deqcore._transforms import refuse_mapped
 from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
 from deqcore.solvers import SolverOptions
 from deqcore.solvers._options import StepContext
@@ -24,13 +25,21 @@ class Problem:
 
     Attributes:
         calls: evaluations so far.
-        output_dtypes: of what f returned; under autocast they are not the state's.
+        f_dtypes: whose rounding bounds the residual, known after the first call: those that f
+            returned and, under autocast, the one that it computes in, which the sum with a float32
+            input hides. ``f_dtypes`` given at the start are kept.
     """
 
-    def __init__(self, f: Callable[..., Any], args: tuple[Any, ...], packing: Packing) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        args: tuple[Any, ...],
+        packing: Packing,
+        f_dtypes: tuple[torch.dtype, ...] = (),
+    ) -> None:
         self.f, self.args, self.packing = f, args, packing
         self.calls = 0
-        self.output_dtypes: tuple[torch.dtype, ...] = ()
+        self.f_dtypes = f_dtypes
 
     def __call__(self, z: Tensor) -> Tensor:  # [B, D] -> [B, D], in the packed dtype
         self.calls += 1
@@ -45,8 +54,16 @@ class Problem:
         packed = self.packing.pack(value)
         if self.calls == 1:
             leaves = pytree.tree_leaves(value)
-            self.output_dtypes = tuple(leaf.dtype for leaf in leaves)
+            self.f_dtypes += tuple(leaf.dtype for leaf in leaves) + _autocast_dtypes(self.packing)
         return packed
+
+
+def _autocast_dtypes(packing: Packing) -> tuple[torch.dtype, ...]:
+    """What autocast turns float32 into where f runs; it leaves float64 as it is."""
+    kind = packing.device.type
+    if not torch.is_autocast_enabled(kind) or set(packing.dtypes) == {torch.float64}:
+        return ()
+    return (torch.get_autocast_dtype(kind),)
 
 
 @dataclass
@@ -86,6 +103,7 @@ def solve(
             f = problem(run.z)
             if step == 1:
                 _refuse_forward_mode(f)
+                refuse_mapped(run.x, f)
                 context = run.context()
             run.state, run.x, z = solver.step(run.state, run.x, f, step, context)
             run.seen(z)
@@ -113,9 +131,12 @@ def differentiable_solve(
 
 def _differentiable_steps(run: _Run, steps: range) -> None:
     for step in steps:
-        if run.solver.check_every and not run.rows.remaining.item():
+        # The first step of an empty batch gives its value a graph, as other adjoints do.
+        needed = step == 1 and torch.is_grad_enabled()
+        if run.solver.check_every and not needed and not run.rows.remaining.item():
             return
         f = run.problem(run.z)
+        refuse_mapped(run.x, f)
         context = run.context()
         run.state, run.x = run.solver.differentiable_step(run.state, run.x, f, step, context)
         run.seen(run.x.to(run.packing.dtype))
@@ -175,7 +196,7 @@ class _Run:
 
     def context(self) -> StepContext:
         """After the first call of f: only then is it known what f returns."""
-        return self.solver.context(self.x, self.packing.dtype, self.problem.output_dtypes)
+        return self.solver.context(self.x, self.packing.dtype, self.problem.f_dtypes)
 
     def seen(self, z: Tensor) -> None:
         """Take over the next iterate as f will see it, and note the residual just measured."""

@@ -87,6 +87,18 @@ class Packing:
         if self._is_plain(state):
             packed: Tensor = state if state.dim() == 2 else state.reshape(self.batch, self.dim)
             return packed.contiguous()
+        leaves = self._checked(state, what)
+        if len(leaves) == 1:
+            return leaves[0].reshape(self.batch, self.dim).to(self.dtype).contiguous()
+        rows = zip(leaves, self.widths, strict=True)
+        return torch.cat([leaf.reshape(self.batch, w).to(self.dtype) for leaf, w in rows], dim=1)
+
+    def check(self, state: Any, what: str) -> None:
+        """Raise unless ``state`` has z0's structure, shapes and device; ``what`` is as "f(z)"."""
+        if not self._is_plain(state):
+            self._checked(state, what)
+
+    def _checked(self, state: Any, what: str) -> list[Tensor]:
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
             raise ValueError(f"{what}: expected the structure of z0, {self.spec}, got {spec}")
@@ -96,16 +108,13 @@ class Packing:
             if leaf.shape != shape:
                 raise ValueError(
                     f"{what}: expected shape {tuple(shape)}, that of z0, got {tuple(leaf.shape)}; "
-                    "f must map a state to a state of the same shape"
+                    f"{what[0]} must map a state to a state of the same shape"
                 )
             if not leaf.dtype.is_floating_point:
                 raise TypeError(f"{what}: expected a floating-point tensor, got {leaf.dtype}")
             if leaf.device != self.device:
                 raise ValueError(f"{what}: expected device {self.device}, got {leaf.device}")
-        if len(leaves) == 1:
-            return leaves[0].reshape(self.batch, self.dim).to(self.dtype).contiguous()
-        rows = zip(leaves, self.widths, strict=True)
-        return torch.cat([leaf.reshape(self.batch, w).to(self.dtype) for leaf, w in rows], dim=1)
+        return leaves
 
     def unpack(self, packed: Tensor) -> Any:
         """The caller's structure; views of ``packed`` where the dtypes agree."""

@@ -38,7 +38,10 @@ _ADVICE = {
         "f expands here: bound its Lipschitz constant (spectral or weight norm), use damping below "
         "1, or add a Jacobian penalty in training."
     ),
-    Status.NONFINITE: "f returned NaN or inf: check its inputs and parameters for these rows.",
+    Status.NONFINITE: (
+        "f returned NaN or inf, or float64 values whose squares are inf (near 1e154): check its "
+        "inputs and parameters for these rows, or scale the problem."
+    ),
 }
 
 
@@ -113,6 +116,11 @@ class Solution(SolveReport):
         value: same structure, shapes, dtypes and device as z0. It is the iterate with the smallest
             residual that was measured (the converged one where the row converged), the same with
             and without grad mode.
+
+    A row that does not converge goes back to an earlier iterate x. ``Broyden`` has kept it; with
+    ``Anderson`` and ``Picard`` it is rebuilt from x + damping * g, g = f(x) - x, to a few machine
+    epsilons of ``abs(x) + abs(damping * g)``. ``residual`` is that of x itself, so where f is so
+    steep that g nears x / epsilon, nothing of x is left in ``value`` and the two do not match.
     """
 
     value: Any = None

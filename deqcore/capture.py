@@ -269,7 +269,7 @@ class _StaticSolve:
     def step(self) -> None:
         f = self.problem(self.z)
         if self.context is None:  # while warming up
-            dtypes = self.problem.output_dtypes
+            dtypes = self.problem.f_dtypes
             self.context = self.solver.context(self.x, self.packing.dtype, dtypes)
         z_next = self.context.nothing if self.same else self.z
         self.solver.advance(self.state, self.x, f, self.context, self.x, z_next)
@@ -296,7 +296,8 @@ class _StaticBackward:
 
     def make_linear(self, solver: SolverOptions) -> None:
         zero = torch.zeros(len(self.unit), dtype=torch.bool, device=self.unit.device)
-        problem = Problem(lambda u: self.unit + self._vjp(u), (), Packing.of(self.unit))
+        packing, dtypes = Packing.of(self.unit), self.problem.f_dtypes
+        problem = Problem(lambda u: self.unit + self._vjp(u), (), packing, dtypes)
         self.linear = _StaticSolve(problem, solver, frozen=zero)
 
     @torch.enable_grad()

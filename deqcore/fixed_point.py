@@ -44,7 +44,7 @@ def fixed_point(
 
     Raises:
         TypeError: ``solver``, ``adjoint`` or ``z0`` of a wrong kind.
-        ValueError: f returned another structure, shape or device.
+        ValueError: f returned another structure, shape or device; z0 is on the meta device.
 
     At most ``solver.max_steps`` calls of f are made to find the solution. In grad mode ``Implicit``
     makes one more to build the graph, and ``Phantom`` its ``steps``.
@@ -56,6 +56,11 @@ def fixed_point(
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint: expected e.g. deqcore.Implicit(), got {adjoint!r}")
     packing = Packing.of(z0)
+    if packing.device.type == "meta":
+        raise ValueError(
+            "z0: expected data on a CPU or a GPU, got a meta tensor: how many steps a solve takes "
+            "depends on values; move the model and z0 with to_empty(device=...) first"
+        )
     problem = Problem(f, args, packing)
     record = BackwardRecord()
     value, solved = adjoint.solve(problem, packing.pack(z0, "z0"), solver, record)
@@ -71,12 +76,19 @@ def root(
 ) -> Solution:
     """Solve g(z, *args) = 0, as the fixed point of f(z) = z + g(z).
 
-    Arguments, result and errors are those of :func:`fixed_point`; the residual is rms(g(z)), and a
+    Arguments, result and errors are those of :func:`fixed_point`: g too must return the structure
+    and shapes of z0, nothing is broadcast. The residual is rms(g(z)), and a
     row has converged when rms(g(z)) <= atol + rtol * rms(z + g(z)). Where g is steep, pass
     ``damping`` or use ``Broyden``.
     """
 
+    if not callable(g):
+        raise TypeError(f"g: expected a callable, got {type(g).__name__}")
+    packing = Packing.of(z0)
+
     def shifted(z: Any, *rest: Any) -> Any:
-        return pytree.tree_map(torch.add, z, g(z, *rest))
+        value = g(z, *rest)
+        packing.check(value, "g(z)")  # the sum would broadcast a smaller one
+        return pytree.tree_map(torch.add, z, value)
 
     return fixed_point(shifted, z0, *args, solver=solver, adjoint=adjoint)

@@ -23,7 +23,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 M = TypeVar("M", bound=nn.Module)
@@ -41,6 +40,10 @@ def spectral_normalize(
     steps only in training mode and only after the weight has changed (an optimizer step), so that
     f stays the same function during a solve. PyTorch's own ``spectral_norm`` steps at every use of
     the weight, which a solver sees as an f that moves.
+
+    A change made through ``weight.data`` is none that PyTorch counts, and is not followed until
+    another is: after ``vector_to_parameters`` or ``p.data.add_(...)``, call ``p.mul_(1)`` under
+    ``torch.no_grad()``.
 
     Args:
         cell: changed in place.
@@ -146,16 +149,28 @@ class _SpectralBound(nn.Module):
 
     @torch.no_grad()
     def _follow(self, matrix: Tensor) -> None:
-        v = self.v.to(matrix.dtype)
+        u, v = self.u.to(matrix.dtype), self.v.to(matrix.dtype)
         for _ in range(self.iterations):
-            u = F.normalize(torch.mv(matrix, v), dim=0)
-            v = F.normalize(torch.mv(matrix.mT, u), dim=0)
+            # A weight that was zero, or has an unused input, may map v to zero, where the iteration
+            # would stay for ever; it does not map its row with the largest entry to zero.
+            row = matrix.index_select(0, matrix.abs().amax(1).argmax(0, keepdim=True))[0]
+            v = torch.where(torch.mv(matrix, v).any(), v, _unit(row, v))
+            u = _unit(torch.mv(matrix, v), u)
+            v = _unit(torch.mv(matrix.mT, u), v)
         self.u.copy_(u)
         self.v.copy_(v)
 
     def _matrix(self, weight: Tensor) -> Tensor:  # [out, in, ...] -> [out, in * size]
         matrix = weight.movedim(self.output_dim, 0).flatten(1)
         return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
+    """``vector`` at unit length, whatever its scale; ``otherwise`` if it is zero or not finite."""
+    largest = vector.abs().amax()
+    scaled = vector / largest
+    usable = (largest > 0) & largest.isfinite()
+    return torch.where(usable, scaled / torch.linalg.vector_norm(scaled), otherwise)
 
 
 class _LengthAndDirection(nn.Module):

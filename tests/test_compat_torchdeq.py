@@ -236,6 +236,15 @@ def test_a_behaviour_that_is_not_offered_or_a_bad_value_says_what_to_use(options
         get_deq(options)
 
 
+@pytest.mark.parametrize("which", ["ift", "hook_ift"])
+def test_tau_of_a_phantom_gradient_is_checked_only_where_there_is_one(which):
+    deq = get_deq({which: True}, f_solver="anderson", tau=1.5)
+    z_out, _ = deq(lambda z: 0.5 * z + 1, torch.zeros(2, 3))
+    torch.testing.assert_close(z_out[-1], torch.full((2, 3), 2.0), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match="damping must be a number above 0 and at most 1"):
+        get_deq({which: True}, n_states=2, tau=1.5)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -116,6 +116,54 @@ def test_two_uses_across_a_change_of_weight_can_be_differentiated():
     first.backward()
 
 
+def follow(layer, uses):
+    """Use the layer in training mode, each time after a change that PyTorch counts."""
+    for _ in range(uses):
+        with torch.no_grad():
+            layer.parametrizations.weight.original.mul_(1)
+        layer(torch.ones(1, layer.in_features))
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_the_bound_holds_for_a_weight_that_starts_at_zero(dead):
+    """``dead``: the first input is always zero, so that its weights stay zero in training."""
+    layer = nn.Linear(8, 8, bias=False)
+    nn.init.zeros_(layer.weight)
+    spectral_normalize(layer, bound=0.9)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    x = torch.randn(64, 8, generator=generator(0))
+    x[:, 0] *= not dead
+    for _ in range(100):
+        optimizer.zero_grad()
+        (5 * x - layer(x)).square().mean().backward()
+        optimizer.step()
+    follow(layer, 20)
+    assert largest(layer) < 0.9 * 1.02
+    assert largest(layer) > 0.8
+
+
+@pytest.mark.parametrize("meanwhile", [0.0, 1e-30, float("nan"), float("inf")])
+def test_the_bound_comes_back_after_a_weight_that_has_no_direction(meanwhile):
+    layer = spectral_normalize(nn.Linear(8, 8, bias=False), bound=0.9)
+    original = layer.parametrizations.weight.original
+    with torch.no_grad():
+        original.fill_(meanwhile)
+    follow(layer, 2)
+    torch.testing.assert_close(layer.parametrizations.weight[0].v.norm(), torch.tensor(1.0))
+    with torch.no_grad():
+        original.copy_(10 * torch.randn(8, 8, generator=generator(0)))
+    follow(layer, 50)
+    assert largest(layer) < 0.9 * 1.02
+
+
+def test_a_change_through_data_is_followed_after_the_call_that_the_docstring_names():
+    layer = spectral_normalize(nn.Linear(8, 8, bias=False), bound=0.9)
+    vector = 10 * torch.randn(64, generator=generator(0))
+    nn.utils.vector_to_parameters(vector, layer.parameters())
+    follow(layer, 50)
+    assert largest(layer) < 0.9 * 1.02
+
+
 def test_half_precision_weights():
     layer = spectral_normalize(nn.Linear(16, 16).bfloat16(), bound=0.5)
     assert layer.weight.dtype == torch.bfloat16

@@ -13,7 +13,9 @@ from torch import Tensor
 from deqcore._loop import Problem, Solved, solve
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, SolveReport
+from deqcore._transforms import refuse_mapped, refuse_transforms
 from deqcore.adjoints._base import Adjoint
+from deqcore.adjoints._saved import SavedOnce
 from deqcore.ops import _rows
 from deqcore.solvers import Anderson, Broyden, SolverOptions
 from deqcore.solvers._options import options, require_bool
@@ -56,6 +58,8 @@ class Implicit(Adjoint):
                 "Implicit: reuse_forward=True needs the inverse that deqcore.Broyden builds, got a "
                 f"forward solver {type(solver).__name__}; pass solver=deqcore.Broyden()"
             )
+        if torch.is_grad_enabled():
+            refuse_transforms(self)
         solved = solve(problem, z0, solver)
         if not torch.is_grad_enabled():
             return solved.value, solved
@@ -64,10 +68,12 @@ class Implicit(Adjoint):
             guess = functools.partial(solver.inverse_transpose, solved.state)
         solved.state = None  # the history is not needed any more, and f's graph is yet to come
         z = solved.value.clone().requires_grad_()  # the caller may change the value in place
-        f = problem(z)
+        saved = SavedOnce()
+        with saved.recording():
+            f = problem(z)
         if all(leaf is z for leaf in graph_leaves(f)):
             return solved.value, solved
-        linear = _LinearProblem(z, f, problem.packing, self.solver, guess, record)
+        linear = _LinearProblem(z, f, saved, problem.f_dtypes, self.solver, guess, record)
         return _ImplicitGradient.apply(f, solved, linear), solved
 
 
@@ -77,17 +83,19 @@ class _LinearProblem:
 
     z: Tensor  # [B, D] leaf at the solution
     f: Tensor  # [B, D] f(z), with its graph
-    packing: Packing
+    saved: SavedOnce  # by that graph
+    f_dtypes: tuple[torch.dtype, ...]  # the vector-Jacobian products are as coarse as f
     solver: SolverOptions
     guess: Callable[[Tensor], Tensor] | None  # g -> first u
     record: BackwardRecord
 
     def solve(self, grad: Tensor) -> Tensor:
         """u for an incoming gradient [B, D], row by row at unit scale."""
+        self.saved.unpack()
         exponent = _binary_exponent(grad)
         unit = (grad.double() * _power_of_two(-exponent)).to(grad.dtype)
         zero = (grad == 0).all(1)
-        problem = Problem(lambda u: unit + self._vjp(u), (), Packing.of(unit))
+        problem = Problem(lambda u: unit + self._vjp(u), (), Packing.of(unit), self.f_dtypes)
         u0 = unit if self.guess is None else self.guess(unit)
         solved = solve(problem, u0, self.solver, frozen=zero)
         self.record.report = SolveReport(**solved.report(problem))
@@ -110,6 +118,7 @@ class _ImplicitGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_mapped(grad)
         u = ctx.linear.solve(grad.detach())
         if torch.is_grad_enabled():
             u = _NotTwice.apply(u, ctx.linear.f, grad)

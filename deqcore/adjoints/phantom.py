@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deqcore._loop import Problem, Solved, solve
 from deqcore._solution import BackwardRecord
+from deqcore._transforms import refuse_transforms
 from deqcore.adjoints._base import Adjoint, ValueWithGradientOf
 from deqcore.solvers import SolverOptions
 from deqcore.solvers._options import options, require_int, require_number
@@ -37,6 +38,8 @@ class Phantom(Adjoint):
     def solve(
         self, problem: Problem, z0: Tensor, solver: SolverOptions, record: BackwardRecord
     ) -> tuple[Tensor, Solved]:
+        if torch.is_grad_enabled():
+            refuse_transforms(self)
         solved = solve(problem, z0, solver)
         if not torch.is_grad_enabled():
             return solved.value, solved

@@ -158,10 +158,11 @@ class Options:
         if len(steps) not in (1, states):
             raise ValueError(f"get_deq: grad must hold 1 or {states} numbers, got {steps}")
         steps *= states // len(steps)
-        adjoints: list[Adjoint] = [Phantom(steps=count, damping=self.tau) for count in steps]
-        if self.ift or self.hook_ift:
-            adjoints[-1] = Implicit(solver=self.solver("b", self.b_max_iter))
-        return adjoints
+        implicit: list[Adjoint] = []
+        if self.ift or self.hook_ift:  # of the last state, where grad and tau have no effect
+            implicit = [Implicit(solver=self.solver("b", self.b_max_iter))]
+            steps.pop()
+        return [*(Phantom(steps=count, damping=self.tau) for count in steps), *implicit]
 
     def solver(
         self, which: str, max_steps: int, dim: int = 1, given: Mapping[str, Any] | None = None

@@ -118,10 +118,16 @@ class StepContext(NamedTuple):
 class SolverOptions:
     """Options of every solver.
 
+    Norms are roots of sums of squares in float64. Of a float64 state they are meant for values
+    between about 1e-150 and 1e150: a row whose sum of squares exceeds 1.8e308 ends as NONFINITE,
+    and a residual below 1e-162 counts as 0, which meets any tolerance. Scale such a problem. States
+    in other dtypes cannot get there.
+
     Args:
         rtol: relative tolerance; a row has converged when
             ``rms(f(z) - z) <= atol + rtol * rms(f(z))``. None: 1e-4, or the machine epsilon of the
-            state's dtype or of what f returns where that is larger: no bfloat16 state reaches 1e-4.
+            state's dtype, of what f returns or of autocast where that is larger: no bfloat16 state
+            reaches 1e-4. Where f leaves autocast for float32, pass what it can reach.
         atol: absolute tolerance, in the units of the state.
         max_steps: the most calls of f.
         patience: a row has stalled when its best residual is this many steps old.
@@ -171,10 +177,10 @@ class SolverOptions:
         return table.to(device, non_blocking=True)
 
     def context(
-        self, x: Tensor, dtype: torch.dtype, output_dtypes: Iterable[torch.dtype]
+        self, x: Tensor, dtype: torch.dtype, f_dtypes: Iterable[torch.dtype]
     ) -> StepContext:
-        """For iterates like ``x``, which f sees as ``dtype`` and answers in ``output_dtypes``."""
-        rtol = self.relative_tolerance(dtype, *output_dtypes)
+        """For iterates like ``x``, which f sees as ``dtype`` and computes in ``f_dtypes``."""
+        rtol = self.relative_tolerance(dtype, *f_dtypes)
         limits = (rtol, self.atol, self.patience, self.max_steps)
         numbers = (*limits, *self.own_options())
         return StepContext(self.damping_table(x.device), numbers, dtype, x.new_empty(0))

@@ -101,3 +101,48 @@ def test_batched_backward_is_right_or_an_error(adjoint):
     right_or_error(
         lambda: torch.autograd.grad(value, w, grads, is_grads_batched=True)[0], torch.stack(rows)
     )
+
+
+@pytest.mark.parametrize("own", [Implicit(), Phantom()], ids=lambda own: type(own).__name__)
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+def test_reverse_mode_transforms_name_the_adjoint_that_has_them(own, transform):
+    with pytest.raises(
+        RuntimeError, match=rf"adjoint=deqcore\.Unrolled\(\), got {type(own).__name__}"
+    ):
+        transform(lambda w: solution_of(w, own).sum())(torch.ones(3))
+
+
+def test_unrolled_has_func_grad():
+    gradient = torch.func.grad(lambda w: solution_of(w, Unrolled()).sum())(torch.ones(3))
+    torch.testing.assert_close(gradient, torch.full((3,), 4.0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("check_every", [0, 1])
+@pytest.mark.parametrize("start", [True, False])
+def test_vmap_says_to_batch_the_rows(adjoint, grad, check_every, start):
+    """``start``: over z0, which f then does not show: it is constant."""
+    solver = deqcore.Anderson(check_every=check_every)
+
+    def mapped(w):
+        z0, shift = (w.expand(2, 3), torch.ones(3)) if start else (torch.zeros(2, 3), w)
+        f = (lambda z: shift.expand(2, 3)) if start else (lambda z: 0.5 * z + shift)
+        return deqcore.fixed_point(f, z0, solver=solver, adjoint=adjoint).value
+
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"vmap.*part of dim 0"):
+        torch.func.vmap(mapped)(torch.ones(4, 3))
+
+
+def test_vmap_of_a_backward_solve_says_so():
+    w = torch.ones(3, requires_grad=True)
+    value = solution_of(w, Implicit())
+    with pytest.raises(RuntimeError, match="is_grads_batched"):
+        torch.autograd.grad(value, w, torch.ones(6, 2, 3), is_grads_batched=True)
+
+
+def test_a_solve_beside_what_vmap_maps_over_works():
+    with torch.no_grad():
+        got = torch.func.vmap(lambda w: w + solution_of(torch.ones(3), Implicit()))(
+            torch.ones(4, 3)
+        )
+    torch.testing.assert_close(got, torch.full((4, 2, 3), 3.0), rtol=1e-3, atol=1e-3)

@@ -41,6 +41,30 @@ def test_f_that_returns_another_kind_of_state_raises(adjoint, result, error, mes
         deqcore.fixed_point(result, torch.ones(2, 3), adjoint=adjoint)
 
 
+@pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (
+            lambda z: z.mean(1, keepdim=True),
+            ValueError,
+            r"\(2, 3\), that of z0, got \(2, 1\); g must",
+        ),
+        (lambda z: z[0], ValueError, r"g\(z\): expected shape \(2, 3\), that of z0, got \(3,\)"),
+        (lambda z: {"z": z}, ValueError, r"g\(z\): expected the structure of z0"),
+        (lambda z: 1.0, TypeError, r"g\(z\): expected tensors, got float"),
+        (lambda z: z.to("meta"), ValueError, r"g\(z\): expected device cpu, got meta"),
+    ],
+)
+def test_root_of_g_that_returns_another_kind_of_state_raises(adjoint, result, error, message):
+    with pytest.raises(error, match=message):
+        deqcore.root(result, torch.ones(2, 3), adjoint=adjoint)
+
+
+def test_root_of_no_function_is_a_type_error():
+    with pytest.raises(TypeError, match="g: expected a callable, got float"):
+        deqcore.root(0.5, torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_f_of_a_wrong_dtype_raises(adjoint, dtype):
     with pytest.raises(TypeError, match=f"floating-point.*{dtype}"):
@@ -88,6 +112,11 @@ def test_an_error_in_f_passes_through_unchanged(adjoint):
 def test_bad_start_is_named(z0, error, message):
     with pytest.raises(error, match=message):
         deqcore.fixed_point(halve, z0)
+
+
+def test_a_start_on_the_meta_device_is_named(adjoint):
+    with pytest.raises(ValueError, match=r"z0: expected data on a CPU or a GPU, got a meta tensor"):
+        deqcore.fixed_point(halve, torch.ones(2, 3, device="meta"), adjoint=adjoint)
 
 
 def test_wrong_kinds_of_arguments_are_type_errors():

@@ -37,6 +37,29 @@ def test_expanding_map_diverges_and_returns_its_start():
     torch.testing.assert_close(solution.residual[1], torch.tensor(29.0))
 
 
+@pytest.mark.parametrize("steep", [1e3, 1e6, 1e9])
+def test_a_row_gets_an_earlier_iterate_back_to_the_accuracy_that_is_documented(kind, steep):
+    """Of two iterates the first is the better one, for every solver."""
+    z0 = torch.full((2, 3), 1.25)
+    solver = kind(max_steps=2)
+    solution = deqcore.fixed_point(lambda z: steep * z * z, z0, solver=solver)
+    assert not solution.converged.any()
+    torch.testing.assert_close(solution.residual, rms(steep * z0 * z0 - z0).float())
+    eps = torch.finfo(torch.float32).eps
+    bound = 0.0 if kind is Broyden else 3 * eps * (1.25 + solution.residual[:, None])
+    assert ((solution.value - z0).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("size", "status"), [(1e150, Status.CONVERGED), (1e200, Status.NONFINITE)])
+def test_values_too_large_to_be_squared_in_float64_are_named(kind, size, status):
+    z0 = torch.zeros(2, 3, dtype=torch.float64)
+    solution = deqcore.fixed_point(lambda z: 0.5 * z + size, z0, solver=kind())
+    assert (solution.status == status).all()
+    if status is Status.NONFINITE:
+        with pytest.raises(ConvergenceError, match="whose squares are inf"):
+            solution.raise_for_status()
+
+
 def test_growth_back_to_the_first_residual_is_not_divergence():
     """Divergence is measured against the first residual, not against a tiny best one."""
     calls = 0
