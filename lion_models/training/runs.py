@@ -1,4 +1,4 @@
-"""A run's folder: config.json, metrics.jsonl, checkpoint, result.json, test ledger, pictures."""
+"""A run's folder: configuration, data, metrics, checkpoint, result, test ledger, pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lion_models.training.config import RunConfig, build_model, make_solver
 from lion_models.training.progress import METRICS, STATE, STATE_SECONDS, RunLog, read_state
 from lion_models.training.ranks import ALONE, Ranks
 from lion_models.training.report import CONFUSION, REPORT, read_report, write_report
-from lion_models.training.run_data import split_data, take_task
+from lion_models.training.run_data import check_unchanged, record_data, split_data, take_task
 from lion_models.training.trainer import FitState, fit, freeze_images, score
 from lion_models.training.workbench import Workbench
 
@@ -134,7 +134,8 @@ def train_run(
         The content of result.json; empty on all ranks but the first.
 
     Raises:
-        UserError: bad data, a damaged state, or a file that cannot be written.
+        UserError: bad data, data that changed since the run was interrupted, a damaged state, or a
+            file that cannot be written.
     """
     bench = Workbench() if bench is None else bench
     result_path, state_path = folder / "result.json", folder / STATE
@@ -142,6 +143,10 @@ def train_run(
     if finished is None:
         source, backbone = bench.source(config), bench.backbone(config)
         task = take_task(source, config, backbone)
+        if state is not None:
+            check_unchanged(folder, source, config)
+        elif ranks.first:
+            record_data(folder, source, config)
         seed_all(config.seed)
         model = build_model(config, backbone, len(task.classes)).to(bench.device)
         traces = {"before": _traces(model, task, config)}
@@ -199,7 +204,8 @@ def measure_run(
         plot: draw the run's pictures.
 
     Raises:
-        UserError: the run is not finished, or its test set was read with other weights.
+        UserError: the run is not finished, its data has changed since it was trained, or its test
+            set was read with other weights.
     """
     bench = Workbench() if bench is None else bench
     stored = read_config(folder)
@@ -217,10 +223,11 @@ def measure_run(
         truths.append(labels)
         return score(model, freeze_images(model, images), labels.to(bench.device), predicted)
 
+    known = (folder / REPORT).exists()
+    if not (known and (folder / TEST_LEDGER).exists()):
+        check_unchanged(folder, source, config)
     sealed = SealedTest(source, split.test)
-    result["test"] = sealed.measure(
-        folder / TEST_LEDGER, run.weights, measure, again=not (folder / REPORT).exists()
-    )
+    result["test"] = sealed.measure(folder / TEST_LEDGER, run.weights, measure, again=not known)
     write_json(folder / "result.json", result)
     if predicted:
         write_report(folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))
