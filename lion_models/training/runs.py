@@ -28,6 +28,7 @@ from lion_models.training.workbench import Workbench
 
 __all__ = [
     "check_data",
+    "is_new",
     "measure_run",
     "prepare_folder",
     "read_config",
@@ -57,7 +58,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     Raises:
         UserError: the folder holds something and neither was asked for, or something else.
     """
-    if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
+    if is_new(folder):
         if resume:
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,8 +85,11 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         )
 
 
-def _holds_nothing(folder: Path) -> bool:
-    """Whether a folder is empty but for what a process left that was killed as it began."""
+def is_new(folder: Path) -> bool:
+    """Whether a folder is not there, or empty but for what a process left that was killed as it
+    began."""
+    if not folder.is_dir():
+        return not folder.exists()
     return all(path.name.endswith(".part") for path in folder.iterdir())
 
 
