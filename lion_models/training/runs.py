@@ -22,7 +22,13 @@ from lion_models.training.config import RunConfig, build_model, make_solver
 from lion_models.training.progress import METRICS, STATE, STATE_SECONDS, RunLog, read_state
 from lion_models.training.ranks import ALONE, Ranks
 from lion_models.training.report import CONFUSION, REPORT, read_report, write_report
-from lion_models.training.run_data import check_unchanged, record_data, split_data, take_task
+from lion_models.training.run_data import (
+    DATA_RECORD,
+    check_unchanged,
+    record_data,
+    split_data,
+    take_task,
+)
 from lion_models.training.trainer import FitState, fit, freeze_images, score
 from lion_models.training.workbench import Workbench
 
@@ -38,18 +44,46 @@ __all__ = [
 
 TEST_LEDGER = "test.json"
 TRACE_IMAGES = 256
+RUN_FILES = frozenset(
+    (
+        "config.json",
+        DATA_RECORD,
+        METRICS,
+        STATE,
+        CHECKPOINT,
+        "result.json",
+        TEST_LEDGER,
+        REPORT,
+        CONFUSION,
+        "curves.png",
+        "tensorboard",
+    )
+)
 
 OnEpoch = Callable[[FitState], None]
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration stored in a run's folder."""
+    """The configuration stored in a run's folder.
+
+    Raises:
+        UserError: none is there, it is damaged, or it is of another version.
+    """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"{folder}: not a run (no config.json); expected a folder that 'lion train' has written"
-        )
-    return RunConfig.from_dict(json.loads(path.read_text()))
+        raise _not_a_run(folder)
+    try:
+        return RunConfig.from_dict(json.loads(path.read_text()))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+
+
+def _not_a_run(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: not a run (no config.json); expected a folder that 'lion train' has written"
+    )
 
 
 def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
@@ -63,9 +97,8 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config.to_dict())
-        return
-    stored = read_config(folder)
-    if resume:
+    elif resume:
+        stored = read_config(folder)
         differing = [
             key for key, value in config.to_dict().items() if stored.to_dict()[key] != value
         ]
@@ -76,13 +109,35 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
                 "or choose another --name"
             )
     elif overwrite:
-        shutil.rmtree(folder)
+        _remove(folder)
         prepare_folder(folder, config, resume=False, overwrite=False)
+    elif not (folder / "config.json").is_file():
+        raise _not_a_run(folder)
     else:
         raise UserError(
             f"{folder} exists; use --resume to continue it, --overwrite to replace it, "
             "or another --name"
         )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a run of any version, or what is left of one, but nothing of the user's.
+
+    The folder is renamed first: a kill while its files go leaves no half of a run under its name.
+    """
+    others = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    others = [name for name in others if name not in RUN_FILES and not name.endswith(".part")]
+    if not (folder / "config.json").is_file() and others:
+        raise UserError(
+            f"--overwrite: {folder} is not a run (no config.json, but {others[0]}) and is not "
+            "replaced; move it away, or use another --name"
+        )
+    aside = folder.parent / ".locks" / f"{folder.name}.replaced"
+    aside.parent.mkdir(exist_ok=True)
+    if aside.exists():  # of a process that was killed here
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def is_new(folder: Path) -> bool:

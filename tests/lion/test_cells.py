@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import Lion
 
-from lion_models.cells import Cell, CellOptions, Event
+from lion_models.cells import Cell, CellOptions, Event, check_cells
+from lion_models.errors import UserError
 from lion_models.runner import CellRunner
 from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.trainer import FitState
@@ -61,3 +65,63 @@ def test_interrupted_run_of_other_options_is_not_continued(config: RunConfig, tm
         outcome = runner.run([Cell(tmp_path / "a", config)])
     assert "was run with other options" in outcome.failures[0]
     assert (tmp_path / "a" / "training_state.pt").read_bytes() == state
+
+
+def test_remains_of_a_run_are_no_result_and_are_replaced_when_asked(
+    config: RunConfig, tmp_path: Path
+):
+    """Older versions, killed in --overwrite, left a result without its configuration."""
+    cell = Cell(tmp_path / "a", config)
+    train(cell.folder, replace(config, epochs=1))
+    (cell.folder / "config.json").unlink()
+    assert cell.result() is None
+    with pytest.raises(UserError, match=r"not a run \(no config\.json\).*use --overwrite"):
+        check_cells([cell])
+    with quick() as runner:
+        assert "not a run" in runner.run([cell]).failures[0]
+        check_cells([cell], overwrite=True)
+        assert runner.run([cell]).results[0]["epochs"] == 2
+    (cell.folder / "config.json").unlink()
+    (cell.folder / "notes.txt").write_text("of the user")
+    with pytest.raises(UserError, match=r"no config\.json, but notes\.txt"):
+        check_cells([cell], overwrite=True)
+    assert (cell.folder / "result.json").exists()
+
+
+def test_kill_while_a_run_is_replaced_leaves_no_half_of_it(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = train(tmp_path / "a", config)
+    real = shutil.rmtree
+
+    def killed(path: Path) -> None:
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder(folder, replace(config, epochs=1), resume=False, overwrite=True)
+    assert not folder.exists()
+    monkeypatch.setattr(shutil, "rmtree", real)
+    train(folder, config)
+    prepare_folder(folder, replace(config, epochs=1), resume=False, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert not list((tmp_path / ".locks").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"data": "digits", "colour": 1}', "unknown keys colour"), ('{"da', "damaged"), ("3", "dam")],
+)
+def test_run_of_another_version_is_named_and_replaced_when_asked(
+    lion: Lion, trained: Path, image_folder: Path, backbone_file: Path, content: str, message: str
+):
+    arguments = ("train", "--data", image_folder, "--backbone", backbone_file, "--shots", 3,
+                 "--validation-shots", 2, "--epochs", 1, "--method", "linear", "--name",
+                 trained.name, "--runs", trained.parent)  # fmt: skip
+    (trained / "config.json").write_text(content)
+    refused = lion("eval", trained)
+    assert refused.code == 2
+    assert message in refused.err
+    assert lion(*arguments, "--overwrite").code == 0
+    assert json.loads((trained / "result.json").read_text())["method"] == "linear"
