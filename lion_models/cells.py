@@ -133,7 +133,7 @@ def attempt(index: int, cell: Cell, options: CellOptions, bench: Workbench, tell
             return _run_cell(index, cell, options, bench, tell)
     except UserError as error:
         return Event(index, "failed", message=str(error))
-    except (RuntimeError, ArithmeticError, MemoryError, OSError) as error:
+    except Exception as error:  # of whatever kind: the other cells go on
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         return Event(index, "failed", message=message)

@@ -68,6 +68,8 @@ ROBUST = ("none", "cdr")
 ROBUST_SETS = ("step", "fixed")
 ROBUST_ON = ("implicit", "all")
 AMP = ("none", "bf16", "fp16")
+# torch's generators take 64 bits, and a seed is multiplied by about a million for its epochs.
+MOST_SEED = 2**32 - 1
 CLASS_WEIGHTS = ("none", "balanced", "balanced-softmax")
 
 # Options that mean something to these methods alone, so that a grid does not repeat the others.
@@ -284,8 +286,12 @@ class RunConfig:
                 raise UserError(f"--{option}: expected a positive number, got {value}")
         if self.imbalance is not None and not 1 <= self.imbalance < 1e6:
             raise UserError(f"--imbalance: expected 1 or more, got {self.imbalance}")
-        if self.weight_decay is not None and self.weight_decay < 0:
+        if abs(self.seed) > MOST_SEED:
+            raise UserError(f"--seed: expected a whole number within ±{MOST_SEED}, got {self.seed}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
+        if not math.isfinite(self.strength):
+            raise UserError(f"--strength: expected a number such as 1.0, got {self.strength}")
         if not 0 <= self.prompt_dropout < 1:
             raise UserError(f"--prompt-dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -125,3 +125,26 @@ def test_run_of_another_version_is_named_and_replaced_when_asked(
     assert message in refused.err
     assert lion(*arguments, "--overwrite").code == 0
     assert json.loads((trained / "result.json").read_text())["method"] == "linear"
+
+
+def test_any_error_of_a_cell_is_its_own(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cells = [Cell(tmp_path / str(seed), replace(config, seed=seed)) for seed in range(7)]
+    errors: list[Exception] = [ValueError("a"), TypeError("b"), AttributeError("c"), KeyError("d"),
+                               ImportError("e"), json.JSONDecodeError("f", "", 0)]  # fmt: skip
+    real = train_run
+
+    def failing(folder: Path, config: RunConfig, **options: object) -> object:
+        if config.seed < len(errors):
+            raise errors[config.seed]
+        return real(folder, config, **options)
+
+    monkeypatch.setattr("lion_models.cells.train_run", failing)
+    with quick() as runner:
+        outcome = runner.run(cells)
+    assert outcome.results[-1] is not None
+    assert [outcome.failures[index].split(":")[0] for index in range(6)] == [
+        "ValueError", "TypeError", "AttributeError", "KeyError", "ImportError",
+        "JSONDecodeError"]  # fmt: skip
+    assert "test_cells.py:" in outcome.failures[0]

@@ -117,14 +117,11 @@ def test_choice_is_the_best_mean_validation_accuracy_of_each_condition(
 def test_finished_cells_are_skipped_and_interrupted_ones_go_on(base: RunConfig, tmp_path: Path):
     cells = cells_of(tmp_path, replace(base, epochs=4), 2)
 
-    class Stop(Exception):  # noqa: N818
-        pass
-
     def stop(event: Event) -> None:
         if event.index == 1 and event.epoch == 2:
-            raise Stop
+            raise KeyboardInterrupt
 
-    with quick() as runner, pytest.raises(Stop):
+    with quick() as runner, pytest.raises(KeyboardInterrupt):
         runner.run(cells, stop)
     stamp = (cells[0].folder / "result.json").stat().st_mtime_ns
     seen: list[tuple[int, int]] = []
