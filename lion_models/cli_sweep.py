@@ -17,6 +17,7 @@ from lion_models.cli_options import (
     Runs,
     Shots,
     Threads,
+    check_given,
     config_of,
     numbers,
     set_up,
@@ -80,6 +81,7 @@ def sweep(
         tuple(parse_axis("--grid", text) for text in grid or ()),
         tuple(parse_axis("--over", text) for text in over or ()),
     )
+    check_given(ctx, plan.methods, plan.values_of("robust"), plan.values_of("robust_on"))
     folder = runs / (name or f"sweep-{short_name(data)}")
     options = CellOptions(device, plot=False)
     with CellBars(jobs) as bars, CellRunner(jobs, threads or None, options) as runner:

@@ -34,6 +34,7 @@ from lion_models.robust import THRESHOLDS
 
 __all__ = [
     "AMP",
+    "CDR_OPTIONS",
     "CLASS_WEIGHTS",
     "DEFAULTS",
     "METHODS",
@@ -98,6 +99,10 @@ ONLY_FOR = {
     "lora_rank": ("lora",),
     "lora_alpha": ("lora",),
 }
+
+
+# Options of --robust cdr, which mean nothing without it.
+CDR_OPTIONS = ("tau", "robust_set", "robust_scope", "robust_decay", "robust_ramp", "robust_on")
 
 
 class Recipe(NamedTuple):

@@ -95,7 +95,7 @@ def test_compare_makes_a_table_json_and_picture_and_continues(
     lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
 ):
     arguments = ("compare", "--data", image_folder, "--backbone", backbone_file, *QUICK,
-                 "--hidden", 4, "--prompts", 2, "--runs", tmp_path, "--name", "c",
+                 "--hidden", 4, "--runs", tmp_path, "--name", "c",
                  "--methods", "linear,lion")  # fmt: skip
     first = lion(*arguments, "--seeds", "1")
     assert first.code == 0, first.err
