@@ -13,7 +13,7 @@ from lion_models.errors import UserError
 from lion_models.files import claim, holding, run_lock
 from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.progress import STATE_SECONDS
-from lion_models.training.runs import measure_run, read_config
+from lion_models.training.runs import is_new, measure_run, read_config
 from lion_models.training.trainer import FitState
 from lion_models.training.workbench import Workbench
 
@@ -34,10 +34,24 @@ class Cell:
     config: RunConfig
     test: bool = False
 
+    def conflict(self) -> str | None:
+        """Why the folder cannot be this cell's; None where it is, or is new."""
+        if is_new(self.folder):
+            return None
+        try:
+            if read_config(self.folder) == self.config:
+                return None
+        except UserError as error:
+            return f"{error}; use --overwrite to replace it, or another --name"
+        return (
+            f"{self.folder} was run with other options; use --overwrite to replace it, "
+            "or another --name"
+        )
+
     def result(self) -> dict[str, Any] | None:
-        """Content of result.json, if the run has all that is asked for."""
+        """Content of result.json, if the run is this cell's and has all that is asked for."""
         path = self.folder / "result.json"
-        if not path.is_file():
+        if not path.is_file() or self.conflict() is not None:
             return None
         result: dict[str, Any] = json.loads(path.read_text())
         return result if not self.test or "test" in result else None
@@ -94,15 +108,10 @@ def check_cells(cells: Sequence[Cell], overwrite: bool = False) -> None:
         UserError: a folder was run with other options, or holds no run.
     """
     for cell in cells:
-        started = (cell.folder / "config.json").is_file()
-        if started and read_config(cell.folder) == cell.config:
-            continue
-        if started and not overwrite:
-            raise UserError(
-                f"{cell.folder} was run with other options; use --overwrite to replace it, "
-                "or another --name"
-            )
-        if started:
+        why = cell.conflict()
+        if why is not None and not overwrite:
+            raise UserError(why)
+        if why is not None:
             with holding(cell.folder):
                 prepare_folder(cell.folder, cell.config, resume=False, overwrite=True)
 
@@ -115,12 +124,16 @@ def attempt(index: int, cell: Cell, options: CellOptions, bench: Workbench, tell
         with claim(run_lock(cell.folder)) as mine:
             if not mine:
                 return Event(index, "held")
+            # Another command may have begun or replaced it since `check_cells`.
+            why = cell.conflict()
+            if why is not None:
+                return Event(index, "failed", message=why)
             if cell.result() is not None:
                 return Event(index, "elsewhere")
             return _run_cell(index, cell, options, bench, tell)
     except UserError as error:
         return Event(index, "failed", message=str(error))
-    except (RuntimeError, ArithmeticError, MemoryError, OSError) as error:
+    except Exception as error:  # of whatever kind: the other cells go on
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         return Event(index, "failed", message=message)
@@ -134,7 +147,7 @@ def _run_cell(
         tell(Event(index, "epoch", row["epoch"], row["validation_accuracy"], state=state))
 
     if not (cell.folder / "result.json").is_file():
-        if not (cell.folder / "config.json").is_file():
+        if is_new(cell.folder):
             prepare_folder(cell.folder, cell.config, resume=False, overwrite=False)
         train_run(
             cell.folder,

@@ -64,8 +64,10 @@ from lion_models.cli_options import (
     Transform,
     ValidationShots,
     Verify,
+    check_given,
     config_of,
     distinct,
+    given_options,
     numbers,
     set_up,
     short_name,
@@ -210,6 +212,7 @@ def train(
     folder = runs / (name or f"{short_name(data)}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
+    check_given(ctx, [config.method], {config.robust}, {config.robust_on})
     bench = Workbench(device)
     with ExitStack() as held, joined_ranks(device) as ranks:
         if ranks.first:
@@ -287,6 +290,7 @@ def compare(
     parts = METHODS if methods == "all" else methods.split(",")
     names = distinct("--methods", [choose("--methods", p.strip(), METHODS) for p in parts])
     base = config_of(ctx)
+    check_given(ctx, names, {base.robust}, {base.robust_on})
     folder = runs / (name or f"compare-{short_name(data)}-{shots}")
     rates = distinct("--lrs", numbers("--lrs", lrs, float)) if lrs else []
     _compare(
@@ -354,11 +358,8 @@ def _compare(
 
 def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConfig:
     """The stored configuration, with what the user wrote out again (so that it is compared)."""
-    given = {
-        key: value
-        for key, value in asked.to_dict().items()
-        if getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"
-    }
+    asked_for = given_options(ctx)
+    given = {key: value for key, value in asked.to_dict().items() if key in asked_for}
     return RunConfig.from_dict(stored.to_dict() | given)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,9 @@ from lion_models.lion import OUTPUT_INPUTS
 from lion_models.robust import THRESHOLDS
 from lion_models.training.config import (
     AMP,
+    CDR_OPTIONS,
     CLASS_WEIGHTS,
+    ONLY_FOR,
     OPTIMIZERS,
     ROBUST,
     SOLVERS,
@@ -178,6 +180,53 @@ def config_of(ctx: typer.Context) -> RunConfig:
     known = {field.name for field in fields(RunConfig)}
     values = {name: value for name, value in ctx.params.items() if name in known}
     return RunConfig(**values | {"shots": _shots(values["shots"])})
+
+
+def given_options(ctx: typer.Context) -> list[str]:
+    """Names of the options that the user wrote."""
+    return [
+        name
+        for name in ctx.params
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+
+
+def check_given(
+    ctx: typer.Context,
+    methods: Sequence[str],
+    robust: Collection[str],
+    robust_on: Collection[str],
+) -> None:
+    """Refuse options that the user wrote and that no run would feel.
+
+    Args:
+        ctx: of the command.
+        methods: of the runs.
+        robust: the values of `--robust` among them.
+        robust_on: the values of `--robust-on` among them.
+
+    Raises:
+        UserError: an option of other methods, or of robust training that is not there.
+    """
+    names = " and ".join(methods)
+    for key in given_options(ctx):
+        option = f"--{key.replace('_', '-')}"
+        owners = ONLY_FOR.get(key, tuple(methods))
+        if not set(owners) & set(methods):
+            raise UserError(
+                f"{option}: is an option of {' and '.join(owners)}, not of {names}; leave it out"
+            )
+        if key in CDR_OPTIONS and "cdr" not in robust:
+            raise UserError(
+                f"{option}: belongs to --robust cdr, which is not there; add it, or leave "
+                f"{option} out"
+            )
+        alone = "lion" not in methods and "all" not in robust_on
+        if key == "robust" and "cdr" in robust and alone:
+            raise UserError(
+                f"--robust cdr: leaves {names} alone; add --robust-on all to act on every trained "
+                "matrix, or leave it out"
+            )
 
 
 def with_run_options(

@@ -17,6 +17,7 @@ from lion_models.cli_options import (
     Runs,
     Shots,
     Threads,
+    check_given,
     config_of,
     distinct,
     numbers,
@@ -86,6 +87,7 @@ def sweep(
     tested = (
         distinct("--test-seeds", numbers("--test-seeds", test_seeds, int)) if test_seeds else []
     )
+    check_given(ctx, plan.methods, plan.values_of("robust"), plan.values_of("robust_on"))
     folder = runs / (name or f"sweep-{short_name(data)}")
     options = CellOptions(device, plot=False)
     with CellBars(jobs) as bars, CellRunner(jobs, threads or None, options) as runner:

@@ -78,7 +78,12 @@ class CellRunner:
             if self._team is None:
                 self._team = _Team(self._jobs, self._threads, self._options)
             self._team.run(cells, todo, tell)
-        return Outcome([cell.result() for cell in cells], failures)
+        results = [cell.result() for cell in cells]
+        for index, cell in enumerate(cells):
+            if results[index] is None and index not in failures:
+                why = cell.conflict() or f"{cell.folder} was removed while the command ran"
+                tell(Event(index, "failed", message=why))
+        return Outcome(results, failures)
 
     def _run_here(self, cells: Sequence[Cell], todo: Sequence[int], tell: OnEvent) -> None:
         while todo:

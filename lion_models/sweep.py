@@ -15,7 +15,7 @@ from lion_models.cells import Cell, OnEvent, check_cells
 from lion_models.errors import UserError, choose
 from lion_models.files import write_json
 from lion_models.runner import CellRunner
-from lion_models.training.config import METHODS, ONLY_FOR, RunConfig
+from lion_models.training.config import CDR_OPTIONS, METHODS, ONLY_FOR, RunConfig
 from lion_models.training.runs import check_data
 
 __all__ = ["Axis", "Plan", "parse_axis", "run_sweep", "short_value"]
@@ -38,9 +38,7 @@ class Axis:
     method: str | None = None
 
     def applies_to(self, method: str) -> bool:
-        if self.method is not None:
-            return self.method == method
-        return method in ONLY_FOR.get(self.key, (method,))
+        return self.method in (None, method) and method in ONLY_FOR.get(self.key, (method,))
 
 
 @dataclass(frozen=True)
@@ -61,17 +59,49 @@ class Plan:
     grid: tuple[Axis, ...] = ()
     over: tuple[Axis, ...] = ()
 
+    def __post_init__(self) -> None:
+        for axis in self.grid:
+            settings = [
+                setting
+                for condition in self.conditions()
+                for method in self.methods
+                if axis.applies_to(method)
+                for setting in self.settings(method, condition)
+            ]
+            felt = any(axis.key in setting for setting in settings)
+            if not felt or (axis.key in CDR_OPTIONS and "cdr" not in self.values_of("robust")):
+                raise UserError(
+                    f"--grid {axis.key}: changes no run of {' and '.join(self.methods)}; leave it "
+                    "out, or add what it belongs to (its method to --methods, --robust cdr, "
+                    "--robust-on all)"
+                )
+
+    def values_of(self, key: str) -> set[Any]:
+        """Every value that an option takes in some run."""
+        axes = [axis.values for axis in (*self.grid, *self.over) if axis.key == key]
+        return {getattr(self.base, key)}.union(*axes)
+
     def conditions(self) -> list[Setting]:
         return _combinations(self.over)
 
-    def settings(self, method: str) -> list[Setting]:
-        """The grid of one method, without options that it does not have.
+    def settings(self, method: str, condition: Setting | None = None) -> list[Setting]:
+        """The grid of one method.
 
-        An axis of the method's own stands in for one that holds for all.
+        An axis of the method's own stands in for one that holds for all. Left out is what the
+        method does not have or, under a condition, does not feel: robust training of implicit
+        layers leaves methods without any alone.
         """
         axes = [axis for axis in self.grid if axis.applies_to(method)]
         own = {axis.key for axis in axes if axis.method is not None}
-        return _combinations([axis for axis in axes if axis.method or axis.key not in own])
+        found: list[Setting] = []
+        for setting in _combinations([a for a in axes if a.method or a.key not in own]):
+            values = {"robust_on": self.base.robust_on} | (condition or {}) | setting
+            if method != "lion" and values["robust_on"] == "implicit":
+                inert = ("robust", *CDR_OPTIONS)
+                setting = {key: value for key, value in setting.items() if key not in inert}
+            if setting not in found:
+                found.append(setting)
+        return found
 
 
 @dataclass
@@ -112,6 +142,10 @@ def parse_axis(option: str, text: str) -> Axis:
     choose(option, key, [field.name for field in fields(RunConfig)])
     if key in ("method", "seed"):
         raise UserError(f"{option}: {key} has an option of its own, --{key}s")
+    owners = ONLY_FOR.get(key, METHODS)
+    if dot and method not in owners:
+        have = "has" if len(owners) == 1 else "have"
+        raise UserError(f"{option}: {method} has no option {key}, {' and '.join(owners)} {have}")
     parts = [part.strip() for part in listed.split(",")]
     values = tuple(_parse(option, key, kinds[key], part) for part in parts)
     if len(set(values)) < len(values):
@@ -232,7 +266,7 @@ def _rows(
             _Row(condition, method, setting)
             for condition in plan.conditions()
             for method in plan.methods
-            for setting in plan.settings(method)
+            for setting in plan.settings(method, condition)
         ]
     made = []
     names: set[str] = set()

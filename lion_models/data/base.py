@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +57,11 @@ class Source(ABC):
     def load_training(self, rows: Tensor) -> Tensor:
         """Decode with the margin that random crops move in: uint8 (n, C, R, R), R >= S."""
 
+    @abstractmethod
+    def row_names(self) -> Sequence[str]:
+        """What tells rows of one label apart without decoding them, the same wherever the data
+        lies: names of files, for instance. Empty where there is nothing of the kind."""
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -105,6 +112,9 @@ class ArraySource(Source):
         images = self.images[rows]
         return images if self.geometry is None else self.geometry.arrays(images, training=True)
 
+    def row_names(self) -> Sequence[str]:
+        return ()
+
 
 class DecodingSource(Source):
     """Images that are decoded one by one.
@@ -145,6 +155,13 @@ class FolderSource(DecodingSource):
 
     def decode(self, row: int, training: bool) -> Tensor:
         return decode_file(self.paths[row], self.geometry, training)
+
+    def row_names(self) -> Sequence[str]:
+        """Paths of the files below the folder that they share."""
+        paths = [path.as_posix() for path in self.paths]
+        # Letter by letter, then cut at a slash: commonpath refuses lists that mix kinds of paths.
+        start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071
+        return [path[start:] for path in paths]
 
 
 def check_fit(source: Source, channels: int, size: int) -> None:

@@ -54,6 +54,9 @@ class EmojiSource(DecodingSource):
     def decode(self, row: int, training: bool) -> Tensor:
         return to_tensor(self.picture(self.characters[row]), self.geometry, training)
 
+    def row_names(self) -> tuple[str, ...]:
+        return self.characters
+
     def picture(self, character: str) -> Image.Image:
         """One emoji in colour on white, square.
 

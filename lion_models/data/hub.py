@@ -53,6 +53,9 @@ class PictureSource(DecodingSource):
     def decode(self, row: int, training: bool) -> Tensor:
         return to_tensor(self._picture(row), self.geometry, training)
 
+    def row_names(self) -> tuple[str, ...]:
+        return ()
+
     def _picture(self, row: int) -> Image.Image:
         part = 0
         while row >= self.lengths[part]:

@@ -34,6 +34,7 @@ from lion_models.robust import THRESHOLDS
 
 __all__ = [
     "AMP",
+    "CDR_OPTIONS",
     "CLASS_WEIGHTS",
     "DEFAULTS",
     "METHODS",
@@ -68,6 +69,8 @@ ROBUST = ("none", "cdr")
 ROBUST_SETS = ("step", "fixed")
 ROBUST_ON = ("implicit", "all")
 AMP = ("none", "bf16", "fp16")
+# torch's generators take 64 bits, and a seed is multiplied by about a million for its epochs.
+MOST_SEED = 2**32 - 1
 CLASS_WEIGHTS = ("none", "balanced", "balanced-softmax")
 
 # Options that mean something to these methods alone, so that a grid does not repeat the others.
@@ -96,6 +99,10 @@ ONLY_FOR = {
     "lora_rank": ("lora",),
     "lora_alpha": ("lora",),
 }
+
+
+# Options of --robust cdr, which mean nothing without it.
+CDR_OPTIONS = ("tau", "robust_set", "robust_scope", "robust_decay", "robust_ramp", "robust_on")
 
 
 class Recipe(NamedTuple):
@@ -284,8 +291,12 @@ class RunConfig:
                 raise UserError(f"--{option}: expected a positive number, got {value}")
         if self.imbalance is not None and not 1 <= self.imbalance < 1e6:
             raise UserError(f"--imbalance: expected 1 or more, got {self.imbalance}")
-        if self.weight_decay is not None and self.weight_decay < 0:
+        if abs(self.seed) > MOST_SEED:
+            raise UserError(f"--seed: expected a whole number within ±{MOST_SEED}, got {self.seed}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
+        if not math.isfinite(self.strength):
+            raise UserError(f"--strength: expected a number such as 1.0, got {self.strength}")
         if not 0 <= self.prompt_dropout < 1:
             raise UserError(f"--prompt-dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, metrics.jsonl, checkpoint, result.json, test ledger, pictures."""
+"""A run's folder: configuration, data, metrics, checkpoint, result, test ledger, pictures."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ from lion_models.training.config import RunConfig, build_model, make_solver
 from lion_models.training.progress import METRICS, STATE, STATE_SECONDS, RunLog, read_state
 from lion_models.training.ranks import ALONE, Ranks
 from lion_models.training.report import CONFUSION, REPORT, read_report, write_report
-from lion_models.training.run_data import split_data, take_task
+from lion_models.training.run_data import (
+    DATA_RECORD,
+    check_unchanged,
+    record_data,
+    split_data,
+    take_task,
+)
 from lion_models.training.trainer import FitState, fit, freeze_images, score
 from lion_models.training.workbench import Workbench
 
 __all__ = [
     "check_data",
+    "is_new",
     "measure_run",
     "prepare_folder",
     "read_config",
@@ -37,18 +44,46 @@ __all__ = [
 
 TEST_LEDGER = "test.json"
 TRACE_IMAGES = 256
+RUN_FILES = frozenset(
+    (
+        "config.json",
+        DATA_RECORD,
+        METRICS,
+        STATE,
+        CHECKPOINT,
+        "result.json",
+        TEST_LEDGER,
+        REPORT,
+        CONFUSION,
+        "curves.png",
+        "tensorboard",
+    )
+)
 
 OnEpoch = Callable[[FitState], None]
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration stored in a run's folder."""
+    """The configuration stored in a run's folder.
+
+    Raises:
+        UserError: none is there, it is damaged, or it is of another version.
+    """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"{folder}: not a run (no config.json); expected a folder that 'lion train' has written"
-        )
-    return RunConfig.from_dict(json.loads(path.read_text()))
+        raise _not_a_run(folder)
+    try:
+        return RunConfig.from_dict(json.loads(path.read_text()))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+
+
+def _not_a_run(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: not a run (no config.json); expected a folder that 'lion train' has written"
+    )
 
 
 def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
@@ -57,14 +92,13 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     Raises:
         UserError: the folder holds something and neither was asked for, or something else.
     """
-    if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
+    if is_new(folder):
         if resume:
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config.to_dict())
-        return
-    stored = read_config(folder)
-    if resume:
+    elif resume:
+        stored = read_config(folder)
         differing = [
             key for key, value in config.to_dict().items() if stored.to_dict()[key] != value
         ]
@@ -75,8 +109,10 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
                 "or choose another --name"
             )
     elif overwrite:
-        shutil.rmtree(folder)
+        _remove(folder)
         prepare_folder(folder, config, resume=False, overwrite=False)
+    elif not (folder / "config.json").is_file():
+        raise _not_a_run(folder)
     else:
         raise UserError(
             f"{folder} exists; use --resume to continue it, --overwrite to replace it, "
@@ -84,8 +120,31 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         )
 
 
-def _holds_nothing(folder: Path) -> bool:
-    """Whether a folder is empty but for what a process left that was killed as it began."""
+def _remove(folder: Path) -> None:
+    """Remove a run of any version, or what is left of one, but nothing of the user's.
+
+    The folder is renamed first: a kill while its files go leaves no half of a run under its name.
+    """
+    others = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+    others = [name for name in others if name not in RUN_FILES and not name.endswith(".part")]
+    if not (folder / "config.json").is_file() and others:
+        raise UserError(
+            f"--overwrite: {folder} is not a run (no config.json, but {others[0]}) and is not "
+            "replaced; move it away, or use another --name"
+        )
+    aside = folder.parent / ".locks" / f"{folder.name}.replaced"
+    aside.parent.mkdir(exist_ok=True)
+    if aside.exists():  # of a process that was killed here
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def is_new(folder: Path) -> bool:
+    """Whether a folder is not there, or empty but for what a process left that was killed as it
+    began."""
+    if not folder.is_dir():
+        return not folder.exists()
     return all(path.name.endswith(".part") for path in folder.iterdir())
 
 
@@ -134,7 +193,8 @@ def train_run(
         The content of result.json; empty on all ranks but the first.
 
     Raises:
-        UserError: bad data, a damaged state, or a file that cannot be written.
+        UserError: bad data, data that changed since the run was interrupted, a damaged state, or a
+            file that cannot be written.
     """
     bench = Workbench() if bench is None else bench
     result_path, state_path = folder / "result.json", folder / STATE
@@ -142,6 +202,10 @@ def train_run(
     if finished is None:
         source, backbone = bench.source(config), bench.backbone(config)
         task = take_task(source, config, backbone)
+        if state is not None:
+            check_unchanged(folder, source, config)
+        elif ranks.first:
+            record_data(folder, source, config)
         seed_all(config.seed)
         model = build_model(config, backbone, len(task.classes)).to(bench.device)
         traces = {"before": _traces(model, task, config)}
@@ -199,7 +263,8 @@ def measure_run(
         plot: draw the run's pictures.
 
     Raises:
-        UserError: the run is not finished, or its test set was read with other weights.
+        UserError: the run is not finished, its data has changed since it was trained, or its test
+            set was read with other weights.
     """
     bench = Workbench() if bench is None else bench
     stored = read_config(folder)
@@ -217,10 +282,11 @@ def measure_run(
         truths.append(labels)
         return score(model, freeze_images(model, images), labels.to(bench.device), predicted)
 
+    known = (folder / REPORT).exists()
+    if not (known and (folder / TEST_LEDGER).exists()):
+        check_unchanged(folder, source, config)
     sealed = SealedTest(source, split.test)
-    result["test"] = sealed.measure(
-        folder / TEST_LEDGER, run.weights, measure, again=not (folder / REPORT).exists()
-    )
+    result["test"] = sealed.measure(folder / TEST_LEDGER, run.weights, measure, again=not known)
     write_json(folder / "result.json", result)
     if predicted:
         write_report(folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))

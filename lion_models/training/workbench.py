@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,3 +74,6 @@ class _Remembering(Source):
 
     def load_training(self, rows: Tensor) -> Tensor:
         return self._source.load_training(rows)
+
+    def row_names(self) -> Sequence[str]:
+        return self._source.row_names()

@@ -31,8 +31,9 @@ def picture_is_drawn(path: Path) -> bool:
 
 def test_train_writes_a_whole_run(trained: Path):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoint.safetensors", "result.json",
-                     "test.json", "report.json", "curves.png", "confusion.png"}  # fmt: skip
+    assert names == {"config.json", "data.json", "metrics.jsonl", "checkpoint.safetensors",
+                     "result.json", "test.json", "report.json", "curves.png",
+                     "confusion.png"}  # fmt: skip
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert json.loads((trained / "config.json").read_text())["hidden"] == 4
@@ -97,7 +98,7 @@ def test_compare_makes_a_table_json_and_picture_and_continues(
     lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
 ):
     arguments = ("compare", "--data", image_folder, "--backbone", backbone_file, *QUICK,
-                 "--hidden", 4, "--prompts", 2, "--runs", tmp_path, "--name", "c",
+                 "--hidden", 4, "--runs", tmp_path, "--name", "c",
                  "--methods", "linear,lion")  # fmt: skip
     first = lion(*arguments, "--seeds", "1")
     assert first.code == 0, first.err

@@ -77,7 +77,8 @@ def test_error_of_one_process_ends_all(image_folder: Path, backbone_file: Path, 
                     tmp_path, "--name", "x", program=(tmp_path / "failing.py",))  # fmt: skip
     assert done.returncode != 0
     assert "the second process has no room" in done.stderr
-    assert {path.name for path in (tmp_path / "x").iterdir()} == {"config.json", "metrics.jsonl"}
+    names = {path.name for path in (tmp_path / "x").iterdir()}
+    assert names == {"config.json", "data.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 64])

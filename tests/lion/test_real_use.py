@@ -355,6 +355,10 @@ def test_full_disk_under_predictions_is_named_and_nothing_is_left(
         ("ema", math.nan, "--ema: expected a decay"),
         ("patience", 0, "--patience: expected 1 or more, got 0"),
         ("class_weights", "balancd", "did you mean 'balanced'"),
+        ("weight_decay", math.nan, "--weight-decay: expected 0 or more, got nan"),
+        ("strength", math.nan, "--strength: expected a number such as 1.0, got nan"),
+        ("weight_decay", math.inf, "--weight-decay: expected 0 or more, got inf"),
+        ("seed", 99999999999999, "--seed: expected a whole number within ±4294967295, got 99999"),
     ],
 )
 def test_bad_values_are_named(option: str, value: object, message: str):

@@ -94,14 +94,15 @@ for folder, moment, count in json.loads(sys.argv[1]):
     })
 print(json.dumps(told))
 """
-# metrics.jsonl is the first file of a process that is synced, then a state an epoch.
+# metrics.jsonl is the first file of a process that is synced (before it data.json where a run is
+# new), then a state an epoch.
 MOMENTS = [
     ("again", "epoch", 1),
     ("again", "half", 2),
     ("again", "sync", 3),
     ("again", "rename", 2),
-    ("checkpoint", "half", 8),
-    ("full metrics", "full", 100),
+    ("checkpoint", "half", 9),
+    ("full metrics", "full", 300),
     ("full state", "full", 3000),
 ]
 
@@ -166,7 +167,8 @@ def test_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
     folder = victims.folder / "again"
     assert finish(folder, config) == victims.whole
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoint.safetensors", "result.json"}
+    assert names == {"config.json", "data.json", "metrics.jsonl", "checkpoint.safetensors",
+                     "result.json"}  # fmt: skip
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
@@ -174,7 +176,7 @@ def test_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
 def test_run_killed_while_its_checkpoint_is_written_ends_with_the_same_bytes(
     victims: Victims, config: RunConfig
 ):
-    told = victims.told["checkpoint", "half", 8]
+    told = victims.told["checkpoint", "half", 9]
     assert told["status"] == -signal.SIGKILL
     assert [name for name in told["files"] if name.startswith("checkpoint")] != [
         "checkpoint.safetensors"
@@ -183,7 +185,7 @@ def test_run_killed_while_its_checkpoint_is_written_ends_with_the_same_bytes(
     assert finish(victims.folder / "checkpoint", config) == victims.whole
 
 
-@pytest.mark.parametrize(("limit", "named"), [(100, "metrics.jsonl"), (3000, "training_state.pt")])
+@pytest.mark.parametrize(("limit", "named"), [(300, "metrics.jsonl"), (3000, "training_state.pt")])
 def test_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     limit: int, named: str, victims: Victims, config: RunConfig
 ):
@@ -193,7 +195,7 @@ def test_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     assert f"{named}: cannot be written, no space is left" in told["message"]
     assert "(File too large)" in told["message"]
     assert "continue with --resume" in told["message"]
-    assert set(told["files"]) == {"config.json", "metrics.jsonl"}
+    assert set(told["files"]) == {"config.json", "data.json", "metrics.jsonl"}
     assert finish(victims.folder / name, config) == victims.whole
 
 

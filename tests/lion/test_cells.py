@@ -1,0 +1,150 @@
+"""Cells in folders that others write to: another command's options, what a kill left, any error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Lion
+
+from lion_models.cells import Cell, CellOptions, Event, check_cells
+from lion_models.errors import UserError
+from lion_models.runner import CellRunner
+from lion_models.training import RunConfig, prepare_folder, train_run
+from lion_models.training.trainer import FitState
+
+
+@pytest.fixture
+def config(image_folder: Path, backbone_file: Path) -> RunConfig:
+    return RunConfig(str(image_folder), method="linear", backbone=str(backbone_file), shots=3,
+                     validation_shots=2, epochs=2).resolved()  # fmt: skip
+
+
+def quick() -> CellRunner:
+    return CellRunner(1, 1, CellOptions(plot=False, state_seconds=0))
+
+
+def train(folder: Path, config: RunConfig) -> Path:
+    prepare_folder(folder, config, resume=False, overwrite=False)
+    train_run(folder, config, test=False, plot=False)
+    return folder
+
+
+def test_run_of_other_options_is_not_taken_for_ones_own(config: RunConfig, tmp_path: Path):
+    """Another command may write into the folder at any time after the cells were checked."""
+    cells = [Cell(tmp_path / name, config) for name in ("first", "before", "behind")]
+
+    def meddle(event: Event) -> None:
+        if event.kind == "epoch" and event.epoch == 1 and event.index == 0:
+            train(tmp_path / "before", replace(config, epochs=1))
+        if event.kind == "done":
+            prepare_folder(tmp_path / "first", replace(config, epochs=1), False, overwrite=True)
+            train_run(tmp_path / "first", replace(config, epochs=1), test=False, plot=False)
+
+    with quick() as runner:
+        outcome = runner.run(cells[:2], meddle)
+        assert outcome.results == [None, None]
+        assert sorted(outcome.failures) == [0, 1]
+        assert all("was run with other options" in why for why in outcome.failures.values())
+        assert runner.run(cells[2:]).results[0]["epochs"] == 2
+
+
+def test_interrupted_run_of_other_options_is_not_continued(config: RunConfig, tmp_path: Path):
+    def stop(state: FitState) -> None:
+        raise KeyboardInterrupt
+
+    other = replace(config, lr=0.5)
+    prepare_folder(tmp_path / "a", other, resume=False, overwrite=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(tmp_path / "a", other, on_epoch=stop, plot=False, state_seconds=0)
+    state = (tmp_path / "a" / "training_state.pt").read_bytes()
+    with quick() as runner:
+        outcome = runner.run([Cell(tmp_path / "a", config)])
+    assert "was run with other options" in outcome.failures[0]
+    assert (tmp_path / "a" / "training_state.pt").read_bytes() == state
+
+
+def test_remains_of_a_run_are_no_result_and_are_replaced_when_asked(
+    config: RunConfig, tmp_path: Path
+):
+    """Older versions, killed in --overwrite, left a result without its configuration."""
+    cell = Cell(tmp_path / "a", config)
+    train(cell.folder, replace(config, epochs=1))
+    (cell.folder / "config.json").unlink()
+    assert cell.result() is None
+    with pytest.raises(UserError, match=r"not a run \(no config\.json\).*use --overwrite"):
+        check_cells([cell])
+    with quick() as runner:
+        assert "not a run" in runner.run([cell]).failures[0]
+        check_cells([cell], overwrite=True)
+        assert runner.run([cell]).results[0]["epochs"] == 2
+    (cell.folder / "config.json").unlink()
+    (cell.folder / "notes.txt").write_text("of the user")
+    with pytest.raises(UserError, match=r"no config\.json, but notes\.txt"):
+        check_cells([cell], overwrite=True)
+    assert (cell.folder / "result.json").exists()
+
+
+def test_kill_while_a_run_is_replaced_leaves_no_half_of_it(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = train(tmp_path / "a", config)
+    real = shutil.rmtree
+
+    def killed(path: Path) -> None:
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder(folder, replace(config, epochs=1), resume=False, overwrite=True)
+    assert not folder.exists()
+    monkeypatch.setattr(shutil, "rmtree", real)
+    train(folder, config)
+    prepare_folder(folder, replace(config, epochs=1), resume=False, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert not list((tmp_path / ".locks").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"data": "digits", "colour": 1}', "unknown keys colour"), ('{"da', "damaged"), ("3", "dam")],
+)
+def test_run_of_another_version_is_named_and_replaced_when_asked(
+    lion: Lion, trained: Path, image_folder: Path, backbone_file: Path, content: str, message: str
+):
+    arguments = ("train", "--data", image_folder, "--backbone", backbone_file, "--shots", 3,
+                 "--validation-shots", 2, "--epochs", 1, "--method", "linear", "--name",
+                 trained.name, "--runs", trained.parent)  # fmt: skip
+    (trained / "config.json").write_text(content)
+    refused = lion("eval", trained)
+    assert refused.code == 2
+    assert message in refused.err
+    assert lion(*arguments, "--overwrite").code == 0
+    assert json.loads((trained / "result.json").read_text())["method"] == "linear"
+
+
+def test_any_error_of_a_cell_is_its_own(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cells = [Cell(tmp_path / str(seed), replace(config, seed=seed)) for seed in range(7)]
+    errors: list[Exception] = [ValueError("a"), TypeError("b"), AttributeError("c"), KeyError("d"),
+                               ImportError("e"), json.JSONDecodeError("f", "", 0)]  # fmt: skip
+    real = train_run
+
+    def failing(folder: Path, config: RunConfig, **options: object) -> object:
+        if config.seed < len(errors):
+            raise errors[config.seed]
+        return real(folder, config, **options)
+
+    monkeypatch.setattr("lion_models.cells.train_run", failing)
+    with quick() as runner:
+        outcome = runner.run(cells)
+    assert outcome.results[-1] is not None
+    assert [outcome.failures[index].split(":")[0] for index in range(6)] == [
+        "ValueError", "TypeError", "AttributeError", "KeyError", "ImportError",
+        "JSONDecodeError"]  # fmt: skip
+    assert "test_cells.py:" in outcome.failures[0]

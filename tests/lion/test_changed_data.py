@@ -1,0 +1,129 @@
+"""A run and data that changes after it: neither tested on training images nor continued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Lion
+from PIL import Image
+
+from lion_models.data import ArraySource, Source, open_source
+from lion_models.errors import UserError
+from lion_models.training import RunConfig, measure_run, prepare_folder, train_run
+from lion_models.training.run_data import check_unchanged, record_data
+from lion_models.training.trainer import FitState
+from lion_models.training.workbench import Workbench
+
+
+@pytest.fixture
+def photos(image_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the images that the test may change."""
+    return Path(shutil.copytree(image_folder, tmp_path / "photos"))
+
+
+@pytest.fixture
+def config(photos: Path, backbone_file: Path) -> RunConfig:
+    return RunConfig(str(photos), method="linear", backbone=str(backbone_file), shots=3,
+                     validation_shots=2, epochs=3).resolved()  # fmt: skip
+
+
+def train(folder: Path, config: RunConfig) -> Path:
+    prepare_folder(folder, config, resume=False, overwrite=False)
+    train_run(folder, config, test=False, plot=False)
+    return folder
+
+
+def test_run_is_not_tested_on_data_that_has_changed(lion: Lion, config: RunConfig, photos: Path):
+    run = train(photos.parent / "run", config)
+    shutil.copy(photos / "dark" / "0.png", photos / "dark" / "extra.png")
+    refused = lion("eval", run)
+    assert refused.code == 2
+    assert "has changed since" in refused.err
+    assert "class 'dark' had 12 images and has 13" in refused.err
+    assert "put the files back as they were, or train again" in refused.err
+    assert not (run / "test.json").exists()
+    (photos / "dark" / "extra.png").unlink()
+    assert lion("eval", run).code == 0
+    # What was measured stays known, whatever becomes of the data.
+    shutil.copy(photos / "dark" / "0.png", photos / "dark" / "extra.png")
+    assert lion("eval", run).code == 0
+
+
+def test_file_that_is_skipped_later_is_a_change_and_a_new_name_is_one(
+    config: RunConfig, photos: Path
+):
+    config = replace(config, bad_files="skip")
+    run = train(photos.parent / "run", config)
+    whole = (photos / "light" / "0.png").read_bytes()
+    (photos / "light" / "0.png").write_bytes(b"cut")
+    with (
+        pytest.warns(UserWarning, match="left out 1 unusable"),
+        pytest.raises(UserError, match="class 'light' had 12 images and has 11"),
+    ):
+        measure_run(run, plot=False)
+    (photos / "light" / "0.png").write_bytes(whole)
+    (photos / "light" / "0.png").rename(photos / "light" / "zz.png")
+    with pytest.raises(UserError, match="as many images as then, but they are others"):
+        measure_run(run, plot=False)
+
+
+def test_moved_data_is_the_same_data_and_older_runs_are_measured(config: RunConfig, photos: Path):
+    source = open_source(str(photos), 1, 12)
+    record_data(photos.parent, source, config)
+    moved = Path(shutil.move(photos, photos.parent / "elsewhere"))
+    check_unchanged(photos.parent, open_source(str(moved), 1, 12), config)
+    with pytest.raises(UserError, match="has changed since"):
+        check_unchanged(photos.parent, source, replace(config, seed=7))
+    old = train(photos.parent / "old", replace(config, data=str(moved)))
+    (old / "data.json").unlink()
+    shutil.copy(moved / "dark" / "0.png", moved / "dark" / "extra.png")
+    assert measure_run(old, plot=False)["test"]["images"] == 12
+
+
+def test_interrupted_run_goes_on_with_the_data_it_began_with_alone(
+    config: RunConfig, photos: Path, tmp_path: Path
+):
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(state: FitState) -> None:
+        raise Stop
+
+    run = tmp_path / "run"
+    prepare_folder(run, config, resume=False, overwrite=False)
+    with pytest.raises(Stop):
+        train_run(run, config, on_epoch=stop, plot=False, state_seconds=0)
+    record = json.loads((run / "data.json").read_text())
+    Image.new("L", (16, 16)).save(photos / "middle" / "extra.png")
+    with pytest.raises(UserError, match="class 'middle' had 12 images and has 13"):
+        train_run(run, config, plot=False)
+    assert json.loads((run / "data.json").read_text()) == record
+    # Without a state nothing has been learnt, and training begins with the data of today.
+    (run / "training_state.pt").unlink()
+    assert train_run(run, config, plot=False)["test"]["images"] > 0
+
+
+def test_every_part_of_a_split_belongs_to_what_is_remembered(config: RunConfig, tmp_path: Path):
+    labels = torch.arange(2).repeat(12)
+    images = torch.zeros(24, 1, 12, 12, dtype=torch.uint8)
+
+    def source(labels: torch.Tensor, official: torch.Tensor | None = None) -> Source:
+        return ArraySource("arrays", ("a", "b"), labels, images, official=official)
+
+    record_data(tmp_path, source(labels), config)
+    check_unchanged(tmp_path, source(labels.clone()), config)
+    others = [source(labels.flip(0)), source(labels, (labels * 0).to(torch.int8))]
+    for other in others:
+        with pytest.raises(UserError, match="but they are others or in other parts"):
+            check_unchanged(tmp_path, other, config)
+
+
+def test_source_that_remembers_images_passes_names_on(config: RunConfig, photos: Path):
+    names = Workbench().source(config).row_names()
+    assert names[:2] == ["dark/0.png", "dark/1.jpg"]
+    assert len(names) == 36
