@@ -158,8 +158,12 @@ def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(base: RunConfig,
     others = set(multiprocessing.active_children())  # the team of the tests around this one
     with quick(2) as runner:
         runner.run(cells_of(tmp_path / "idle", base, 3))
-        idle = set(multiprocessing.active_children()) - others
-    assert [process.exitcode for process in idle] == [0, 0]
+        assert runner._team is not None
+        workers = list(runner._team._workers)
+    # One may have done all while the other was still starting, with no lock to leave behind.
+    assert any(worker.ready for worker in workers)
+    for worker in workers:
+        assert worker.process.exitcode == (0 if worker.ready else -signal.SIGTERM)
 
     def give_up(event: Event) -> None:
         raise StopIteration
