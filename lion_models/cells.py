@@ -42,10 +42,10 @@ class Cell:
             if read_config(self.folder) == self.config:
                 return None
         except UserError as error:
-            return f"{error}; use --overwrite to replace it, or another --name"
+            return f"{error}; use --overwrite to replace it, or another --name or --runs"
         return (
             f"{self.folder} was run with other options; use --overwrite to replace it, "
-            "or another --name"
+            "or another --name or --runs"
         )
 
     def result(self) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
             shown = ", ".join(f"{key}={stored.to_dict()[key]!r}" for key in differing)
             raise UserError(
                 f"--resume: {folder} was started with {shown}; repeat the same options "
-                "or choose another --name"
+                "or choose another --name or --runs"
             )
     elif overwrite:
         _remove(folder)
@@ -116,7 +116,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     else:
         raise UserError(
             f"{folder} exists; use --resume to continue it, --overwrite to replace it, "
-            "or another --name"
+            "or another --name or --runs"
         )
 
 
@@ -130,7 +130,7 @@ def _remove(folder: Path) -> None:
     if not (folder / "config.json").is_file() and others:
         raise UserError(
             f"--overwrite: {folder} is not a run (no config.json, but {others[0]}) and is not "
-            "replaced; move it away, or use another --name"
+            "replaced; move it away, or use another --name or --runs"
         )
     aside = folder.parent / ".locks" / f"{folder.name}.replaced"
     aside.parent.mkdir(exist_ok=True)
