@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.harness import Report, Result
+from deqcore.tune import gpu_seconds
 
 __all__ = ["Bench"]
 
@@ -37,13 +38,7 @@ class Bench:
             for _ in range(calls):
                 run()
             return (time.perf_counter() - start) / calls
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        for _ in range(calls):
-            run()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after) / 1e3 / calls
+        return gpu_seconds(run, calls) / calls
 
     def times(
         self, contestants: dict[str, Callable[[], object]], work: str = ""

@@ -100,7 +100,7 @@ def _speedup(
         outer = torch.ops.deqcore.masked_outer
         sparse = lambda: outer(grad, x, pattern.indices, size, size, block)  # noqa: E731
         dense = lambda: pattern.from_dense(grad.t() @ x)  # noqa: E731
-    clock = _cpu_seconds if device.type == "cpu" else _gpu_seconds
+    clock = _cpu_seconds if device.type == "cpu" else gpu_seconds
     return statistics.median(_ratios(dense, sparse, seconds, clock))
 
 
@@ -128,7 +128,7 @@ def _cpu_seconds(run: Callable[[], Tensor], calls: int) -> float:
     return time.thread_time() - start
 
 
-def _gpu_seconds(run: Callable[[], Tensor], calls: int) -> float:
+def gpu_seconds(run: Callable[[], object], calls: int) -> float:
     """Between two events on the current stream, the waits of launches included."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
