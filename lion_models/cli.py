@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 import deqcore
@@ -109,7 +110,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print(
@@ -361,10 +362,6 @@ def _resumed(ctx: typer.Context, stored: RunConfig, asked: RunConfig) -> RunConf
     asked_for = given_options(ctx)
     given = {key: value for key, value in asked.to_dict().items() if key in asked_for}
     return RunConfig.from_dict(stored.to_dict() | given)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 for _name, _command in (

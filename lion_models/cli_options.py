@@ -28,6 +28,7 @@ from lion_models.training.config import (
     ONLY_FOR,
     OPTIMIZERS,
     ROBUST,
+    SOLVER_OPTIONS,
     SOLVERS,
     RunConfig,
 )
@@ -206,10 +207,23 @@ def check_given(
         robust_on: the values of `--robust-on` among them.
 
     Raises:
-        UserError: an option of other methods, or of robust training that is not there.
+        UserError: an option of other methods, of robust training that is not there, of a solver
+            where none runs, or of a backward pass through the backbone where there is none.
     """
     names = " and ".join(methods)
-    for key in given_options(ctx):
+    given = given_options(ctx)
+    if "iterations" in given and (solving := [key for key in SOLVER_OPTIONS if key in given]):
+        option = f"--{solving[0].replace('_', '-')}"
+        raise UserError(
+            f"{option}: is about solving for the equilibrium, and --iterations applies explicit "
+            "layers instead; leave one out"
+        )
+    if "checkpoint_backbone" in given and set(methods) == {"linear"}:
+        raise UserError(
+            "--checkpoint-backbone: saves memory of the backward pass through the frozen blocks, "
+            "and linear has none; leave it out"
+        )
+    for key in given:
         option = f"--{key.replace('_', '-')}"
         owners = ONLY_FOR.get(key, tuple(methods))
         if not set(owners) & set(methods):

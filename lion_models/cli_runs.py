@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
@@ -124,7 +125,7 @@ def _report_table(report: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report["classes"]:
         shares = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        table.add_row(_escape(row["class"]), *shares, str(row["support"]))
+        table.add_row(escape(row["class"]), *shares, str(row["support"]))
     return table
 
 
@@ -177,7 +178,7 @@ def predict_command(
         table = Table("file", "class", "probability")
         for one in readable():
             name, chance = loaded.classes[one.best], one.probabilities[one.best]
-            table.add_row(_escape(str(one.path)), _escape(name), f"{chance:.3f}")
+            table.add_row(escape(str(one.path)), escape(name), f"{chance:.3f}")
         out.print(table)
     else:
         write_predictions(sys.stdout, form, loaded.classes, readable())
@@ -252,7 +253,7 @@ def info(
     table.add_column()
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key, _escape(str(value)))
+        table.add_row(key, escape(str(value)))
     out.print(table)
 
 
@@ -285,7 +286,3 @@ def _run_facts(run: Path) -> dict[str, Any]:
         f"{kept_bytes(model, images) / 2**20:.2f} MiB kept for the backward pass"
     )
     return facts
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")

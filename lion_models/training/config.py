@@ -45,6 +45,7 @@ __all__ = [
     "ROBUST_SETS",
     "SHOWN_METHODS",
     "SOLVERS",
+    "SOLVER_OPTIONS",
     "RunConfig",
     "build_model",
     "make_solver",
@@ -103,6 +104,8 @@ ONLY_FOR = {
 
 # Options of --robust cdr, which mean nothing without it.
 CDR_OPTIONS = ("tau", "robust_set", "robust_scope", "robust_decay", "robust_ramp", "robust_on")
+# Options of the equilibrium's solver, which explicit layers (--iterations) have none of.
+SOLVER_OPTIONS = ("solver", "rtol", "max_steps")
 
 
 class Recipe(NamedTuple):

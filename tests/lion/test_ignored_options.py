@@ -22,6 +22,9 @@ from lion_models.training import RunConfig
         (("--tau", 0.9), "--tau: belongs to --robust cdr, which is not there; add it"),
         (("--method", "lion", "--robust-set", "fixed"), "--robust-set: belongs to --robust cdr"),
         (("--robust", "cdr"), "--robust cdr: leaves linear alone; add --robust-on all"),
+        (("--checkpoint-backbone",), "--checkpoint-backbone: saves memory of the backward pass"),
+        (("--method", "lion", "--iterations", 2, "--max-steps", 9), "--max-steps: is about"),
+        (("--method", "lion", "--iterations", 2, "--solver", "picard"), "--iterations applies"),
     ],
 )
 def test_train_refuses_options_that_would_do_nothing(
