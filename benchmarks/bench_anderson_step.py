@@ -52,7 +52,7 @@ def our_step(batch: int, dim: int):  # type: ignore[no-untyped-def]
     x_next, z_next = torch.empty_like(x), x.new_empty(0)
 
     def step() -> None:
-        op.anderson_step(x, f(x), context.damping, state, x_next, z_next, *context.options)
+        op.anderson_step(x, f(x), context.damping, state, x_next, z_next, context.options)
 
     for _ in range(MEMORY + 1):
         step()

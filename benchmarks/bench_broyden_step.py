@@ -45,15 +45,13 @@ def our_step(batch: int, dim: int, stored: int):  # type: ignore[no-untyped-def]
     state = BroydenState(s_ring, gram, torch.empty_like(x), rows)
     damping = torch.ones(1, dtype=torch.float64)
     x_next, z_next = torch.empty_like(x), x.new_empty(0)
+    options = torch.tensor([0.0, 0.0, NEVER, NEVER, stored + 1], dtype=torch.float64)
     at_start = rows.counters.clone()
     at_start[:, HISTORY], at_start[:, STEPS], at_start[:, BEST_STEP] = stored, stored + 1, 1
 
     def step() -> None:
         rows.counters.copy_(at_start)
-        op.broyden_step(
-            x, f(x), damping, state, x_next, z_next, rtol=0.0, atol=0.0, patience=NEVER,
-            max_steps=NEVER, memory=stored + 1,
-        )  # fmt: skip
+        op.broyden_step(x, f(x), damping, state, x_next, z_next, options)
 
     step()
     if (rows.status != ACTIVE).any():

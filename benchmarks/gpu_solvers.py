@@ -34,7 +34,7 @@ def our_steps(bench: Bench, batch: int, dim: int, count: int) -> Callable[[], No
 
     def run(times: int = count) -> None:
         for _ in range(times):
-            op.anderson_step(x, f(x), context.damping, state, x, context.nothing, *context.options)
+            op.anderson_step(x, f(x), context.damping, state, x, context.nothing, context.options)
 
     run(MEMORY + 1)
     if (state.rows.status != ACTIVE).any():

@@ -197,7 +197,7 @@ class Emulator:
     def step(self, op: str, path: str, seed: int = 1) -> Callable[..., Traffic]:
         """The op ``deqcore::<op>`` on one of the three paths, with threads in a random order."""
 
-        def run(*args: Tensor | float) -> Traffic:
+        def run(*args: Tensor) -> Traffic:
             return self.run(op, seed, *_arguments(op, path, args))
 
         return run
@@ -317,11 +317,11 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _arguments(
-    op: str, path: str, args: Sequence[Tensor | float]
+    op: str, path: str, args: Sequence[Tensor]
 ) -> tuple[list[Tensor | None], list[int], list[float]]:
     """The op's arguments as csrc/emulation/emulate.cpp reads them."""
-    tensors: list[Tensor | None] = [a for a in args if isinstance(a, Tensor)]
-    options = [a for a in args if not isinstance(a, Tensor)]
+    tensors: list[Tensor | None] = list(args[:-1])
+    options = args[-1].tolist()
     x, f, damping, ring = args[:4]
     for tensor in tensors:
         assert tensor is not None
@@ -344,7 +344,7 @@ def _arguments(
         doubles = [rtol, atol]
     if f.dtype == x.dtype:
         tensors[z_next] = None
-    return [tensors[i] for i in _ORDER[op]], ints, doubles
+    return [tensors[i] for i in _ORDER[op]], [int(n) for n in ints], doubles
 
 
 def masked_arguments(

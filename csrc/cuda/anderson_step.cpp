@@ -12,15 +12,13 @@ void anderson_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, c
                       const Tensor& h_ring, const Tensor& gram, const Tensor& best,
                       const Tensor& status, const Tensor& counters, const Tensor& residuals,
                       const Tensor& remaining, const Tensor& x_next, const Tensor& z_next,
-                      double rtol, double atol, int64_t patience, int64_t max_steps, double ridge,
-                      int64_t start, int64_t restart, double safeguard, double max_weight) {
+                      const Tensor& options) {
   check_device(x, {&x, &f, &damping, &g_ring, &h_ring, &gram, &best, &status, &counters, &residuals,
                    &remaining, &x_next, &z_next});
   const StateType type = check_states(x, f);
   const Rows rows = check_rows(status, counters, residuals, remaining, x.size(0));
-  const AndersonArgs args = anderson_args(x, f, damping, g_ring, h_ring, gram, best, rows, x_next,
-                                          z_next, {rtol, atol, patience, max_steps},
-                                          {ridge, start, restart, safeguard, max_weight});
+  const AndersonArgs args =
+      anderson_args(x, f, damping, g_ring, h_ring, gram, best, rows, x_next, z_next, options);
   const OnDeviceOf device(x);
   const Path path = anderson_path(args);
   const Workspace workspace(x, anderson_workspace_bytes(args, path));

@@ -11,14 +11,13 @@ namespace {
 void broyden_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, const Tensor& s_ring,
                      const Tensor& gram, const Tensor& best, const Tensor& status,
                      const Tensor& counters, const Tensor& residuals, const Tensor& remaining,
-                     const Tensor& x_next, const Tensor& z_next, double rtol, double atol,
-                     int64_t patience, int64_t max_steps, int64_t memory) {
+                     const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
   check_device(x, {&x, &f, &damping, &s_ring, &gram, &best, &status, &counters, &residuals,
                    &remaining, &x_next, &z_next});
   const StateType type = check_states(x, f);
   const Rows rows = check_rows(status, counters, residuals, remaining, x.size(0));
-  const BroydenArgs args = broyden_args(x, f, damping, s_ring, gram, best, rows, x_next, z_next,
-                                        {rtol, atol, patience, max_steps}, memory);
+  const BroydenArgs args =
+      broyden_args(x, f, damping, s_ring, gram, best, rows, x_next, z_next, options);
   const OnDeviceOf device(x);
   const Path path = broyden_path(args);
   const Workspace workspace(x, broyden_workspace_bytes(args, path));

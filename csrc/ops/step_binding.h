@@ -94,11 +94,23 @@ inline void check_damping(const Tensor& damping) {
   STD_TORCH_CHECK(damping.size(0) > 0, "damping: expected at least one entry");
 }
 
+// The op's numbers: one float64 tensor on the CPU whatever the device, because a tensor crosses the
+// dispatcher in less time than a number does, and nine of them are most of a small step.
+inline const double* check_options(const Tensor& options, int64_t count) {
+  STD_TORCH_CHECK(options.is_cpu(), "options: expected a tensor on the CPU");
+  check(options, "options", ScalarType::Double, {count});
+  return static_cast<const double*>(options.const_data_ptr());
+}
+
+inline RowLimits row_limits(const double* options) {
+  return {options[0], options[1], static_cast<int64_t>(options[2]),
+          static_cast<int64_t>(options[3])};
+}
+
 inline AndersonArgs anderson_args(const Tensor& x, const Tensor& f, const Tensor& damping,
                                   const Tensor& g_ring, const Tensor& h_ring, const Tensor& gram,
                                   const Tensor& best, const Rows& rows, const Tensor& x_next,
-                                  const Tensor& z_next, const RowLimits& limits,
-                                  const AndersonOptions& options) {
+                                  const Tensor& z_next, const Tensor& options) {
   const StateType type = check_states(x, f);
   const ScalarType dtype = x.scalar_type();
   const int64_t batch = x.size(0), dim = x.size(1);
@@ -114,6 +126,7 @@ inline AndersonArgs anderson_args(const Tensor& x, const Tensor& f, const Tensor
   check_damping(damping);
   const bool keeps_best = best.dim() == 2 && best.size(1) > 0;
   check(best, "best", dtype, {batch, keeps_best ? dim : 0});
+  const double* numbers = check_options(options, 9);
   return {
       .x = x.const_data_ptr(),
       .f = f.const_data_ptr(),
@@ -129,18 +142,21 @@ inline AndersonArgs anderson_args(const Tensor& x, const Tensor& f, const Tensor
       .dim = dim,
       .memory = memory,
       .damping_length = damping.size(0),
-      .limits = limits,
-      .options = options,
+      .limits = row_limits(numbers),
+      .options = {numbers[4], static_cast<int64_t>(numbers[5]), static_cast<int64_t>(numbers[6]),
+                  numbers[7], numbers[8]},
   };
 }
 
 inline BroydenArgs broyden_args(const Tensor& x, const Tensor& f, const Tensor& damping,
                                 const Tensor& s_ring, const Tensor& gram, const Tensor& best,
                                 const Rows& rows, const Tensor& x_next, const Tensor& z_next,
-                                const RowLimits& limits, int64_t memory) {
+                                const Tensor& options) {
   const StateType type = check_states(x, f);
   const ScalarType dtype = x.scalar_type();
   const int64_t batch = x.size(0), dim = x.size(1);
+  const double* numbers = check_options(options, 5);
+  const int64_t memory = static_cast<int64_t>(numbers[4]);
   STD_TORCH_CHECK(1 <= memory && memory <= kBroydenMaxMemory, "memory: expected 1 to 64, got ",
                   memory);
   STD_TORCH_CHECK(s_ring.dim() == 3, "s_ring: expected (batch, capacity, dim), got ",
@@ -168,7 +184,7 @@ inline BroydenArgs broyden_args(const Tensor& x, const Tensor& f, const Tensor& 
       .capacity = capacity,
       .memory = memory,
       .damping_length = damping.size(0),
-      .limits = limits,
+      .limits = row_limits(numbers),
       .narrow = narrow,
   };
 }

@@ -45,6 +45,11 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
     torch.library.register_fake(f"deqcore::{name}", lambda *args: None, lib=LIBRARY)
 
 
+def numbers(options: Tensor, whole: tuple[int, ...]) -> list[Any]:
+    """The numbers that a step op got as one tensor; those at the places of ``whole`` as int."""
+    return [int(n) if place in whole else n for place, n in enumerate(options.tolist())]
+
+
 def call_pure(op: Callable[..., Tensor], *args: object) -> Tensor:
     """Call an op without side effects; outside grad mode past autograd, as :func:`call_step`."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():

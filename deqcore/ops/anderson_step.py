@@ -12,13 +12,13 @@ problem scales the iterates and changes nothing else; columns that depend on new
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import call_step, define_step
+from deqcore.ops._library import call_step, define_step, numbers
 from deqcore.ops._rows import BEST, BEST_STEP, FALLBACK_STEP, HISTORY, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
@@ -30,9 +30,7 @@ define_step(
     "anderson_step",
     "(Tensor x, Tensor f, Tensor damping, Tensor(a!) g_ring, Tensor(b!) h_ring, Tensor(c!) gram, "
     "Tensor(d!) best, Tensor(e!) status, Tensor(f!) counters, Tensor(g!) residuals, "
-    "Tensor(h!) remaining, Tensor(i!) x_next, Tensor(j!) z_next, float rtol, float atol, "
-    "int patience, int max_steps, "
-    "float ridge, int start, int restart, float safeguard, float max_weight) -> ()",
+    "Tensor(h!) remaining, Tensor(i!) x_next, Tensor(j!) z_next, Tensor options) -> ()",
     lambda *args: reference(*args),
 )
 _OP = torch.ops.deqcore.anderson_step.default
@@ -55,25 +53,14 @@ def anderson_step(
     state: AndersonState,  # changed in place
     x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended; may be x
     z_next: Tensor,  # [B, D] out: x_next in f's dtype; empty where that is x's own dtype
-    rtol: float,
-    atol: float,
-    patience: int,
-    max_steps: int,
-    ridge: float,
-    start: int,
-    restart: int,  # 0: never
-    safeguard: float,
-    max_weight: float,
+    options: Tensor,  # float64 [9] on the CPU: the numbers that `functional` takes
 ) -> None:
     """Advance every active row by one step, in place, without waiting for the device.
 
     ``best`` may have no columns as long as no active row's best iterate sits in the slot that this
     step overwrites (see :func:`evicts_best`).
     """
-    call_step(
-        _OP, x, f, damping, *state[:4], *state.rows, x_next, z_next,
-        rtol, atol, patience, max_steps, ridge, start, restart, safeguard, max_weight,
-    )  # fmt: skip
+    call_step(_OP, x, f, damping, *state[:4], *state.rows, x_next, z_next, options)
 
 
 def evicts_best(state: AndersonState) -> bool:
@@ -98,11 +85,11 @@ def reference(
     remaining: Tensor,
     x_next: Tensor,
     z_next: Tensor,
-    *options: Any,
+    options: Tensor,
 ) -> None:
     """The op in pure PyTorch, on any device."""
     state = AndersonState(g_ring, h_ring, gram, best, Rows(status, counters, residuals, remaining))
-    new, x_new = functional(x, f, damping, state, *options)
+    new, x_new = functional(x, f, damping, state, *numbers(options, whole=(2, 3, 5, 6)))
     for old, value in zip((*state[:4], *state.rows), (*new[:4], *new.rows), strict=True):
         old.copy_(value)
     x_next.copy_(x_new)
@@ -121,7 +108,7 @@ def functional(
     max_steps: int,
     ridge: float,
     start: int,
-    restart: int,
+    restart: int,  # 0: never
     safeguard: float,
     max_weight: float,
 ) -> tuple[AndersonState, Tensor]:

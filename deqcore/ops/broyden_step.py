@@ -19,13 +19,13 @@ equation holds exactly; the rounding costs at most a factor of 2^-9 in what one 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import call_step, define_step
+from deqcore.ops._library import call_step, define_step, numbers
 from deqcore.ops._rows import BEST_STEP, HISTORY, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
@@ -36,8 +36,7 @@ define_step(
     "broyden_step",
     "(Tensor x, Tensor f, Tensor damping, Tensor(a!) s_ring, Tensor(b!) gram, Tensor(c!) best, "
     "Tensor(d!) status, Tensor(e!) counters, Tensor(f!) residuals, Tensor(g!) remaining, "
-    "Tensor(h!) x_next, Tensor(i!) z_next, float rtol, float atol, "
-    "int patience, int max_steps, int memory) -> ()",
+    "Tensor(h!) x_next, Tensor(i!) z_next, Tensor options) -> ()",
     lambda *args: reference(*args),
 )
 _OP = torch.ops.deqcore.broyden_step.default
@@ -60,20 +59,13 @@ def broyden_step(
     state: BroydenState,  # changed in place
     x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended; may be x
     z_next: Tensor,  # [B, D] out: x_next in f's dtype; empty where that is x's own dtype
-    rtol: float,
-    atol: float,
-    patience: int,
-    max_steps: int,
-    memory: int,
+    options: Tensor,  # float64 [5] on the CPU: the numbers that `functional` takes
 ) -> None:
     """Advance every active row by one step, in place, without waiting for the device.
 
     ``s_ring`` must have a free slot for every active row that has not yet stored ``memory`` steps.
     """
-    call_step(
-        _OP, x, f, damping, *state[:3], *state.rows, x_next, z_next,
-        rtol, atol, patience, max_steps, memory,
-    )  # fmt: skip
+    call_step(_OP, x, f, damping, *state[:3], *state.rows, x_next, z_next, options)
 
 
 def reference(
@@ -89,12 +81,13 @@ def reference(
     remaining: Tensor,
     x_next: Tensor,
     z_next: Tensor,
-    *options: Any,
+    options: Tensor,
 ) -> None:
     """The op in pure PyTorch, on any device."""
     wide = s_ring.to(x.dtype)
     state = BroydenState(wide, gram, best, Rows(status, counters, residuals, remaining))
-    new, x_new = functional(x, f, damping, state, *options, history_dtype=s_ring.dtype)
+    limits = numbers(options, whole=(2, 3, 4))
+    new, x_new = functional(x, f, damping, state, *limits, history_dtype=s_ring.dtype)
     s_ring.copy_(new.s_ring)
     for old, value in zip((*state[1:3], *state.rows), (*new[1:3], *new.rows), strict=True):
         old.copy_(value)

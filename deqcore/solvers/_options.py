@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 Damping = float | Callable[[int], float]
+MOST_STEPS = 2**31 - 1  # what an op counts up to; a larger option means the same as this one
 T = TypeVar("T")
 
 
@@ -103,13 +104,15 @@ class StepContext(NamedTuple):
 
     Attributes:
         damping: float64 [T] on the state's device; the last entry holds for all later steps.
-        options: the op's numbers, in its order.
+        numbers: tolerances, limits and the solver's own options, in the order of its op.
+        options: the same as the op takes them, float64 on the CPU.
         dtype: of the state as f sees it.
         nothing: an empty tensor, for an op's output that is not wanted.
     """
 
     damping: Tensor
-    options: tuple[Any, ...]
+    numbers: tuple[Any, ...]
+    options: Tensor
     dtype: torch.dtype
     nothing: Tensor
 
@@ -182,8 +185,10 @@ class SolverOptions:
         """For iterates like ``x``, which f sees as ``dtype`` and computes in ``f_dtypes``."""
         rtol = self.relative_tolerance(dtype, *f_dtypes)
         limits = (rtol, self.atol, self.patience, self.max_steps)
-        numbers = (*limits, *self.own_options())
-        return StepContext(self.damping_table(x.device), numbers, dtype, x.new_empty(0))
+        given = (*limits, *self.own_options())
+        numbers = tuple(min(n, MOST_STEPS) if isinstance(n, int) else n for n in given)
+        options = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return StepContext(self.damping_table(x.device), numbers, options, dtype, x.new_empty(0))
 
     # What a solver implements; `state` is a NamedTuple of tensors with a field `rows`.
 

@@ -64,13 +64,13 @@ class MixingSolver(SolverOptions):
         x_next: Tensor,
         z_next: Tensor,
     ) -> None:
-        op.anderson_step(x, f, context.damping, state, x_next, z_next, *context.options)
+        op.anderson_step(x, f, context.damping, state, x_next, z_next, context.options)
 
     def differentiable_step(
         self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[AndersonState, Tensor]:
         state = _with_room_for_best(state, step)
-        return op.functional(x, f, context.damping, state, *context.options)
+        return op.functional(x, f, context.damping, state, *context.numbers)
 
 
 @options

@@ -91,7 +91,7 @@ class Broyden(SolverOptions):
         x_next: Tensor,
         z_next: Tensor,
     ) -> None:
-        op.broyden_step(x, f, context.damping, state, x_next, z_next, *context.options)
+        op.broyden_step(x, f, context.damping, state, x_next, z_next, context.options)
 
     def differentiable_step(
         self, state: BroydenState, x: Tensor, f: Tensor, step: int, context: StepContext
@@ -100,7 +100,7 @@ class Broyden(SolverOptions):
         history_dtype = storage_dtype(self, x)
         state = self._with_room(state._replace(s_ring=state.s_ring.to(x.dtype)), step)
         return op.functional(
-            x, f, context.damping, state, *context.options, history_dtype=history_dtype
+            x, f, context.damping, state, *context.numbers, history_dtype=history_dtype
         )
 
     def _with_room(self, state: BroydenState, step: int) -> BroydenState:

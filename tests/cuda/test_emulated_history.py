@@ -79,7 +79,7 @@ def test_memory_that_is_not_aligned_gives_the_same_bits(emulator, path, dtype):
         moved = {n: t.clone() for n, t in case.tensors.items()}
         shifted = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view_as(tensor)
         moved[name] = shifted.copy_(tensor)
-        emulator.step("broyden_step", path)(*moved.values(), *case.options.values())
+        emulator.step("broyden_step", path)(*moved.values(), case.numbers)
         assert all(equal(moved[n], expected[n]) for n in expected), name
 
 
@@ -90,7 +90,7 @@ def test_the_next_iterate_may_overwrite_the_current_one(emulator, path, dim, see
     expected = run(case, emulator, path)
     tensors = {n: t.clone() for n, t in case.tensors.items()}
     tensors["x_next"] = tensors["x"]
-    emulator.step("broyden_step", path, order)(*tensors.values(), *case.options.values())
+    emulator.step("broyden_step", path, order)(*tensors.values(), case.numbers)
     for name in set(expected) - {"x"}:
         assert equal(tensors[name], expected[name]), name
 
@@ -108,7 +108,7 @@ def test_a_broyden_step_moves_its_history_in_half_the_bytes(emulator, path, stor
         case = case.with_tensors(s_ring=case.tensors["s_ring"].to(history_dtype))
         tensors = {n: t.clone() for n, t in case.tensors.items()}
         step = emulator.step("broyden_step", path)
-        traffic = step(*tensors.values(), *case.options.values())
+        traffic = step(*tensors.values(), case.numbers)
         moved[history_dtype] = (traffic.read + traffic.written) / (4 * dim)
         combined = int(tensors["counters"][:, MIXED].sum()) / 4  # 0 where an update was singular
         size = history_dtype.itemsize

@@ -114,7 +114,7 @@ def test_memory_that_is_not_aligned_gives_the_same_bits(emulator, op, path, dtyp
         moved = {n: t.clone() for n, t in case.tensors.items()}
         moved[name] = shifted.copy_(tensor)
         with torch.no_grad():
-            emulator.step(op, path)(*moved.values(), *case.options.values())
+            emulator.step(op, path)(*moved.values(), case.numbers)
         expected = run(case, op, emulator, path)
         assert all(equal(moved[n], expected[n]) for n in expected), name
 
@@ -130,6 +130,6 @@ def test_the_next_iterate_may_overwrite_the_current_one(
     expected = run(case, op, emulator, path)
     tensors = {n: t.clone() for n, t in case.tensors.items()}
     tensors["x_next"] = tensors["x"]
-    emulator.step(op, path, order)(*tensors.values(), *case.options.values())
+    emulator.step(op, path, order)(*tensors.values(), case.numbers)
     for name in set(expected) - {"x"}:
         assert equal(tensors[name], expected[name]), name

@@ -66,4 +66,4 @@ def test_tensors_on_different_devices_are_refused(cuda_device, op):
     tensors = {n: t.to(cuda_device) for n, t in case.tensors.items()}
     tensors["status"] = case.tensors["status"]
     with pytest.raises(RuntimeError, match=r"on one GPU, that of x .* on the CPU"):
-        case.op(*tensors.values(), *case.options.values())
+        case.op(*tensors.values(), case.numbers)

@@ -62,7 +62,7 @@ def test_the_last_row_of_a_huge_history_is_right(emulator, op, path):
     except OSError as reason:
         pytest.skip(f"no address space: {reason}")
     assert tensors["g_ring" if op == "anderson_step" else "s_ring"][:-1].numel() >= 2**31
-    emulator.step(op, path)(*tensors.values(), *case.options.values())
+    emulator.step(op, path)(*tensors.values(), case.numbers)
     for name in expected:
         if name in ("damping", "remaining", "x") or not tensors[name].numel():
             continue
@@ -86,7 +86,7 @@ def test_the_last_row_of_a_huge_history_is_right_on_a_gpu(cuda_device, op):
         wide[name][-1] = tensor[0]
     wide["x_next"] = wide["x"]
     with torch.no_grad():
-        alone.op(*wide.values(), *alone.options.values())
+        alone.op(*wide.values(), alone.numbers)
     expected = alone.run(alone.op)
     for name in ("x_next", "status", "counters", "residuals"):
         assert equal(wide[name][-1], expected[name][0]), name

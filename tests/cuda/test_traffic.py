@@ -38,7 +38,7 @@ def full_rows(case: StepCase, history: int) -> StepCase:
 def test_an_anderson_step_moves_2m_plus_4_elements(emulator, path, memory, dim):
     case = full_rows(anderson_case(4, dim, memory, torch.float32, 1, safeguard=1e9), memory)
     step = emulator.step("anderson_step", path)
-    traffic = step(*[t.clone() for t in case.tensors.values()], *case.options.values())
+    traffic = step(*[t.clone() for t in case.tensors.values()], case.numbers)
     moved = (traffic.read + traffic.written) / (4 * 4 * dim)
     assert moved == 2 * memory + 4
     # Past 4 (8 on the split path) others, a residual is read again while the cache has it.
@@ -54,7 +54,7 @@ def test_a_broyden_step_moves_fewer_than_2k_plus_12_elements(emulator, path, sto
     ring = torch.randn(4, 30, dim) * 0.7 ** torch.arange(30)[:, None]
     case = full_rows(case.with_tensors(s_ring=ring), stored)
     step = emulator.step("broyden_step", path)
-    traffic = step(*[t.clone() for t in case.tensors.values()], *case.options.values())
+    traffic = step(*[t.clone() for t in case.tensors.values()], case.numbers)
     moved = (traffic.read + traffic.written) / (4 * 4 * dim)
     assert moved <= 2 * stored + 7
     assert moved >= stored + 6  # a row whose update is singular restarts and reads less

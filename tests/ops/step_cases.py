@@ -37,7 +37,7 @@ BROYDEN = ("x", "f", "damping", "s_ring", "gram", "best", *ROW_FIELDS, *OUTPUTS)
 
 @dataclasses.dataclass
 class StepCase:
-    """Arguments of a step op: tensors by name, then options in the order of the schema."""
+    """Arguments of a step op: tensors by name, then its numbers in their order."""
 
     op: Callable[..., None]
     reference: Callable[..., None]
@@ -47,13 +47,17 @@ class StepCase:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        return (*self.tensors.values(), *self.options.values())
+        return (*self.tensors.values(), self.numbers)
+
+    @property
+    def numbers(self) -> Tensor:
+        return torch.tensor(list(self.options.values()), dtype=torch.float64)
 
     def run(self, step: Callable[..., None]) -> dict[str, Tensor]:
         """Results of a step on copies of the tensors, by name."""
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         with torch.no_grad():
-            step(*tensors.values(), *self.options.values())
+            step(*tensors.values(), self.numbers)
         return tensors
 
     def in_float64(self) -> StepCase:

@@ -152,6 +152,8 @@ def test_damping_function_out_of_range_names_the_step(kind, bad):
         Anderson(rtol=INF),
         Picard(damping=2),
         Anderson(ridge=0),
+        Anderson(max_steps=10**30, patience=2**63, restart=2**64),
+        Broyden(max_steps=2**63, patience=10**30),
     ],
     ids=repr,
 )
