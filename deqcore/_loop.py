@@ -17,7 +17,7 @@ from deqcore._packing import Packing
 from deqcore._transforms import refuse_mapped
 from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
 from deqcore.solvers import SolverOptions
-from deqcore.solvers._options import StepContext
+from deqcore.solvers._options import StepContext, counting_changes
 
 
 class Problem:
@@ -43,10 +43,12 @@ class Problem:
 
     def __call__(self, z: Tensor) -> Tensor:  # [B, D] -> [B, D], in the packed dtype
         self.calls += 1
-        versioned = not z.is_inference()  # an inference tensor does not count its changes
-        version = z._version if versioned else 0
+        if z.is_inference():  # of a differentiable step, or of leaves of several dtypes
+            with counting_changes():
+                z = z.clone()
+        version = z._version
         value = self.f(self.packing.unpack(z), *self.args)
-        if versioned and z._version != version:
+        if z._version != version:
             raise RuntimeError(
                 "f changed its argument in place, which is the solver's own iterate; return a new "
                 "tensor (z * 0.5, not z.mul_(0.5)), or start f with z = z.clone()"
@@ -182,9 +184,10 @@ class _Run:
         self.problem, self.solver, self.packing = problem, solver, packing
         # The current iterate; a tensor of its own, so that z0's memory is seen to be shared.
         self.x = z0.to(packing.compute_dtype).contiguous().view(z0.shape)
-        if torch.is_inference_mode_enabled():  # no version counter tells that f changed z0 in place
-            self.x = self.x.clone()
-        self.z = packing.cast(self.x)  # the same as f sees it
+        with counting_changes():
+            if self.x.is_inference():
+                self.x = self.x.clone()
+            self.z = packing.cast(self.x)  # the same as f sees it
         rows = Rows.start(len(z0), z0.device, frozen)
         self.state = solver.init(self.x, rows)
         self.traces: list[Tensor] = []

@@ -116,8 +116,12 @@ class Packing:
                 raise ValueError(f"{what}: expected device {self.device}, got {leaf.device}")
         return leaves
 
-    def unpack(self, packed: Tensor) -> Any:
-        """The caller's structure; views of ``packed`` where the dtypes agree."""
+    def unpack(self, packed: Tensor, apart: bool = False) -> Any:
+        """The caller's structure; views of ``packed`` where the dtypes agree.
+
+        With ``apart`` no two leaves share memory, so that each may be changed in place or saved
+        without the others.
+        """
         if self.is_tensor:
             shape = self.shapes[0]
             # Sizes one by one: a torch.Size takes three times as long to read.
@@ -130,12 +134,17 @@ class Packing:
                 self.widths, ends, self.shapes, self.dtypes, strict=True
             )
         ]
+        if apart and len(leaves) > 1:
+            leaves = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def cast(self, x: Tensor) -> Tensor:
         """The iterate as f will see it: rounded to the leaves' dtypes, in the packed dtype."""
         z = x if x.dtype == self.dtype else x.to(self.dtype)
         return z if self.uniform else self.pack(self.unpack(z), "z")
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_leaf(leaf: Any, index: int, leaves: list[Any]) -> None:
@@ -145,6 +154,16 @@ def _check_leaf(leaf: Any, index: int, leaves: list[Any]) -> None:
     if not leaf.dtype.is_floating_point:
         hint = "use torch.view_as_real" if leaf.dtype.is_complex else "use z0.float()"
         raise TypeError(f"{where}: expected a floating-point tensor, got {leaf.dtype}; {hint}")
+    if leaf.dtype not in _DTYPES:
+        raise TypeError(
+            f"{where}: expected float64, float32, bfloat16 or float16, got {leaf.dtype}; "
+            "use z0.float()"
+        )
+    if leaf.layout != torch.strided:
+        raise TypeError(
+            f"{where}: expected a strided tensor, got one of layout {leaf.layout}; use "
+            "z0.to_dense(), or for a nested tensor to_padded_tensor"
+        )
     if len(leaves) == 1:
         return
     if leaf.dim() == 0:

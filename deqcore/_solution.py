@@ -28,11 +28,14 @@ class Status(enum.IntEnum):
 _ADVICE = {
     Status.CONVERGED: "nothing to do.",
     Status.MAX_STEPS: (
-        "the residual was still falling: raise max_steps, loosen rtol or atol, or start nearer."
+        "no tolerance was met in time: raise max_steps, loosen rtol or atol, or start nearer; if "
+        "record_trace=True shows a residual that grows, f expands: bound its Lipschitz constant, "
+        "or use damping below 1."
     ),
     Status.STALLED: (
         "the residual stopped falling before the tolerance: loosen rtol or atol to what the dtype "
-        "and f can reach, raise patience, or use float64."
+        "and f can reach, raise patience, or use float64; if record_trace=True shows one that "
+        "grows, f expands: bound its Lipschitz constant, or use damping below 1."
     ),
     Status.DIVERGED: (
         "f expands here: bound its Lipschitz constant (spectral or weight norm), use damping below "
@@ -113,7 +116,8 @@ class Solution(SolveReport):
     """A :class:`SolveReport` and the solution.
 
     Attributes:
-        value: same structure, shapes, dtypes and device as z0. It is the iterate with the smallest
+        value: same structure, shapes, dtypes and device as z0, in memory that its leaves do not
+            share. It is the iterate with the smallest
             residual that was measured (the converged one where the row converged), the same with
             and without grad mode.
 

@@ -15,6 +15,9 @@ from deqcore.adjoints import Adjoint, Implicit
 from deqcore.solvers import Anderson, SolverOptions
 
 
+# A solve takes as many steps as its values need: there is nothing to trace. Without this the tracer
+# would find that out call by call, in some twenty graphs that together are slower than none.
+@torch.compiler.disable(reason="a solve takes as many steps as values need; compile f instead")
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -46,6 +49,8 @@ def fixed_point(
         TypeError: ``solver``, ``adjoint`` or ``z0`` of a wrong kind.
         ValueError: f returned another structure, shape or device; z0 is on the meta device.
 
+    ``torch.compile`` leaves a solve as it is, at the cost of one graph break: compile f instead.
+
     At most ``solver.max_steps`` calls of f are made to find the solution. In grad mode ``Implicit``
     makes one more to build the graph, and ``Phantom`` its ``steps``.
     """
@@ -64,7 +69,9 @@ def fixed_point(
     problem = Problem(f, args, packing)
     record = BackwardRecord()
     value, solved = adjoint.solve(problem, packing.pack(z0, "z0"), solver, record)
-    return Solution(**solved.report(problem), record=record, value=packing.unpack(value))
+    return Solution(
+        **solved.report(problem), record=record, value=packing.unpack(value, apart=True)
+    )
 
 
 def root(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from deqcore._packing import Packing
 from deqcore._solution import SolveReport
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.fixed_point import fixed_point
@@ -52,7 +53,7 @@ class ImplicitLayer(nn.Module):
     def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
         """The solution, shaped like ``z0``; from zeros shaped like ``x`` unless ``z0`` is given."""
         if z0 is None:
-            z0 = pytree.tree_map(_zeros, x)
+            z0 = _zeros_like(x)
         solution = fixed_point(self.cell, z0, x, *args, solver=self.solver, adjoint=self.adjoint)
         self.report = solution.report()
         return solution.value
@@ -61,5 +62,21 @@ class ImplicitLayer(nn.Module):
         return f"solver={self.solver}, adjoint={self.adjoint}"
 
 
-def _zeros(x: Tensor) -> Tensor:
+def _zeros_like(x: Any) -> Any:
+    z0 = pytree.tree_map(_zeros, x)
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return z0
+    try:
+        Packing.of(z0)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            "x: no state can be shaped like it; pass z0= to say where to start. Of zeros like x: "
+            f"{error}"
+        ) from None
+    return z0
+
+
+def _zeros(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
     return torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=False)

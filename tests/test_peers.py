@@ -213,6 +213,26 @@ def test_eval_mode_keeps_gradients(adjoint):
     assert all(p.grad is not None for p in model[1].parameters())
 
 
+# 11. torch.compile breaks the graph 4 to 19 times. (Transforms: tests/adjoints/test_transforms.py.)
+
+
+def test_a_compiled_model_breaks_its_graph_at_the_solve_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), deqcore.ImplicitLayer(Cell()), nn.Linear(4, 4))
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(torch.randn(3, 4))
+    assert explained.graph_break_count <= 1, explained.break_reasons
+    compiled = torch.compile(model, backend="eager")
+    for batch in (3, 5, 8):
+        x = torch.randn(batch, 4)
+        expected = model(x)
+        found = compiled(x)
+        assert torch.equal(found, expected)
+        for a, b in zip(*(torch.autograd.grad(y.sum(), [*model.parameters()])
+                          for y in (found, expected)), strict=True):  # fmt: skip
+            assert torch.equal(a, b)
+
+
 # 12. Empty batches, 0-dim states, mutated options, typos, copies, stale residuals.
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from deqcore._loop import Problem, Solved, solve
 from deqcore._packing import Packing
@@ -71,7 +72,7 @@ class Implicit(Adjoint):
         saved = SavedOnce()
         with saved.recording():
             f = problem(z)
-        if all(leaf is z for leaf in graph_leaves(f)):
+        if all(leaf is z for leaf in graph_leaves(f)) and not _runs_python(f):
             return solved.value, solved
         linear = _LinearProblem(z, f, saved, problem.f_dtypes, self.solver, guess, record)
         return _ImplicitGradient.apply(f, solved, linear), solved
@@ -142,15 +143,25 @@ class _NotTwice(torch.autograd.Function):
 
 def graph_leaves(f: Tensor) -> Iterator[Tensor]:
     """The leaves that the graph of f reaches, in a fixed order."""
+    for node in _nodes(f):
+        leaf = getattr(node, "variable", None)  # of an AccumulateGrad node
+        if leaf is not None:
+            yield leaf
+
+
+def _runs_python(f: Tensor) -> bool:
+    """Whether a node of f's graph is Python's: it may know of parameters that no leaf shows."""
+    return any(isinstance(node, BackwardCFunction) for node in _nodes(f))
+
+
+def _nodes(f: Tensor) -> Iterator[Any]:
     nodes, seen = [f.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)  # of an AccumulateGrad node
-        if leaf is not None:
-            yield leaf
+        yield node
         nodes.extend(following for following, _ in node.next_functions)
 
 

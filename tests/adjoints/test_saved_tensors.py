@@ -114,3 +114,13 @@ def test_saved_tensors_are_freed_by_backward(weight, x):
     assert all(reference() is not None for reference in packed)
     value.sum().backward()
     assert [reference() for reference in packed] == [None] * len(packed)
+
+
+def test_a_cell_under_reentrant_checkpointing_does_not_lose_its_gradient_in_silence(weight):
+    # Its graph shows no parameter: only PyTorch's own node knows that there is one.
+    value = deqcore.fixed_point(
+        lambda z: checkpoint(lambda z: torch.tanh(z @ weight) + 1, z, use_reentrant=True),
+        torch.zeros(4, 16),
+    ).value
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        value.sum().backward()

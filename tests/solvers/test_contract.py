@@ -164,6 +164,32 @@ def test_value_is_that_of_inference_mode(kind, adjoint):
         assert equal(a.value.detach(), b.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("leaves", ["one", "mixed"])
+def test_f_that_works_in_place_is_refused_in_inference_mode(kind, adjoint, dtype, leaves):
+    def f(state):
+        first = state[0].mul_(0.5).add_(1.0)
+        return (first, *(0.5 * leaf for leaf in state[1:]))
+
+    for inference_start in (False, True):
+        with torch.inference_mode(inference_start):
+            z0 = [torch.zeros(4, 8, dtype=dtype)]
+            if leaves == "mixed":  # the leaf whose dtype is that of the whole is no copy for f
+                z0.insert(0, torch.zeros(4, 3, dtype=torch.float64))
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="in place"):
+            deqcore.fixed_point(f, tuple(z0), solver=kind(), adjoint=adjoint)
+
+
+def test_start_made_in_inference_mode_is_solved_outside_of_it(kind, adjoint):
+    with torch.inference_mode():
+        z0 = torch.zeros(3, 4)
+    weight = torch.ones(4, requires_grad=True)
+    solution = deqcore.fixed_point(lambda z: 0.5 * z + weight, z0, solver=kind(), adjoint=adjoint)
+    solution.value.sum().backward()
+    assert weight.grad is not None
+    assert not z0.any()
+
+
 @pytest.mark.parametrize("check_every", [2, 3, 7])
 def test_looking_less_often_changes_no_row(kind, check_every):
     z0, *args = wave_batch(5, 6, seed=3)

@@ -107,11 +107,24 @@ def test_an_error_in_f_passes_through_unchanged(adjoint):
         ([torch.ones(2), torch.tensor(1.0)], ValueError, "leaf 1: expected a batch dimension"),
         ([torch.ones(2), torch.ones(2, device="meta")], ValueError, "leaf 1: expected device cpu"),
         ([torch.ones(2), torch.ones(2).long()], TypeError, "leaf 1: expected a floating-point"),
+        (
+            torch.ones(2, 3).to(torch.float8_e5m2),
+            TypeError,
+            "float64, float32, bfloat16 or float16",
+        ),
     ],
 )
 def test_bad_start_is_named(z0, error, message):
     with pytest.raises(error, match=message):
         deqcore.fixed_point(halve, z0)
+
+
+def test_a_start_that_is_not_strided_is_named():
+    with pytest.raises(TypeError, match=r"strided tensor, got .*sparse_coo.*to_dense"):
+        deqcore.fixed_point(halve, torch.ones(2, 3).to_sparse())
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"strided tensor, got .*jagged"):
+        deqcore.fixed_point(halve, ragged)
 
 
 def test_a_start_on_the_meta_device_is_named(adjoint):
@@ -141,6 +154,13 @@ def test_wrong_kinds_of_arguments_of_a_layer_are_type_errors():
         deqcore.ImplicitLayer(cell, Implicit())
     with pytest.raises(TypeError, match="adjoint: expected"):
         deqcore.ImplicitLayer(cell, Anderson(), Anderson())
+
+
+def test_layer_that_cannot_start_from_zeros_like_its_input_asks_for_z0():
+    layer = deqcore.ImplicitLayer(nn.Linear(3, 3))
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"pass z0=.*floating-point tensor, got torch\.bool"):
+        layer((torch.ones(2, 3), mask))
 
 
 def test_reuse_of_the_forward_inverse_needs_broyden():

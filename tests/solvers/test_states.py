@@ -153,6 +153,20 @@ def test_value_has_the_structure_shapes_and_dtypes_of_the_start(kind, adjoint):
     )
 
 
+def test_leaves_of_a_value_share_no_memory(kind, adjoint):
+    h, c = torch.zeros(3, 2, requires_grad=True), torch.zeros(3, 100)
+    value = deqcore.fixed_point(
+        lambda state: (0.5 * state[0] + 1, 0.5 * state[1] + 1), (h, c), solver=kind(),
+        adjoint=adjoint,
+    ).value  # fmt: skip
+    assert all(leaf.is_contiguous() for leaf in value)
+    assert value[0].untyped_storage().nbytes() == value[0].nbytes
+    with torch.no_grad():
+        before = value[1].clone()
+        value[0].add_(1)
+    assert equal(value[1], before)
+
+
 def test_rows_of_a_pytree_end_by_the_whole_state(kind):
     """One criterion for all leaves: a row's residual is the rms over all of its elements."""
     z0 = {"a": torch.zeros(3, 2, dtype=torch.float64), "b": torch.zeros(3, 5, dtype=torch.float64)}

@@ -216,6 +216,16 @@ def test_every_status_has_advice():
     assert len({status.advice for status in Status}) == len(Status)
 
 
+def test_advice_for_a_row_that_grows_too_slowly_to_diverge_is_about_growth():
+    for max_steps, status in ((20, Status.MAX_STEPS), (50, Status.STALLED)):
+        solution = deqcore.fixed_point(
+            lambda z: 1.5 * z + 1, torch.zeros(1, 1), solver=Picard(max_steps=max_steps)
+        )
+        assert solution.status.tolist() == [status]
+        with pytest.raises(ConvergenceError, match=r"f expands.*damping"):
+            solution.raise_for_status()
+
+
 def test_a_report_outlives_its_solution_and_can_be_pickled(kind):
     weight = torch.tensor(0.5, requires_grad=True)
     solution = deqcore.fixed_point(lambda z: weight * z + 1, torch.ones(2, 3), solver=kind())
