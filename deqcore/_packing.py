@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -20,7 +19,10 @@ class Packing:
     Attributes:
         batch, dim: rows, and elements in a row over all leaves.
         dtype: dtype of the packed state: the promotion of the leaves' dtypes.
+        compute_dtype: of the current iterate and the history: half-precision states are kept in
+            float32.
         uniform: whether every leaf has that dtype, so that packing rounds nothing.
+        is_tensor: the state is one tensor and no container.
     """
 
     spec: pytree.TreeSpec
@@ -28,17 +30,12 @@ class Packing:
     dtypes: tuple[torch.dtype, ...]
     widths: tuple[int, ...]
     batch: int
+    dim: int
     dtype: torch.dtype
+    compute_dtype: torch.dtype
     device: torch.device
-
-    @functools.cached_property
-    def dim(self) -> int:
-        return sum(self.widths)
-
-    @functools.cached_property
-    def is_tensor(self) -> bool:
-        """The state is one tensor and no container."""
-        return self.spec.is_leaf()
+    uniform: bool
+    is_tensor: bool
 
     def _is_plain(self, state: Any) -> bool:
         """The usual case, worth being quick about: one tensor that needs no conversion."""
@@ -50,19 +47,11 @@ class Packing:
             and state.device == self.device
         )
 
-    @functools.cached_property
-    def uniform(self) -> bool:
-        return all(dtype == self.dtype for dtype in self.dtypes)
-
-    @functools.cached_property
-    def compute_dtype(self) -> torch.dtype:
-        """Of the current iterate and the history: half-precision states are kept in float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
     @classmethod
     def of(cls, z0: Any) -> Packing:
         """Read the structure of ``z0``; raises TypeError or ValueError that names the bad leaf."""
-        leaves, spec = pytree.tree_flatten(z0)
+        is_tensor = isinstance(z0, Tensor)
+        leaves, spec = ([z0], _LEAF) if is_tensor else pytree.tree_flatten(z0)
         if not leaves:
             raise ValueError("z0: expected a tensor or a pytree of tensors, got an empty pytree")
         for index, leaf in enumerate(leaves):
@@ -72,14 +61,20 @@ class Packing:
         dtype = leaves[0].dtype
         for leaf in leaves[1:]:
             dtype = torch.promote_types(dtype, leaf.dtype)
+        dtypes = tuple([leaf.dtype for leaf in leaves])
+        widths = tuple([math.prod(leaf.shape[1:]) for leaf in leaves])
         return cls(
             spec=spec,
-            shapes=tuple(leaf.shape for leaf in leaves),
-            dtypes=tuple(leaf.dtype for leaf in leaves),
-            widths=tuple(math.prod(leaf.shape[1:]) for leaf in leaves),
+            shapes=tuple([leaf.shape for leaf in leaves]),
+            dtypes=dtypes,
+            widths=widths,
             batch=batch,
+            dim=sum(widths),
             dtype=dtype,
+            compute_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             device=leaves[0].device,
+            uniform=len(set(dtypes)) == 1,
+            is_tensor=is_tensor,
         )
 
     def pack(self, state: Any, what: str = "f(z)") -> Tensor:
@@ -144,6 +139,7 @@ class Packing:
         return z if self.uniform else self.pack(self.unpack(z), "z")
 
 
+_LEAF = pytree.tree_structure(None)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
