@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from deqcore.ops.masked_linear import Backend, masked_linear
 from deqcore.sparsity import SparsityPattern
@@ -78,13 +78,16 @@ class MaskedLinear(nn.Module):
         """The layer that computes what ``linear`` would with the weights outside ``mask`` at zero.
 
         Args:
-            linear: its parameters are copied; dtype, device and requires_grad are kept.
+            linear: its parameters are copied; dtype, device and requires_grad are kept. One that
+                ``torch.nn.utils.prune`` masks is copied as its next call would use it, and needs
+                no ``prune.remove``: ``from_linear(linear, linear.weight_mask.bool())``.
             mask: bool tensor of the weight's shape, true where a weight is kept, or a pattern.
             backend: see :func:`deqcore.masked_linear`.
 
         Raises:
             TypeError: linear is not an nn.Linear, or mask is not a bool tensor.
-            ValueError: a mask of another shape, or a parametrized linear.
+            ValueError: a mask of another shape, a linear that is parametrized or whose weight
+                another hook computes (weight_norm), or one with hooks, which would be lost.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
@@ -93,6 +96,15 @@ class MaskedLinear(nn.Module):
                 "linear: its parameters are computed by parametrizations, which kept weights "
                 "would lose; call torch.nn.utils.parametrize.remove_parametrizations first"
             )
+        refresh_pruned(linear)
+        for name in ("weight", "bias"):
+            if name not in linear._parameters and f"{name}_mask" not in linear._buffers:
+                raise ValueError(
+                    f"linear: expected {name} to be a parameter, got a tensor that a hook computes "
+                    "at each call; call torch.nn.utils.remove_weight_norm or "
+                    "torch.nn.utils.remove_spectral_norm first"
+                )
+        refuse_hooks(linear)
         weight = linear.weight
         if tuple(mask.shape) != tuple(weight.shape):
             raise ValueError(
@@ -105,10 +117,10 @@ class MaskedLinear(nn.Module):
         layer = cls(pattern, has_bias, backend=backend, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             layer.values.copy_(pattern.from_dense(weight))
-            layer.values.requires_grad_(weight.requires_grad)
+            layer.values.requires_grad_(is_trained(linear, "weight"))
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-                layer.bias.requires_grad_(linear.bias.requires_grad)
+                layer.bias.requires_grad_(is_trained(linear, "bias"))
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
@@ -201,4 +213,38 @@ class MaskedLinear(nn.Module):
             f"expected the pattern of this layer ({ours.kept} of {ours.shape[0]} x "
             f"{ours.shape[1]} kept), got another ({theirs.kept} of {theirs.shape[0]} x "
             f"{theirs.shape[1]} kept){detail}"
+        )
+
+
+def refresh_pruned(linear: nn.Module) -> None:
+    """Have ``torch.nn.utils.prune`` compute what it would at the next call.
+
+    It leaves as weight the product of the last call, which load_state_dict, a step of an optimizer
+    and .to() do not change.
+    """
+    for hook in linear._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            hook(linear, ())
+
+
+def is_trained(linear: nn.Module, name: str) -> bool:
+    """Whether weight or bias has gradients, or what ``torch.nn.utils.prune`` computes it from."""
+    source: Tensor = getattr(linear, f"{name}_orig", getattr(linear, name))
+    return source.requires_grad
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Raise if something that takes the module's place would lose hooks of its user."""
+    hooks = [
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+    ]
+    own = [hook for hook in hooks if not isinstance(hook, prune.BasePruningMethod)]
+    if own:
+        names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in own)
+        raise ValueError(
+            f"linear: has hooks ({names}), which the pruned layer that takes its place would lose; "
+            "remove them (handle.remove()), prune, then register them with the new layer"
         )
