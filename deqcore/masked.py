@@ -196,6 +196,8 @@ class MaskedLinear(nn.Module):
         )
         if key in unexpected_keys:
             unexpected_keys.remove(key)
+        # Loaded with assign=True, the values are where those of the state dict are.
+        self.pattern = self.pattern.to(self.values.device)
 
     def _difference(self, packed: Tensor) -> str | None:
         """How the pattern of a state dict differs from this layer's, in words."""

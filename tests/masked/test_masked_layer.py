@@ -67,6 +67,16 @@ def test_moves_with_its_pattern() -> None:
         assert MaskedLinear(masked.pattern.to("meta")).values.device.type == "meta"
 
 
+def test_the_pattern_follows_values_that_are_assigned_to_a_meta_layer() -> None:
+    masked = layer()
+    with torch.device("meta"):
+        other = MaskedLinear(masked.pattern.to("meta"))
+    other.load_state_dict(masked.state_dict(), assign=True)
+    assert other.pattern.device.type == "cpu"
+    x = torch.randn(2, 64)
+    assert torch.equal(other(x), masked(x))
+
+
 @pytest.mark.parametrize("backend", ["auto", "sparse", "dense"])
 @pytest.mark.parametrize("structure", [None, 16])
 def test_meta_tensors_give_the_shapes(backend: Any, structure: Any) -> None:
