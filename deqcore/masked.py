@@ -175,29 +175,42 @@ class MaskedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = prefix + "pattern"
-        if key not in state_dict:
-            # Values say nothing without their places, so no parameter is loaded, whatever is there.
-            missing_keys += [prefix + name for name, _ in self.named_parameters()] + [key]
-            if prefix + "weight" in state_dict:
-                error_msgs.append(
-                    f"{prefix}weight is dense, and this layer keeps only some weights; load it "
-                    "into the dense layer, then prune that (deqcore.prune_layer)"
-                )
-            return
-        problem = self._difference(state_dict[key])
+        problem = self._problem(state_dict, prefix)
         if problem is not None:
-            error_msgs.append(
-                f"{key}: {problem}; build the layers with the patterns of the state dict: "
-                "deqcore.restore_pruned(model, state_dict)"
-            )
+            error_msgs.append(problem)
+            names = [*(name for name, _ in self.named_parameters()), "pattern"]
+            missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if key in unexpected_keys:
+        if key not in state_dict:
+            missing_keys.append(key)
+        elif key in unexpected_keys:
             unexpected_keys.remove(key)
         # Loaded with assign=True, the values are where those of the state dict are.
         self.pattern = self.pattern.to(self.values.device)
+
+    def _problem(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why nothing of a state dict can be loaded, in words; a bias alone can."""
+        key = prefix + "pattern"
+        if key in state_dict:
+            difference = self._difference(state_dict[key])
+            return difference and (
+                f"{key}: {difference}; build the layers with the patterns of the state dict: "
+                "deqcore.restore_pruned(model, state_dict)"
+            )
+        if prefix + "weight" in state_dict:
+            return (
+                f"{prefix}weight is dense, and this layer keeps only some weights; load it "
+                "into the dense layer, then prune that (deqcore.prune_layer)"
+            )
+        if prefix + "values" in state_dict:
+            return (
+                f"{prefix}values came without {key}, which says which weights they are, so they "
+                "were not loaded; save the layer's whole state_dict()"
+            )
+        return None
 
     def _difference(self, packed: Tensor) -> str | None:
         """How the pattern of a state dict differs from this layer's, in words."""
