@@ -137,8 +137,14 @@ class MaskedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, [out_features, in_features]; gradients reach the values."""
-        return self.pattern.to_dense(self.values)
+        """The dense weight, [out_features, in_features], computed anew; gradients reach the values.
+
+        Writing to it changes nothing. Write to ``values``, the kept entries in row order:
+        ``layer.values.copy_(layer.pattern.from_dense(weight))`` under ``torch.no_grad()``.
+        """
+        dense = self.pattern.to_dense(self.values)
+        # Of a full pattern that is a view of the values.
+        return dense.clone() if self.pattern.kept == dense.numel() else dense
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""

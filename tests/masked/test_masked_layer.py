@@ -78,6 +78,18 @@ def test_the_pattern_follows_values_that_are_assigned_to_a_meta_layer() -> None:
     assert torch.equal(other(x), masked(x))
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.75, 1.0])
+def test_writing_to_the_weight_changes_nothing_and_gradients_pass_it(sparsity: float) -> None:
+    masked = layer(sparsity)
+    before = masked.values.detach().clone()
+    with torch.no_grad():
+        masked.weight.add_(1)
+    assert torch.equal(masked.values, before)
+    masked.weight.sum().backward()
+    assert masked.values.grad is not None
+    assert torch.equal(masked.values.grad, torch.ones_like(before))
+
+
 @pytest.mark.parametrize("backend", ["auto", "sparse", "dense"])
 @pytest.mark.parametrize("structure", [None, 16])
 def test_meta_tensors_give_the_shapes(backend: Any, structure: Any) -> None:
