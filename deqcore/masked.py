@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from deqcore.ops.masked_linear import Backend, masked_linear
 from deqcore.sparsity import SparsityPattern
@@ -78,13 +78,16 @@ class MaskedLinear(nn.Module):
         """The layer that computes what ``linear`` would with the weights outside ``mask`` at zero.
 
         Args:
-            linear: its parameters are copied; dtype, device and requires_grad are kept.
+            linear: its parameters are copied; dtype, device and requires_grad are kept. One that
+                ``torch.nn.utils.prune`` masks is copied as its next call would use it, and needs
+                no ``prune.remove``: ``from_linear(linear, linear.weight_mask.bool())``.
             mask: bool tensor of the weight's shape, true where a weight is kept, or a pattern.
             backend: see :func:`deqcore.masked_linear`.
 
         Raises:
             TypeError: linear is not an nn.Linear, or mask is not a bool tensor.
-            ValueError: a mask of another shape, or a parametrized linear.
+            ValueError: a mask of another shape, a linear that is parametrized or whose weight
+                another hook computes (weight_norm), or one with hooks, which would be lost.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
@@ -93,6 +96,15 @@ class MaskedLinear(nn.Module):
                 "linear: its parameters are computed by parametrizations, which kept weights "
                 "would lose; call torch.nn.utils.parametrize.remove_parametrizations first"
             )
+        refresh_pruned(linear)
+        for name in ("weight", "bias"):
+            if name not in linear._parameters and f"{name}_mask" not in linear._buffers:
+                raise ValueError(
+                    f"linear: expected {name} to be a parameter, got a tensor that a hook computes "
+                    "at each call; call torch.nn.utils.remove_weight_norm or "
+                    "torch.nn.utils.remove_spectral_norm first"
+                )
+        refuse_hooks(linear)
         weight = linear.weight
         if tuple(mask.shape) != tuple(weight.shape):
             raise ValueError(
@@ -105,10 +117,10 @@ class MaskedLinear(nn.Module):
         layer = cls(pattern, has_bias, backend=backend, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             layer.values.copy_(pattern.from_dense(weight))
-            layer.values.requires_grad_(weight.requires_grad)
+            layer.values.requires_grad_(is_trained(linear, "weight"))
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-                layer.bias.requires_grad_(linear.bias.requires_grad)
+                layer.bias.requires_grad_(is_trained(linear, "bias"))
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
@@ -125,8 +137,14 @@ class MaskedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, [out_features, in_features]; gradients reach the values."""
-        return self.pattern.to_dense(self.values)
+        """The dense weight, [out_features, in_features], computed anew; gradients reach the values.
+
+        Writing to it changes nothing. Write to ``values``, the kept entries in row order:
+        ``layer.values.copy_(layer.pattern.from_dense(weight))`` under ``torch.no_grad()``.
+        """
+        dense = self.pattern.to_dense(self.values)
+        # Of a full pattern that is a view of the values.
+        return dense.clone() if self.pattern.kept == dense.numel() else dense
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -163,27 +181,42 @@ class MaskedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = prefix + "pattern"
-        if key not in state_dict:
-            # Values say nothing without their places, so no parameter is loaded, whatever is there.
-            missing_keys += [prefix + name for name, _ in self.named_parameters()] + [key]
-            if prefix + "weight" in state_dict:
-                error_msgs.append(
-                    f"{prefix}weight is dense, and this layer keeps only some weights; load it "
-                    "into the dense layer, then prune that (deqcore.prune_layer)"
-                )
-            return
-        problem = self._difference(state_dict[key])
+        problem = self._problem(state_dict, prefix)
         if problem is not None:
-            error_msgs.append(
-                f"{key}: {problem}; build the layers with the patterns of the state dict: "
-                "deqcore.restore_pruned(model, state_dict)"
-            )
+            error_msgs.append(problem)
+            names = [*(name for name, _ in self.named_parameters()), "pattern"]
+            missing_keys += [prefix + name for name in names if prefix + name not in state_dict]
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if key in unexpected_keys:
+        if key not in state_dict:
+            missing_keys.append(key)
+        elif key in unexpected_keys:
             unexpected_keys.remove(key)
+        # Loaded with assign=True, the values are where those of the state dict are.
+        self.pattern = self.pattern.to(self.values.device)
+
+    def _problem(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why nothing of a state dict can be loaded, in words; a bias alone can."""
+        key = prefix + "pattern"
+        if key in state_dict:
+            difference = self._difference(state_dict[key])
+            return difference and (
+                f"{key}: {difference}; build the layers with the patterns of the state dict: "
+                "deqcore.restore_pruned(model, state_dict)"
+            )
+        if prefix + "weight" in state_dict:
+            return (
+                f"{prefix}weight is dense, and this layer keeps only some weights; load it "
+                "into the dense layer, then prune that (deqcore.prune_layer)"
+            )
+        if prefix + "values" in state_dict:
+            return (
+                f"{prefix}values came without {key}, which says which weights they are, so they "
+                "were not loaded; save the layer's whole state_dict()"
+            )
+        return None
 
     def _difference(self, packed: Tensor) -> str | None:
         """How the pattern of a state dict differs from this layer's, in words."""
@@ -201,4 +234,38 @@ class MaskedLinear(nn.Module):
             f"expected the pattern of this layer ({ours.kept} of {ours.shape[0]} x "
             f"{ours.shape[1]} kept), got another ({theirs.kept} of {theirs.shape[0]} x "
             f"{theirs.shape[1]} kept){detail}"
+        )
+
+
+def refresh_pruned(linear: nn.Module) -> None:
+    """Have ``torch.nn.utils.prune`` compute what it would at the next call.
+
+    It leaves as weight the product of the last call, which load_state_dict, a step of an optimizer
+    and .to() do not change.
+    """
+    for hook in linear._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            hook(linear, ())
+
+
+def is_trained(linear: nn.Module, name: str) -> bool:
+    """Whether weight or bias has gradients, or what ``torch.nn.utils.prune`` computes it from."""
+    source: Tensor = getattr(linear, f"{name}_orig", getattr(linear, name))
+    return source.requires_grad
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Raise if something that takes the module's place would lose hooks of its user."""
+    hooks = [
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+    ]
+    own = [hook for hook in hooks if not isinstance(hook, prune.BasePruningMethod)]
+    if own:
+        names = ", ".join(getattr(hook, "__name__", type(hook).__name__) for hook in own)
+        raise ValueError(
+            f"linear: has hooks ({names}), which the pruned layer that takes its place would lose; "
+            "remove them (handle.remove()), prune, then register them with the new layer"
         )

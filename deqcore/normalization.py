@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -40,6 +41,13 @@ def spectral_normalize(
     steps only in training mode and only after the weight has changed (an optimizer step), so that
     f stays the same function during a solve. PyTorch's own ``spectral_norm`` steps at every use of
     the weight, which a solver sees as an f that moves.
+
+    In evaluation mode the stored singular vectors are used, whatever the weight. They belong to the
+    weight that was trained or loaded. Another one may exceed the bound: by some percent if it is
+    near (an ``AveragedModel``, with ``use_buffers=True`` too), by any factor if it is not (one that
+    ``torch.func.functional_call`` puts in its place). Normalised anew, it meets the bound exactly:
+    ``spectral_normalize(remove_normalization(model), bound)``. In training mode a weight that is
+    put in is followed as a changed one is.
 
     A change made through ``weight.data`` is none that PyTorch counts, and is not followed until
     another is: after ``vector_to_parameters`` or ``p.data.add_(...)``, call ``p.mul_(1)`` under
@@ -129,16 +137,18 @@ class _SpectralBound(nn.Module):
             left, _, right = torch.linalg.svd(self._matrix(weight), full_matrices=False)
         self.register_buffer("u", left[:, 0].contiguous())
         self.register_buffer("v", right[0].contiguous())
-        self.version = weight._version
+        self._remember(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         matrix = self._matrix(weight)
-        if self.training and weight._version != self.version:
+        if self.training and self._has_changed(weight):
             self._follow(matrix.detach())
-            self.version = weight._version
+            self._remember(weight)
         # Copies: the next step of the power iteration must not change what backward needs.
         u, v = (vector.to(matrix.dtype, copy=True) for vector in (self.u, self.v))
-        sigma = torch.dot(u, torch.mv(matrix, v))
+        # The average of unit vectors, as of an averaged model, is shorter than they are.
+        lengths = torch.linalg.vector_norm(u) * torch.linalg.vector_norm(v)
+        sigma = torch.dot(u, torch.mv(matrix, v)) / lengths
         return weight * (self.bound / sigma.clamp(min=self.bound)).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -146,6 +156,19 @@ class _SpectralBound(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bound={self.bound}, iterations={self.iterations}"
+
+    def _remember(self, weight: Tensor) -> None:
+        self.version = weight._version
+        # Weakly, as this may be a tensor that functional_call has put in the parameter's place. A
+        # copy of this module refers to the weight that was copied: its own is another one.
+        if not torch.compiler.is_compiling():
+            self.seen = weakref.ref(weight)
+
+    def _has_changed(self, weight: Tensor) -> bool:
+        if weight._version != self.version:
+            return True
+        # A compiled program sees tensors that stand for the weight.
+        return not torch.compiler.is_compiling() and self.seen() is not weight
 
     @torch.no_grad()
     def _follow(self, matrix: Tensor) -> None:

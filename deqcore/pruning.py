@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from deqcore.masked import MaskedLinear
+from deqcore.masked import MaskedLinear, is_trained, refresh_pruned, refuse_hooks
 from deqcore.ops.masked_linear import Backend
 from deqcore.sparsity import SparsityPattern, Structure
 
@@ -31,7 +32,9 @@ def prune_layer(
 
     In an implicit layer each step of the solve, and each product of its backward solve, is then
     made with the kept weights alone. A linear used in several places is pruned once, and linears
-    that share a weight go on sharing it, if the scores keep the same entries.
+    that share a weight go on sharing it, if the scores keep the same entries. Weights that
+    ``torch.nn.utils.prune`` masks are pruned as masked, without ``prune.remove``; by magnitude what
+    is masked goes first.
 
     Args:
         layer: changed in place, except where it is an nn.Linear itself.
@@ -47,8 +50,9 @@ def prune_layer(
         ``layer``, or the MaskedLinear made of it.
 
     Raises:
-        ValueError: nothing to prune, a name that is no nn.Linear, scores that do not fit, or a
-            parameter that something in ``layer`` shares which stays dense (an embedding, say).
+        ValueError: nothing to prune, a name that is no nn.Linear, scores that do not fit, a linear
+            that :meth:`MaskedLinear.from_linear` refuses (parametrized, with hooks), or a parameter
+            that something in ``layer`` shares which stays dense (an embedding, say).
     """
     linears = _linears(layer)
     if isinstance(scores, Mapping):
@@ -66,6 +70,7 @@ def prune_layer(
     pruned: dict[nn.Module, MaskedLinear] = {}
     for name, linear in linears.items():
         if linear not in pruned:
+            refresh_pruned(linear)  # the scores are those of the weight that will be copied
             score = chosen[linear] if isinstance(scores, Mapping) else scores(linear)
             if score.shape != linear.weight.shape:
                 raise ValueError(
@@ -92,7 +97,8 @@ def restore_pruned(
 
     Raises:
         ValueError: a pattern of the state dict belongs to no linear of the layer, or parameters
-            are shared that the state dict keeps apart (see :func:`prune_layer`).
+            are shared that the state dict keeps apart (see :func:`prune_layer`), or a linear to
+            replace has hooks, which would be lost.
         RuntimeError: from ``load_state_dict``.
     """
     replacements: dict[str, MaskedLinear] = {}
@@ -109,16 +115,19 @@ def restore_pruned(
                 f"{'missing' if old is None else type(old).__name__}; build the same layer first"
             )
         if old not in made:
-            parameter = old.weight if isinstance(old, nn.Linear) else old.values
+            refuse_hooks(old)
+            refresh_pruned(old)
+            kept = "weight" if isinstance(old, nn.Linear) else "values"
+            parameter = getattr(old, kept)
             new = MaskedLinear(
                 SparsityPattern.from_packed(state_dict[key]).to(parameter.device),
                 old.bias is not None,
                 backend=backend,
                 dtype=parameter.dtype,
             )
-            new.values.requires_grad_(parameter.requires_grad)
-            if old.bias is not None and new.bias is not None:
-                new.bias.requires_grad_(old.bias.requires_grad)
+            new.values.requires_grad_(is_trained(old, kept))
+            if new.bias is not None:
+                new.bias.requires_grad_(is_trained(old, "bias"))
             made[old] = new.train(old.training)
         replacements[name] = made[old]
     layer = _replace(layer, replacements)
@@ -160,8 +169,13 @@ def _share(layer: nn.Module, replacements: Mapping[str, MaskedLinear]) -> None:
             )
         first = replacements[module]
         for name in pruned[1:]:
+            if not _masked_alike(layer, pruned[0], name):
+                raise ValueError(
+                    f"layer: {pruned[0]} and {name} are one parameter under different masks of "
+                    f"torch.nn.utils.prune; {_how_to_untie(name)}"
+                )
             other = replacements[name.rpartition(".")[0]]
-            if attribute == "bias":
+            if attribute in ("bias", "bias_orig"):
                 other.bias = first.bias
                 continue
             if other.pattern != first.pattern:
@@ -170,6 +184,19 @@ def _share(layer: nn.Module, replacements: Mapping[str, MaskedLinear]) -> None:
                     f"entries to keep; give both the same, or {_how_to_untie(name)}"
                 )
             other.values = first.values
+
+
+def _masked_alike(layer: nn.Module, *names: str) -> bool:
+    """Whether ``torch.nn.utils.prune`` masks two parameters of one value alike, or not at all."""
+    masks: list[Tensor | None] = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        mask = f"{attribute.removesuffix('_orig')}_mask"
+        masks.append(getattr(layer.get_submodule(module), mask, None))
+    first, second = masks
+    return first is second or (
+        first is not None and second is not None and torch.equal(first, second)
+    )
 
 
 def _how_to_untie(name: str) -> str:

@@ -174,7 +174,10 @@ class SparsityPattern:
         return torch.from_numpy(mask).to(device)
 
     def to_dense(self, values: Tensor) -> Tensor:
-        """values [kept] at their places, zero elsewhere: [rows, columns]. Differentiable."""
+        """values [kept] at their places, zero elsewhere: [rows, columns]. Differentiable.
+
+        Where all entries are kept it is a view of the values.
+        """
         rows, columns = self.shape
         if self.kept == rows * columns:
             return values.view(rows, columns)

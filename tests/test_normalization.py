@@ -164,6 +164,69 @@ def test_a_change_through_data_is_followed_after_the_call_that_the_docstring_nam
     assert largest(layer) < 0.9 * 1.02
 
 
+def test_the_bound_does_not_depend_on_the_lengths_of_averaged_vectors():
+    layer = spectral_normalize(nn.Linear(8, 8, bias=False).double(), bound=0.1).eval()
+    norm = layer.parametrizations.weight[0]
+    original = layer.parametrizations.weight.original
+    norm.u.mul_(0.3)
+    norm.v.mul_(0.2)
+    torch.testing.assert_close(largest(layer), torch.tensor(0.1, dtype=torch.float64))
+    assert torch.autograd.gradcheck(norm, original.detach().clone().requires_grad_())
+
+
+def test_averaged_models_are_near_the_bound_and_meet_it_when_normalised_anew():
+    layer = spectral_normalize(nn.Linear(8, 8, bias=False), bound=0.9)
+    averaged = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    g = generator(0)
+    for _ in range(100):
+        x, noise = torch.randn(2, 32, 8, generator=g)
+        optimizer.zero_grad()
+        (layer(x) - 5 * x - 5 * noise).square().mean().backward()
+        optimizer.step()
+        averaged.update_parameters(layer)
+    averaged.eval()
+    assert averaged.module.parametrizations.weight[0].u.norm() < 0.5
+    assert largest(averaged.module) < 0.9 * 1.5
+    spectral_normalize(remove_normalization(averaged), bound=0.9)
+    assert largest(averaged.module) < 0.9 * 1.0001
+
+
+def test_a_substituted_weight_is_followed_in_training_whatever_its_version():
+    layer = spectral_normalize(nn.Linear(8, 8, bias=False), bound=0.9, iterations=50)
+    version = layer.parametrizations.weight.original._version
+    name = "parametrizations.weight.original"
+
+    def weight_of(original):
+        return torch.func.functional_call(layer, {name: original}, (torch.eye(8),)).detach()
+
+    other = torch.zeros(8, 8)
+    others = [torch.randn(8, 8, generator=generator(seed)) for seed in range(3)]
+    for scale, value in enumerate(others, start=10):
+        other = torch.empty(8, 8)
+        for _ in range(version):
+            other.copy_(scale * value)
+        assert other._version == version
+        first = weight_of(other)
+        assert torch.linalg.matrix_norm(first, 2) < 0.9 * 1.02
+        assert torch.equal(weight_of(other), first)
+    vectors = layer.parametrizations.weight[0].u.clone()
+    weight_of(other)
+    assert torch.equal(layer.parametrizations.weight[0].u, vectors)
+    assert largest(layer) < 0.9 * 1.02  # its own weight again
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_follows_its_own_weight(training):
+    cell = spectral_normalize(Cell(), bound=0.5, iterations=20)
+    twin = copy.deepcopy(cell).train(training)
+    with torch.no_grad():
+        twin.inner.parametrizations.weight.original.normal_(generator=generator(0)).mul_(5)
+    followed = largest(twin.inner) < 0.5 * 1.02
+    assert followed == training
+    assert largest(cell.inner) < 0.5 * 1.02
+
+
 def test_half_precision_weights():
     layer = spectral_normalize(nn.Linear(16, 16).bfloat16(), bound=0.5)
     assert layer.weight.dtype == torch.bfloat16

@@ -20,6 +20,7 @@ from deqcore.ops.masked_dense import to_dense_reference
 from deqcore.sparsity import SparsityPattern
 
 Backend = Literal["auto", "sparse", "dense"]
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def masked_linear(
@@ -40,7 +41,8 @@ def masked_linear(
     Args:
         x: [..., columns] of the pattern, any leading dimensions; float64, float32, bfloat16 or
             float16. The last two are summed in float32.
-        values: [kept] entries in row order, in x's dtype (under autocast: any).
+        values: [kept] entries in row order, in x's dtype. Autocast casts x, values and bias alike,
+            but as for F.linear leaves float64 as it is: there all or none are float64.
         pattern: where they are, on x's device.
         bias: [rows], or None.
         backend: ``"sparse"`` runs the kernels for kept entries, ``"dense"`` fills a dense weight
@@ -106,7 +108,7 @@ def _tokens(x: Tensor, columns: int) -> int | None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+    return tensor.to(dtype) if tensor.dtype in _DTYPES[1:] else tensor
 
 
 def _check(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:
@@ -128,13 +130,21 @@ def _check(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | N
         )
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias: expected shape ({rows},), got {tuple(bias.shape)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"x: expected float64, float32, bfloat16 or float16, got {x.dtype}; convert it with "
+            "x.to(torch.float32)"
+        )
     for name, tensor in (("values", values), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.dtype != x.dtype:
+            hint = "or use torch.autocast"
+            if torch.float64 in (x.dtype, tensor.dtype):
+                hint = "as torch.autocast leaves float64 as it is"
             raise ValueError(
                 f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}; convert one of them, "
-                "or use torch.autocast"
+                f"{hint}"
             )
         if tensor.device != x.device:
             raise ValueError(

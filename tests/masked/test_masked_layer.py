@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -65,6 +66,28 @@ def test_moves_with_its_pattern() -> None:
     assert masked.pattern.indices.dtype == torch.int32
     with torch.device("meta"):
         assert MaskedLinear(masked.pattern.to("meta")).values.device.type == "meta"
+
+
+def test_the_pattern_follows_values_that_are_assigned_to_a_meta_layer() -> None:
+    masked = layer()
+    with torch.device("meta"):
+        other = MaskedLinear(masked.pattern.to("meta"))
+    other.load_state_dict(masked.state_dict(), assign=True)
+    assert other.pattern.device.type == "cpu"
+    x = torch.randn(2, 64)
+    assert torch.equal(other(x), masked(x))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.75, 1.0])
+def test_writing_to_the_weight_changes_nothing_and_gradients_pass_it(sparsity: float) -> None:
+    masked = layer(sparsity)
+    before = masked.values.detach().clone()
+    with torch.no_grad():
+        masked.weight.add_(1)
+    assert torch.equal(masked.values, before)
+    masked.weight.sum().backward()
+    assert masked.values.grad is not None
+    assert torch.equal(masked.values.grad, torch.ones_like(before))
 
 
 @pytest.mark.parametrize("backend", ["auto", "sparse", "dense"])
@@ -131,31 +154,50 @@ def test_state_dict_of_another_pattern_is_refused() -> None:
     assert torch.equal(first[0].values, before)
 
 
-def test_state_dict_without_or_with_a_damaged_pattern_is_refused() -> None:
+def test_state_dict_of_a_dense_layer_or_with_a_damaged_pattern_is_refused() -> None:
     masked = layer()
     state = masked.state_dict()
     damaged = state | {"pattern": state["pattern"][:-1]}
     with pytest.raises(RuntimeError, match=r"pattern: packed: damaged"):
         masked.load_state_dict(damaged)
-    del state["pattern"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"pattern"'):
-        masked.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"weight is dense.*deqcore\.prune_layer"):
         masked.load_state_dict(nn.Linear(64, 32).state_dict())
 
 
-def test_without_a_pattern_nothing_is_loaded_and_all_of_it_is_missing() -> None:
+@pytest.mark.parametrize("present", [["values", "bias"], ["values"]])
+@pytest.mark.parametrize("strict", [True, False])
+def test_values_without_a_pattern_are_not_loaded_and_what_is_there_is_not_called_missing(
+    present: list[str], strict: bool
+) -> None:
     model = nn.Sequential(layer())
-    state = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
-    del state["0.pattern"]
+    before = copy.deepcopy(model.state_dict())
+    state = {f"0.{name}": torch.zeros_like(before[f"0.{name}"]) for name in present}
+    with pytest.raises(
+        RuntimeError, match=r"0\.values came without 0\.pattern.*whole state"
+    ) as raised:
+        model.load_state_dict(state, strict=strict)
+    missing = re.search(r"Missing key\(s\) in state_dict: (.*?)\.\s", str(raised.value))
+    absent = [f'"0.{name}"' for name in ("values", "bias", "pattern") if name not in present]
+    assert (missing and missing[1].split(", ")) == (absent if strict else None)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_bias_alone_needs_no_pattern() -> None:
+    model = nn.Sequential(layer())
     before = model[0].values.clone()
-    result = model.load_state_dict(state, strict=False)
-    assert torch.equal(model[0].values, before)
-    assert sorted(result.missing_keys) == ["0.bias", "0.pattern", "0.values"]
-    assert not result.unexpected_keys
-    without_bias = nn.Sequential(layer(bias=False))
-    result = without_bias.load_state_dict({}, strict=False)
+    result = model.load_state_dict({"0.bias": torch.ones(32)}, strict=False)
     assert sorted(result.missing_keys) == ["0.pattern", "0.values"]
+    assert torch.equal(model[0].bias, torch.ones(32))
+    assert torch.equal(model[0].values, before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_where_a_state_dict_has_nothing_of_a_layer_all_of_it_is_missing(bias: bool) -> None:
+    model = nn.Sequential(layer(bias=bias))
+    result = model.load_state_dict({}, strict=False)
+    expected = ["0.bias"] * bias + ["0.pattern", "0.values"]
+    assert sorted(result.missing_keys) == expected
+    assert not result.unexpected_keys
 
 
 def test_bad_masks_and_linears() -> None:

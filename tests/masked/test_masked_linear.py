@@ -157,6 +157,19 @@ def test_autocast_casts_as_for_a_linear_layer(dtype: torch.dtype, backend: Any) 
     assert values.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_and_integers_alone_and_says_so() -> None:
+    case = make(32, 48, 9, 0.5)
+    single = case.values.float()
+    expected = r"values: expected x's dtype torch.float64, got torch.bfloat16.*leaves float64 as it"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with message(expected):
+            masked_linear(case.x, single, case.pattern)
+        with message(r"values: expected x's dtype torch.bfloat16, got torch.float64"):
+            masked_linear(case.x.float(), case.values, case.pattern)
+        with message(r"x: expected float64, .*got torch.int64"):
+            masked_linear(case.x.long(), single, case.pattern)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_break(backend: Any) -> None:
     case = make(32, 48, 9, 0.7).to(torch.float32)
@@ -224,6 +237,11 @@ def test_bad_inputs_say_what_was_expected_what_came_and_what_to_do() -> None:
         masked_linear(x, values, pattern, case.bias[1:])
     with message(r"values: expected x's dtype torch.float32, got torch.float64; convert"):
         masked_linear(x.float(), values, pattern)
+    for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e5m2):
+        expected = rf"x: expected float64, float32, bfloat16 or float16, got {dtype}; convert it"
+        for backend in BACKENDS:
+            with message(expected):
+                masked_linear(x.to(dtype), values.to(dtype), pattern, backend=backend)
     with message(r"pattern: expected x's device cpu, got meta; use pattern.to\('cpu'\)"):
         masked_linear(x, values, pattern.to("meta"))
     with message(r"values: expected x's device cpu, got meta; move one"):
