@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +112,7 @@ def _cpu_extension() -> NativeExtension:
     kernels = _files("csrc/cpu", "*_kernel.cpp")
     others = [path for path in _files("csrc/cpu", "*.cpp") if path not in kernels]
 
-    units = [_module_unit(with_torch, "_C", shlex.join([*_COMMON, *_user_flags()]))]
+    units = _module_units(with_torch, "cpu", shlex.join([*_COMMON, *_user_flags()]))
     units += [Unit(path, f"cpu/{path.stem}.o", binding) for path in others]
     # The order matters. An inline function of the standard library that two objects both emit is
     # kept from the first: portable code must come before code that only some processors can run.
@@ -136,7 +138,7 @@ def _cuda_extension() -> NativeExtension:
     device = [str(cuda.nvcc), *device, *cuda.architectures, *user]
 
     module = [*with_torch, "-DDEQCORE_CUDA_MODULE"]
-    units = [_module_unit(module, "_cuda", shlex.join(device[1:]))]
+    units = _module_units(module, "cuda", shlex.join(device[1:]))
     units += [Unit(path, f"cuda/{path.stem}.cpp.o", binding) for path in bindings]
     units += [Unit(path, f"cuda/{path.stem}.cu.o", tuple(device)) for path in sources]
     # No run path: torch has loaded its own libcudart by the time the extension is imported.
@@ -152,11 +154,22 @@ def _command_with_torch(torch: Torch) -> tuple[Compiler, list[str]]:
     return compiler, [*compiler.command, *flags]
 
 
-def _module_unit(command: list[str], name: str, flags: str) -> Unit:
+def _module_units(command: list[str], part: str, flags: str) -> list[Unit]:
+    name = {"cpu": "_C", "cuda": "_cuda"}[part]
     isas = ",".join(isa_flags())
     facts = {"DEQCORE_MODULE": name, "DEQCORE_FLAGS": f'"{flags}"', "DEQCORE_ISAS": f'"{isas}"'}
     defines = [f"-D{key}={value}" for key, value in facts.items()]
-    return Unit(Path("csrc/module.cpp"), f"module.{name}.o", (*command, *defines))
+    sources = f'-DDEQCORE_SOURCES="{_digest(Path("csrc"), part)}"'
+    return [
+        Unit(Path("csrc/module.cpp"), f"module.{name}.o", (*command, *defines)),
+        Unit(Path("csrc/sources.cpp"), f"sources.{name}.o", (*command, sources)),
+    ]
+
+
+def _digest(csrc: Path, part: str) -> str:
+    """As the package computes it, which cannot be imported while it is built."""
+    digest: Callable[[Path, str], str] = runpy.run_path("deqcore/_sources.py")["digest"]
+    return digest(csrc, part)
 
 
 def _link_flags(torch: Torch, *libraries: str) -> list[str]:

@@ -17,6 +17,10 @@
 
 namespace py = pybind11;
 
+namespace deqcore {
+extern const char kSources[];
+}
+
 namespace {
 
 std::string compiler() {
@@ -32,6 +36,7 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["cxx_standard"] = static_cast<long>(__cplusplus);
   info["flags"] = DEQCORE_FLAGS;
+  info["sources"] = py::str(deqcore::kSources);  // deqcore/_sources.py
   info["torch"] = TORCH_VERSION;
 #if !defined(DEQCORE_CUDA_MODULE)
   info["isas"] = py::str(DEQCORE_ISAS).attr("split")(",");

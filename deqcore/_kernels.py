@@ -18,6 +18,8 @@ from typing import Any
 
 import torch  # the extensions use libraries that torch loads
 
+from deqcore._sources import digest
+
 _MODES = ("auto", "reference", "require")
 _MODULES = {"cpu": "deqcore._C", "cuda": "deqcore._cuda"}
 
@@ -69,6 +71,14 @@ def _load_module(part: str, name: str) -> None:
             )
         return
     loaded[part] = module.build_info()  # raises if DEQCORE_CPU_ISA cannot be had
+    sources = Path(__file__).parent.parent / "csrc"  # there for an editable installation alone
+    if sources.is_dir() and digest(sources, part) != loaded[part].get("sources"):
+        warnings.warn(
+            f"deqcore's {part.upper()} kernels were not built from the sources in {sources}, so "
+            "that calls may fail; build them again: pip install -e .",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _require(part: str) -> None:

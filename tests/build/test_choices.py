@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from .conftest import Environment, build_wheel
+from .conftest import ROOT, Environment, build_wheel
 
 ISAS = ("portable", "avx2", "avx512")
 CPU_FLAGS = {"portable": set(), "avx2": {"avx2", "fma", "f16c"}}
@@ -43,6 +44,20 @@ def test_instruction_set_that_the_processor_lacks_is_refused_at_import(installed
 def test_widest_instruction_set_is_chosen_by_default(installed):
     info = json.loads(installed.python("-m", "deqcore", "--json").stdout)
     assert info["isa"] == [isa for isa in ISAS if processor_has(isa)][-1]
+
+
+def test_kernels_of_other_sources_are_named_at_import(installed):
+    sources = installed.site_packages() / "csrc"  # where an editable installation has them
+    try:
+        shutil.copytree(ROOT / "csrc", sources)
+        assert installed.python("-W", "error", "-c", "import deqcore").returncode == 0
+        with (sources / "ops" / "rows.h").open("a") as file:
+            file.write("// changed\n")
+        done = installed.python("-c", "import deqcore")
+        assert "kernels were not built from the sources in" in done.stdout
+        assert "pip install -e ." in done.stdout
+    finally:
+        shutil.rmtree(sources)
 
 
 def test_unknown_instruction_set_is_refused_at_import(installed):
