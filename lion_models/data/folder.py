@@ -26,15 +26,26 @@ SPLITS = {
 }
 
 
+# What macOS's archives and Synology's servers put beside pictures; it holds copies of them.
+_LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
+
+
 def find_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`, by suffix, sorted; hidden files are left out."""
+    """Every image file below `folder`, by suffix, sorted.
+
+    Hidden files and folders are left out, and so are `__MACOSX` and `@eaDir`.
+    """
     return sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES
         and path.is_file()
-        and not path.name.startswith(".")
+        and not any(_is_clutter(part) for part in path.relative_to(folder).parts)
     )
+
+
+def _is_clutter(name: str) -> bool:
+    return name.startswith(".") or name in _LEFT_BEHIND
 
 
 def open_folder(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSource:
