@@ -68,7 +68,7 @@ def open_folder(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderS
 
 def _sub_folders(folder: Path) -> list[Path]:
     return sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        entry for entry in folder.iterdir() if entry.is_dir() and not _is_clutter(entry.name)
     )
 
 

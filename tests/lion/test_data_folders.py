@@ -41,3 +41,11 @@ def test_folders_that_programs_leave_behind_hold_no_data(photos: Path, name: str
 def test_a_folder_below_a_hidden_one_can_be_named(tmp_path: Path):
     path = noise(tmp_path / ".cache" / "cat" / "0.png")
     assert find_images(path.parent) == [path]
+
+
+@pytest.mark.parametrize("name", CLUTTER)
+def test_folders_that_programs_leave_behind_are_no_classes(photos: Path, name: str):
+    (photos / name).mkdir()
+    assert open_source(str(photos), 3, 8).classes == ("cat", "dog")
+    noise(photos / name / "0.png")
+    assert open_source(str(photos), 3, 8).classes == ("cat", "dog")
