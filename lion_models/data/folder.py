@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -33,15 +35,44 @@ _LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
 def find_images(folder: Path) -> list[Path]:
     """Every image file below `folder`, by suffix, sorted.
 
-    Hidden files and folders are left out, and so are `__MACOSX` and `@eaDir`.
+    Hidden files and folders are left out, and so are `__MACOSX` and `@eaDir`. Links to folders are
+    followed, but no folder is listed twice. A link that leads nowhere is listed: its file is
+    missing.
+
+    Raises:
+        UserError: a folder cannot be read.
     """
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(_is_clutter(part) for part in path.relative_to(folder).parts)
-    )
+    found: list[Path] = []
+    # A link back to a folder around this one would list it again, under other names.
+    seen = {str(parent) for parent in folder.resolve().parents}
+    starts = [str(folder)]  # links wait until the folders themselves have been listed
+    while starts:
+        for here, names, files in os.walk(starts.pop(0), onerror=_refuse_unreadable):
+            place = os.path.realpath(here)
+            if place in seen:
+                names.clear()
+                continue
+            seen.add(place)
+            names[:] = sorted(name for name in names if not _is_clutter(name))
+            inside = [os.path.join(here, name) for name in names]
+            starts += [path for path in inside if os.path.islink(path)]
+            found += [Path(here, name) for name in files if _is_image(os.path.join(here, name))]
+    return sorted(found)
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise UserError(
+        f"{error.filename}: cannot be read ({error.strerror}); give yourself the right to read the "
+        "folder, or move it away"
+    ) from error
+
+
+def _is_image(path: str) -> bool:
+    """By its name; pipes and the like are none, what is listed and not there may have been one."""
+    name, suffix = os.path.basename(path), os.path.splitext(path)[1]
+    if suffix.lower() not in IMAGE_SUFFIXES or _is_clutter(name):
+        return False
+    return os.path.isfile(path) or not os.path.exists(path)
 
 
 def _is_clutter(name: str) -> bool:
@@ -67,9 +98,11 @@ def open_folder(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderS
 
 
 def _sub_folders(folder: Path) -> list[Path]:
-    return sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not _is_clutter(entry.name)
-    )
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        _refuse_unreadable(error)
+    return [entry for entry in entries if entry.is_dir() and not _is_clutter(entry.name)]
 
 
 def _is_split(folders: Sequence[Path]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ __all__ = [
     "check_whole",
     "decode_file",
     "decode_image",
+    "missing_text",
     "to_tensor",
 ]
 
@@ -63,10 +65,16 @@ def decode_image(path: Path, channels: int, size: int, transform: str = "square"
 def decode_file(path: Path, geometry: Geometry, training: bool = False) -> Tensor:
     """`decode_image` with its options in one; `training` keeps the margin of random crops."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected an image")
+        raise UserError(missing_text(path))
     with _opened(path) as image:
         image.load()
         return to_tensor(ImageOps.exif_transpose(image), geometry, training)
+
+
+def missing_text(path: Path) -> str:
+    """What is said of a file that is not there."""
+    link = f" (a link to '{os.readlink(path)}')" if path.is_symlink() else ""
+    return f"{path}: no such file{link}; expected an image"
 
 
 def check_header(path: Path) -> None:

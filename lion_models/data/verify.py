@@ -14,7 +14,7 @@ from pathlib import Path
 import PIL
 from tqdm import tqdm
 
-from lion_models.data.images import check_header, check_whole
+from lion_models.data.images import check_header, check_whole, missing_text
 from lion_models.data.places import cache_root
 from lion_models.errors import UserError, choose
 from lion_models.files import write_json
@@ -119,7 +119,7 @@ def _each(
 ) -> dict[Path, str | None]:
     def problem(path: Path) -> str | None:
         if not path.is_file():
-            return f"{path}: no such file; expected an image"
+            return missing_text(path)
         try:
             check(path)
         except UserError as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Lion
 from PIL import Image
 
-from lion_models.data import find_images, open_source
+from lion_models.data import BadFilesWarning, find_images, open_source
+from lion_models.errors import UserError
 
 
 def noise(path: Path, seed: int = 0) -> Path:
@@ -49,3 +52,52 @@ def test_folders_that_programs_leave_behind_are_no_classes(photos: Path, name: s
     assert open_source(str(photos), 3, 8).classes == ("cat", "dog")
     noise(photos / name / "0.png")
     assert open_source(str(photos), 3, 8).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("target", ["gone.png", "9.png"])  # the second is the link itself
+def test_a_link_to_no_file_is_a_missing_file(lion: Lion, trained: Path, photos: Path, target: str):
+    link = photos / "cat" / "9.png"
+    link.symlink_to(target)
+    with pytest.raises(UserError, match=r"9\.png: no such file.*--bad-files skip"):
+        open_source(str(photos), 3, 8)
+    with pytest.warns(BadFilesWarning, match=r"9\.png: no such file"):
+        assert len(open_source(str(photos), 3, 8, bad_files="skip")) == 6
+    for verify in ("full", "header"):
+        with pytest.raises(UserError, match=f"a link to '{target}'"):
+            open_source(str(photos), 3, 8, verify=verify)
+    refused = lion("predict", trained, photos)
+    assert refused.code == 2
+    assert "9.png: no such file" in refused.err
+    done = lion("predict", trained, photos, "--unreadable", "skip")
+    assert "skipped 1 of 7 files" in done.err
+
+
+def test_linked_folders_are_walked(photos: Path, tmp_path: Path):
+    outside = noise(tmp_path / "disk" / "more" / "0.png", seed=50)
+    (photos / "cat" / "more").symlink_to(outside.parent)
+    assert photos / "cat" / "more" / "0.png" in find_images(photos / "cat")
+    assert len(open_source(str(photos), 3, 8)) == 7
+
+
+def test_links_that_lead_back_end_and_give_no_picture_twice(photos: Path):
+    before = find_images(photos)
+    (photos / "cat" / "all").symlink_to("..")
+    (photos / "cat" / "again").symlink_to(".")
+    (photos / "cat" / "a").symlink_to("z")
+    (photos / "cat" / "b").symlink_to("z")
+    inner = noise(photos / "cat" / "z" / "0.png", seed=50)
+    assert find_images(photos) == sorted([*before, inner])
+    assert find_images(photos / "cat") == sorted([*before[:3], inner])
+
+
+def test_a_folder_that_cannot_be_listed_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"dog: cannot be read \(Permission denied\)"):
+        find_images(photos)
