@@ -11,6 +11,7 @@ from conftest import Lion
 from PIL import Image
 
 from lion_models.data import BadFilesWarning, find_images, open_source
+from lion_models.data.base import TEST, TRAIN, VALIDATION
 from lion_models.errors import UserError
 
 
@@ -101,3 +102,70 @@ def test_a_folder_that_cannot_be_listed_is_named(photos: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"dog: cannot be read \(Permission denied\)"):
         find_images(photos)
+
+
+def make_split(folder: Path, *parts: str) -> Path:
+    for number, part in enumerate(parts):
+        for label, name in enumerate(("cat", "dog")):
+            noise(folder / part / name / "0.png", seed=10 * number + label)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("parts", "official"),
+    [
+        (("Train", "Test"), [TRAIN, TEST]),
+        (("TRAIN", "val", "TEST"), [TRAIN, VALIDATION, TEST]),
+        (("training", "validation", "testing"), [TRAIN, VALIDATION, TEST]),
+        (("Training", "Valid"), [TRAIN, VALIDATION]),
+    ],
+)
+def test_parts_of_a_split_are_known_by_any_common_name(
+    tmp_path: Path, parts: tuple[str, ...], official: list[int]
+):
+    source = open_source(str(make_split(tmp_path, *parts)), 3, 8)
+    assert source.classes == ("cat", "dog")
+    assert source.official is not None
+    found = {source.paths[row].parts[-3]: int(part) for row, part in enumerate(source.official)}
+    assert found == dict(zip(parts, official, strict=True))
+
+
+def test_a_folder_beside_the_parts_of_a_split_is_named(tmp_path: Path):
+    make_split(tmp_path, "train", "Test")
+    for name in CLUTTER:
+        noise(tmp_path / name / "cat" / "0.png")
+    assert open_source(str(tmp_path), 3, 8).classes == ("cat", "dog")
+    noise(tmp_path / "unlabelled" / "0.png")
+    with pytest.raises(UserError, match=r"Test, train.*'unlabelled'.*move it out of .*rename"):
+        open_source(str(tmp_path), 3, 8)
+
+
+def test_two_training_parts_are_refused(tmp_path: Path):
+    make_split(tmp_path, "train", "Training", "test")
+    with pytest.raises(UserError, match=r"Training and train are both training parts"):
+        open_source(str(tmp_path), 3, 8)
+
+
+@pytest.mark.parametrize("inside", ["0.png", "notes.txt"])
+def test_a_part_without_class_folders_is_named(tmp_path: Path, inside: str):
+    make_split(tmp_path, "train")
+    (tmp_path / "test").mkdir()
+    noise(tmp_path / "0.png").rename(tmp_path / "test" / inside)
+    with pytest.raises(UserError, match=r"test holds no class folder.*train"):
+        open_source(str(tmp_path), 3, 8)
+
+
+def test_images_beside_the_class_folders_of_a_part_are_named(tmp_path: Path):
+    make_split(tmp_path, "train", "test")
+    noise(tmp_path / "test" / "stray.PNG")
+    with pytest.raises(UserError, match=r"stray\.PNG lies beside class folders"):
+        open_source(str(tmp_path), 3, 8)
+
+
+def test_classes_called_train_and_test_hold_their_images_directly(tmp_path: Path):
+    for number, name in enumerate(("Train", "test", "tram")):
+        noise(tmp_path / name / "0.png", seed=number)
+        (tmp_path / name / "__MACOSX").mkdir()
+    source = open_source(str(tmp_path), 3, 8)
+    assert source.classes == ("Train", "test", "tram")
+    assert source.official is None
