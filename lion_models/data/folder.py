@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 
 from lion_models.data.base import TEST, TRAIN, VALIDATION, FolderSource
-from lion_models.data.images import IMAGE_SUFFIXES
+from lion_models.data.images import IMAGE_SUFFIXES, unreadable
 from lion_models.data.transforms import Geometry
 from lion_models.data.verify import FileChecks, find_damaged, judge_damaged
 from lion_models.errors import UserError
@@ -62,10 +62,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise UserError(
-        f"{error.filename}: cannot be read ({error.strerror}); give yourself the right to read the "
-        "folder, or move it away"
-    ) from error
+    raise unreadable(Path(error.filename), error) from error
 
 
 def _is_image(path: str) -> bool:

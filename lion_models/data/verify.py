@@ -14,7 +14,7 @@ from pathlib import Path
 import PIL
 from tqdm import tqdm
 
-from lion_models.data.images import check_header, check_whole, missing_text
+from lion_models.data.images import UnreadableError, check_header, check_whole
 from lion_models.data.places import cache_root
 from lion_models.errors import UserError, choose
 from lion_models.files import write_json
@@ -63,6 +63,9 @@ def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dic
 
     Returns:
         A message for each file that is missing or damaged.
+
+    Raises:
+        UnreadableError: a file may not or cannot be read, whatever is done about damaged ones.
     """
     if verify == "header":
         found = _each(paths, check_header, "reading image headers")
@@ -118,10 +121,10 @@ def _each(
     paths: Sequence[Path], check: Callable[[Path], None], what: str
 ) -> dict[Path, str | None]:
     def problem(path: Path) -> str | None:
-        if not path.is_file():
-            return missing_text(path)
         try:
             check(path)
+        except UnreadableError:
+            raise
         except UserError as error:
             return str(error)
         return None
