@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from conftest import Lion
 from PIL import Image
 
-from lion_models.data import BadFilesWarning, find_images, open_source
+from lion_models.data import BadFilesWarning, CopiesWarning, find_images, open_source
 from lion_models.data.base import TEST, TRAIN, VALIDATION
 from lion_models.errors import UserError
 
@@ -169,3 +171,41 @@ def test_classes_called_train_and_test_hold_their_images_directly(tmp_path: Path
     source = open_source(str(tmp_path), 3, 8)
     assert source.classes == ("Train", "test", "tram")
     assert source.official is None
+
+
+def test_copies_are_counted_and_named_at_every_opening(photos: Path):
+    shutil.copy(photos / "cat" / "1.png", photos / "cat" / "copy.png")
+    shutil.copy(photos / "cat" / "1.png", photos / "dog" / "again.png")
+    shutil.copy(photos / "dog" / "0.png", photos / "dog" / "9.png")
+    for _ in range(2):  # decoded, then remembered
+        with pytest.warns(CopiesWarning) as caught:
+            assert len(open_source(str(photos), 3, 8)) == 9
+        assert len(caught) == 1
+        text = str(caught[0].message)
+        assert "3 files of" in text
+        assert "cat/1.png = cat/copy.png = dog/again.png, dog/0.png = dog/9.png;" in text
+    noise(photos / "dog" / "9.png", seed=70)
+    with pytest.warns(CopiesWarning, match="2 files of"):
+        open_source(str(photos), 3, 8)
+
+
+def test_many_copies_are_counted_and_the_first_are_named(photos: Path):
+    for index in range(20):
+        noise(photos / "cat" / f"a{index:02}.png", seed=100 + index)
+        shutil.copy(photos / "cat" / f"a{index:02}.png", photos / "dog" / f"b{index:02}.png")
+    with pytest.warns(
+        CopiesWarning, match="20 files of.*a04.png = dog/b04.png and more;"
+    ) as caught:
+        open_source(str(photos), 3, 8)
+    assert str(caught[0].message).count(" = ") == 5
+
+
+def test_files_of_one_size_are_no_copies(tmp_path: Path):
+    for name in ("cat", "dog"):
+        for index in range(2):
+            noise(tmp_path / name / f"{index}.bmp", seed=index + 2 * (name == "dog"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_source(str(tmp_path), 3, 8)
+        shutil.copy(tmp_path / "cat" / "0.bmp", tmp_path / "dog" / "0.bmp")
+        open_source(str(tmp_path), 3, 8, verify="header")
