@@ -148,4 +148,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     else:
         # A 16-bit file may open in the 32-bit mode "I"; its range stays that of 16 bits.
         top = 65535.0
-    return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+    grey = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is None:
+        return grey
+    # One value of 16 bits is transparent; the others that share its 8 bits are not.
+    alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
