@@ -149,8 +149,7 @@ def predict_command(
     """Class and probability of images."""
     set_up(threads, device)
     if form is None:
-        by_name = "json" if output is not None and output.suffix == ".json" else "csv"
-        form = "table" if output is None else by_name
+        form = "table" if output is None else _form_of(output)
     choose("--format", form, ["csv", "json"] if output is not None else ["table", "csv", "json"])
     choose("--unreadable", unreadable, UNREADABLE)
     if output is not None and not output.resolve().parent.is_dir():
@@ -186,6 +185,16 @@ def predict_command(
         typer.echo(f"skipped: {error}", err=True)
     if skipped:
         typer.echo(f"skipped {len(skipped)} of {len(images)} files", err=True)
+
+
+def _form_of(output: Path) -> str:
+    form = output.suffix.lower().removeprefix(".")
+    if form not in ("csv", "json"):
+        raise UserError(
+            f"--output: {output}: expected a name that ends with .csv or .json; change it, or add "
+            "--format csv or --format json"
+        )
+    return form
 
 
 def export(

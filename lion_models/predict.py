@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lion_models.data import decode_image, find_images, open_source
+from lion_models.data.images import UnreadableError
 from lion_models.errors import UserError, choose
 from lion_models.training.checkpoint import LoadedRun
 from lion_models.training.trainer import freeze_images, score
@@ -61,6 +62,7 @@ def predict(
         unreadable: `fail`, or `skip`, which gives a prediction with `error` for each such file.
 
     Raises:
+        UnreadableError: a file may not or cannot be read.
         UserError: a file is not an image, with `fail`.
     """
     choose("--unreadable", unreadable, UNREADABLE)
@@ -73,6 +75,8 @@ def predict(
         for path in images[start : start + chunk]:
             try:
                 pixels.append(decode_image(path, *shape, run.config.transform))
+            except UnreadableError:
+                raise
             except UserError as error:
                 if unreadable == "fail":
                     raise UserError(f"{error}, or leave it out with --unreadable skip") from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lion_models.backbones.adapter import FrozenBackbone
 from lion_models.backbones.efficientnet_lite import EFFICIENTNET_LITE0, load_efficientnet_lite0
@@ -30,7 +30,7 @@ _LIBRARIES: dict[str, Callable[..., FrozenBackbone]] = {
     "torchvision": load_torchvision,
     "hf": load_huggingface,
 }
-_OPTIONS = ("image_size", "readout", "weights")
+_LIBRARY_OPTIONS = ("image_size", "readout", "weights")
 
 
 def load_backbone(
@@ -60,46 +60,51 @@ def load_backbone(
             damaged.
     """
     given = {"image_size": image_size, "readout": readout, "weights": weights}
-    base, options = _parse(name)
-    options |= {key: value for key, value in given.items() if value is not None}
+    base, parts = _split(name)
+    load, allowed, arguments = _loader(base)
+    options = dict(_option(base, part, allowed) for part in parts)
+    for key, value in given.items():
+        if value is not None:
+            options[_taken(base, key, allowed)] = value
     full = ",".join([base, *(f"{key}={value}" for key, value in sorted(options.items()))])
+    return load(full, *arguments, **options)
+
+
+def _split(name: str) -> tuple[str, list[str]]:
+    if Path(name).suffix == ".safetensors" and Path(name).expanduser().is_file():
+        return name, []  # a path may have commas in it
+    base, *parts = name.split(",")
+    return base, parts
+
+
+def _loader(
+    base: str,
+) -> tuple[Callable[..., FrozenBackbone], tuple[str, ...], tuple[str | Path, ...]]:
+    """What loads a backbone, the options it takes, and its arguments after the full name."""
     if base.endswith(".safetensors"):
-        return _call(load_vit_file, ("readout",), base, options, full, Path(base).expanduser())
+        return load_vit_file, ("readout",), (Path(base).expanduser(),)
     library, colon, model_name = base.partition(":")
     if colon and library in _LIBRARIES and model_name not in ("", "NAME"):
-        return _call(_LIBRARIES[library], _OPTIONS, base, options, full, model_name)
+        return _LIBRARIES[library], _LIBRARY_OPTIONS, (model_name,)
     known = [*_NAMED, *(f"{library}:NAME" for library in _LIBRARIES)]
     choose("--backbone", base, known)
     if base not in _NAMED:
         raise UserError(f"--backbone: {base}: put the name of a network for NAME")
-    load, allowed = _NAMED[base]
-    return _call(load, allowed, base, options, full)
+    return *_NAMED[base], ()
 
 
-def _parse(name: str) -> tuple[str, dict[str, Any]]:
-    if Path(name).suffix == ".safetensors" and Path(name).expanduser().is_file():
-        return name, {}  # a path may have commas in it
-    base, *parts = name.split(",")
-    options: dict[str, Any] = {}
-    for part in parts:
-        key, equals, text = part.partition("=")
-        choose("--backbone: option", key, _OPTIONS)
-        if not equals or not text or (key != "weights" and not text.isdigit()):
-            kind = "a path" if key == "weights" else "a whole number"
-            raise UserError(f"--backbone: {key}: expected {key}={kind}, got '{part}'")
-        options[key] = text if key == "weights" else int(text)
-    return base, options
+def _option(base: str, part: str, allowed: Sequence[str]) -> tuple[str, str | int]:
+    key, equals, text = part.partition("=")
+    _taken(base, key, allowed)
+    if not equals or not text or (key != "weights" and not text.isdigit()):
+        kind = "a path" if key == "weights" else "a whole number"
+        raise UserError(f"--backbone: {key}: expected {key}={kind}, got '{part}'")
+    return key, text if key == "weights" else int(text)
 
 
-def _call(
-    load: Callable[..., FrozenBackbone],
-    allowed: tuple[str, ...],
-    base: str,
-    options: dict[str, Any],
-    *arguments: object,
-) -> FrozenBackbone:
-    for key in options:
-        if key not in allowed:
-            takes = f"takes {', '.join(allowed)}" if allowed else "takes no option"
-            raise UserError(f"--backbone {base}: {takes}, not {key}")
-    return load(*arguments, **options)
+def _taken(base: str, key: str, allowed: Sequence[str]) -> str:
+    if key in allowed:
+        return key
+    near = difflib.get_close_matches(key, allowed, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise UserError(f"--backbone {base}: takes {', '.join(allowed)}, not {key}{hint}")

@@ -15,12 +15,13 @@ from lion_models.data.splits import (
     split_source,
 )
 from lion_models.data.transforms import Geometry, training_view
-from lion_models.data.verify import BadFilesWarning
+from lion_models.data.verify import BadFilesWarning, CopiesWarning
 
 __all__ = [
     "CATALOGUE",
     "ArraySource",
     "BadFilesWarning",
+    "CopiesWarning",
     "FolderSource",
     "Geometry",
     "SealedTest",

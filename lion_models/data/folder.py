@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from lion_models.data.base import TEST, TRAIN, VALIDATION, FolderSource
-from lion_models.data.images import IMAGE_SUFFIXES
+from lion_models.data.images import IMAGE_SUFFIXES, unreadable
 from lion_models.data.transforms import Geometry
 from lion_models.data.verify import FileChecks, find_damaged, judge_damaged
 from lion_models.errors import UserError
@@ -24,62 +26,130 @@ SPLITS = {
     "dev": VALIDATION,
     "test": TEST,
 }
+_PART_FOLDERS = SPLITS | {"training": TRAIN, "testing": TEST}
+
+
+# What macOS's archives and Synology's servers put beside pictures; it holds copies of them.
+_LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`, by suffix, sorted; hidden files are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not path.name.startswith(".")
-    )
+    """Every image file below `folder`, by suffix, sorted.
+
+    Hidden files and folders are left out, and so are `__MACOSX` and `@eaDir`. Links to folders are
+    followed, but no folder is listed twice. A link that leads nowhere is listed: its file is
+    missing.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    found: list[Path] = []
+    # A link back to a folder around this one would list it again, under other names.
+    seen = {str(parent) for parent in folder.resolve().parents}
+    starts = [str(folder)]  # links wait until the folders themselves have been listed
+    while starts:
+        for here, names, files in os.walk(starts.pop(0), onerror=_refuse_unreadable):
+            place = os.path.realpath(here)
+            if place in seen:
+                names.clear()
+                continue
+            seen.add(place)
+            names[:] = sorted(name for name in names if not _is_clutter(name))
+            inside = [os.path.join(here, name) for name in names]
+            starts += [path for path in inside if os.path.islink(path)]
+            found += [Path(here, name) for name in files if _is_image(os.path.join(here, name))]
+    return sorted(found)
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise unreadable(Path(error.filename), error) from error
+
+
+def _is_image(path: str) -> bool:
+    """By its name; pipes and the like are none, what is listed and not there may have been one."""
+    name, suffix = os.path.basename(path), os.path.splitext(path)[1]
+    if suffix.lower() not in IMAGE_SUFFIXES or _is_clutter(name):
+        return False
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
+def _is_clutter(name: str) -> bool:
+    return name.startswith(".") or name in _LEFT_BEHIND
 
 
 def open_folder(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSource:
     """Open a folder with one sub-folder of images per class, or with `train/CLASS` and so on.
 
-    Where the sub-folders are called `train` and `test` or `val` (`valid`, `validation`) and hold
-    folders themselves, they are the data set's own split.
+    Where sub-folders are called `train` and `test` or `val`, or another common name in any case,
+    and hold folders themselves, they are the data set's own split.
 
     Raises:
         UserError: fewer than two classes, a class without an image, a class that the training part
-            lacks, or a damaged file.
+            lacks, something beside the parts or in a part that is no class, or a damaged file.
     """
     folders = _sub_folders(folder)
-    if _is_split(folders):
-        return _open_split(folder, folders, geometry, checks)
+    parts = _find_parts(folder, folders)
+    if parts:
+        return _open_split(folder, parts, geometry, checks)
     classes = _class_names(folder, folders)
     paths, labels = _collect(folders, classes)
     return file_source(str(folder), classes, labels, paths, folder, geometry, checks)
 
 
 def _sub_folders(folder: Path) -> list[Path]:
-    return sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        _refuse_unreadable(error)
+    return [entry for entry in entries if entry.is_dir() and not _is_clutter(entry.name)]
 
 
-def _is_split(folders: Sequence[Path]) -> bool:
-    names = {entry.name for entry in folders}
-    return (
-        "train" in names
-        and len(names) > 1
-        and names <= set(SPLITS)
-        and all(_sub_folders(entry) for entry in folders)
-    )
+def _find_parts(folder: Path, folders: Sequence[Path]) -> dict[Path, int]:
+    """The folders that are parts of a split, with their roles; none where all are classes."""
+    roles = {entry: _PART_FOLDERS.get(entry.name.lower()) for entry in folders}
+    parts = {entry: role for entry, role in roles.items() if role is not None}
+    train = [entry for entry, role in parts.items() if role == TRAIN]
+    inside = {part: _sub_folders(part) for part in parts}
+    # Classes may be called so too; then images lie directly in all of them.
+    if not train or len(parts) < 2 or not any(inside.values()):
+        return {}
+    names = ", ".join(part.name for part in parts)
+    classes = f"or, if these are classes, rename {train[0]}"
+    if len(train) > 1:
+        raise UserError(
+            f"--data: {train[0].name} and {train[1].name} are both training parts of {folder}; "
+            f"put one's files into the other, {classes}"
+        )
+    odd = [entry for entry in folders if entry not in parts]
+    if odd:
+        raise UserError(
+            f"--data: {folder} holds the parts of a split ({names}) and beside them "
+            f"'{odd[0].name}', which is none; move it out of {folder}, {classes}"
+        )
+    for part in parts:
+        if not inside[part]:
+            raise UserError(
+                f"--data: {part} holds no class folder; expected the same ones in {names}; sort "
+                f"its images into them, move it out of {folder}, {classes}"
+            )
+        stray = [entry for entry in sorted(part.iterdir()) if _is_image(str(entry))]
+        if stray:
+            raise UserError(
+                f"--data: {stray[0]} lies beside class folders; expected images inside of them "
+                f"alone; move it into one of them or out of {part}, {classes}"
+            )
+    return parts
 
 
 def _open_split(
-    folder: Path, parts: Sequence[Path], geometry: Geometry, checks: FileChecks
+    folder: Path, parts: Mapping[Path, int], geometry: Geometry, checks: FileChecks
 ) -> FolderSource:
-    train = folder / "train"
+    train = next(part for part, role in parts.items() if role == TRAIN)
     classes = _class_names(train, _sub_folders(train))
     paths: list[Path] = []
     labels: list[int] = []
     official: list[int] = []
-    for part in parts:
+    for part, role in parts.items():
         folders = _sub_folders(part)
         extra = [entry for entry in folders if entry.name not in classes]
         if extra:
@@ -90,7 +160,7 @@ def _open_split(
         more_paths, more_labels = _collect(folders, classes)
         paths += more_paths
         labels += more_labels
-        official += [SPLITS[part.name]] * len(more_paths)
+        official += [role] * len(more_paths)
     return file_source(str(folder), classes, labels, paths, folder, geometry, checks, official)
 
 

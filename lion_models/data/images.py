@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +21,18 @@ from lion_models.errors import UserError
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "UnreadableError",
     "check_header",
     "check_whole",
     "decode_file",
     "decode_image",
     "to_tensor",
+    "unreadable",
 ]
+
+# Pillow's warnings name no file, and a file that does not decode is an error here. Added behind
+# the filters that an application has set.
+warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
@@ -38,8 +47,21 @@ _DAMAGE = (
     LookupError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
+# EINVAL is what a seek to a place before the file's beginning gives.
+_ERRNO_OF_DAMAGE = (None, errno.EINVAL)
+
+
+class UnreadableError(UserError):
+    """A file or folder that is there and cannot be read; what it holds is not known."""
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableError:
+    """The error for `path`, from what the system said of it."""
+    return UnreadableError(
+        f"{path}: cannot be read ({error.strerror or error}); check its rights and its disk, or "
+        "move it away"
+    )
 
 
 def decode_image(path: Path, channels: int, size: int, transform: str = "square") -> Tensor:
@@ -55,15 +77,14 @@ def decode_image(path: Path, channels: int, size: int, transform: str = "square"
         transform: see `Geometry`; `square` resizes the whole picture, its sides are not cropped.
 
     Raises:
-        UserError: no such file, or not a whole image.
+        UnreadableError: the file may not or cannot be read.
+        UserError: no such file, not a whole image, or one that is too large.
     """
     return decode_file(path, Geometry(channels, size, transform))
 
 
 def decode_file(path: Path, geometry: Geometry, training: bool = False) -> Tensor:
     """`decode_image` with its options in one; `training` keeps the margin of random crops."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected an image")
     with _opened(path) as image:
         image.load()
         return to_tensor(ImageOps.exif_transpose(image), geometry, training)
@@ -84,6 +105,9 @@ def check_whole(path: Path) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
+        if not path.is_file():
+            link = f" (a link to '{os.readlink(path)}')" if path.is_symlink() else ""
+            raise UserError(f"{path}: no such file{link}; expected an image")
         with Image.open(path) as image:
             yield image
     except UnidentifiedImageError as error:
@@ -91,9 +115,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             f"{path}: not an image ({path.stat().st_size} bytes of something else); "
             "expected PNG, JPEG or another format that Pillow reads; remove or replace it"
         ) from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise UserError(f"{path}: larger than {limit} megapixels; make it smaller") from error
     except UserError:
         raise
     except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno not in _ERRNO_OF_DAMAGE:
+            raise unreadable(path, error) from error
         raise UserError(f"{path}: damaged image ({error}); remove or replace it") from error
 
 
@@ -119,4 +148,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     else:
         # A 16-bit file may open in the 32-bit mode "I"; its range stays that of 16 bits.
         top = 65535.0
-    return Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+    grey = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is None:
+        return grey
+    # One value of 16 bits is transparent; the others that share its 8 bits are not.
+    alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import PIL
 from tqdm import tqdm
 
-from lion_models.data.images import check_header, check_whole
+from lion_models.data.images import UnreadableError, check_header, check_whole, unreadable
 from lion_models.data.places import cache_root
 from lion_models.errors import UserError, choose
 from lion_models.files import write_json
@@ -23,6 +23,7 @@ __all__ = [
     "BAD_FILES",
     "VERIFY",
     "BadFilesWarning",
+    "CopiesWarning",
     "FileChecks",
     "find_damaged",
     "judge_damaged",
@@ -31,8 +32,10 @@ __all__ = [
 BAD_FILES = ("fail", "skip")
 VERIFY = ("full", "header")
 SHOWN = 20
+COPIES_SHOWN = 5
 
 Stamp = tuple[int, int]  # size in bytes, modification time in ns
+Whole = tuple[Stamp, str]  # and a digest of the bytes that decoded
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,26 @@ class BadFilesWarning(UserWarning):
     """Files that were left out because `--bad-files skip` was asked for; lists every one."""
 
 
+class CopiesWarning(UserWarning):
+    """Files of a data set that hold the same bytes as others of it."""
+
+
 def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dict[Path, str]:
     """Which files cannot be used, and why.
 
     Args:
         paths: files below `root`.
         root: names what is remembered in the user's cache.
-        verify: `full` decodes every file; one that is whole is remembered by its path, size and
-            modification time, and not decoded again. `header` reads beginnings only, so that data
-            which is cut off or damaged inside is found when the image is used.
+        verify: `full` decodes every file, and warns of files that hold the same bytes; a whole one
+            is remembered by its path, size and modification time, and not decoded again. `header`
+            reads beginnings only, so that data which is cut off or damaged inside is found when
+            the image is used.
 
     Returns:
         A message for each file that is missing or damaged.
+
+    Raises:
+        UnreadableError: a file may not or cannot be read, whatever is done about damaged ones.
     """
     if verify == "header":
         found = _each(paths, check_header, "reading image headers")
@@ -71,19 +82,49 @@ def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dic
     known = _read_store(store)
     names = {path: os.path.abspath(path) for path in paths}
     stamps = {path: _stamp(path) for path in paths}
-    fresh = [path for path in paths if known.get(names[path]) != stamps[path]]
-    judged = _each(fresh, check_whole, "checking image files")
+    whole = {
+        path: known[name]
+        for path, name in names.items()
+        if name in known and known[name][0] == stamps[path]
+    }
+    fresh = [path for path in paths if path not in whole]
+
+    def check(path: Path) -> None:
+        check_whole(path)
+        whole[path] = (stamps[path], _digest(path))
+
+    judged = _each(fresh, check, "checking image files")
     if fresh:
-        whole = [path for path in fresh if judged[path] is None]
-        listed = set(names.values())
-        kept = {name: stamp for name, stamp in known.items() if name in listed}
-        kept |= {names[path]: stamps[path] for path in whole}
+        kept = {names[path]: (*stamp, digest) for path, (stamp, digest) in whole.items()}
         try:
             store.parent.mkdir(parents=True, exist_ok=True)
             write_json(store, {"pillow": PIL.__version__, "files": kept})
         except (OSError, UserError) as error:  # a cache: the next opening decodes again
             warnings.warn(f"{store}: not written ({error})", stacklevel=2)
+    _warn_of_copies({path: whole[path][1] for path in paths if path in whole}, root)
     return {path: text for path, text in judged.items() if text is not None}
+
+
+def _warn_of_copies(digests: Mapping[Path, str], root: Path) -> None:
+    alike: dict[str, list[Path]] = {}
+    for path, digest in digests.items():
+        alike.setdefault(digest, []).append(path)
+    groups = [group for group in alike.values() if len(group) > 1]
+    if not groups:
+        return
+    shown = ", ".join(
+        " = ".join(os.path.relpath(path, root) for path in group[:COPIES_SHOWN])
+        for group in groups[:COPIES_SHOWN]
+    )
+    longest = max(len(groups), *(len(group) for group in groups))
+    more = " and more" if longest > COPIES_SHOWN else ""
+    count = sum(len(group) - 1 for group in groups)
+    warnings.warn(
+        f"--data: {count} files of {root} are copies of others: {shown}{more}; what is "
+        "both trained and tested on, or has two classes, makes accuracies wrong; keep one of each",
+        CopiesWarning,
+        stacklevel=4,
+    )
 
 
 def judge_damaged(problems: Sequence[str], bad_files: str, where: str) -> None:
@@ -118,10 +159,10 @@ def _each(
     paths: Sequence[Path], check: Callable[[Path], None], what: str
 ) -> dict[Path, str | None]:
     def problem(path: Path) -> str | None:
-        if not path.is_file():
-            return f"{path}: no such file; expected an image"
         try:
             check(path)
+        except UnreadableError:
+            raise
         except UserError as error:
             return str(error)
         return None
@@ -139,6 +180,17 @@ def _each(
     return found
 
 
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return digest.hexdigest()
+
+
 def _stamp(path: Path) -> Stamp:
     try:
         status = path.stat()
@@ -152,12 +204,15 @@ def _store_of(root: Path) -> Path:
     return cache_root() / "verified" / f"{digest}.json"
 
 
-def _read_store(store: Path) -> dict[str, Stamp]:
+def _read_store(store: Path) -> dict[str, Whole]:
     """The whole files that are remembered; none if the store is missing, damaged or outdated."""
     try:
         stored = json.loads(store.read_text())
         if stored["pillow"] != PIL.__version__:
             return {}
-        return {str(name): (int(size), int(time)) for name, (size, time) in stored["files"].items()}
+        return {
+            str(name): ((int(size), int(time)), str(digest))
+            for name, (size, time, digest) in stored["files"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

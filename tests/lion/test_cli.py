@@ -247,14 +247,21 @@ def test_format_of_predictions_is_what_is_asked_for_and_else_the_name_s(
     for asked, name, first in [
         (("--format", "csv"), "a.json", "file,class"),
         (("--format", "json"), "a.csv", "["),
+        (("--format", "csv"), "a.txt", "file,class"),
         ((), "b.json", "["),
-        ((), "b.txt", "file,class"),
+        ((), "b.CSV", "file,class"),
     ]:
         assert lion("predict", trained, image, *asked, "--output", tmp_path / name).code == 0
         assert (tmp_path / name).read_text().startswith(first)
     refused = lion("predict", trained, image, "--format", "table", "--output", tmp_path / "c")
     assert refused.code == 2
     assert "--format: expected one of csv, json, got 'table'" in refused.err
+    for name in ("c", "c.txt", "c.jsonl"):
+        refused = lion("predict", trained, image, "--output", tmp_path / name)
+        assert refused.code == 2
+        assert f"{name}: expected a name that ends with .csv or .json" in refused.err
+        assert "add --format csv or --format json" in refused.err
+        assert not (tmp_path / name).exists()
 
 
 def test_run_whose_backbone_file_has_moved_is_told_its_new_place(

@@ -54,6 +54,18 @@ def test_transparency_lies_on_white(tmp_path: Path):
     assert (decode_image(tmp_path / "clear.png", 1, 4) == 255).all()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_transparent_grey_of_a_16_bit_picture_lies_on_white(tmp_path: Path, channels: int):
+    values = np.full((3, 3), 1000, dtype=np.uint16)
+    values[0], values[1] = 20000, 20001  # one value in 8 bits, of which one alone is transparent
+    Image.fromarray(values).save(tmp_path / "deep.png", transparency=20000)
+    with Image.open(tmp_path / "deep.png") as image:
+        assert image.mode.startswith("I")
+        assert image.info["transparency"] == 20000
+    pixels = decode_image(tmp_path / "deep.png", channels, 3)
+    assert pixels[:, :, 0].tolist() == [[255, 78, 4]] * channels
+
+
 def test_exif_orientation_is_applied(tmp_path: Path):
     image = gradient_image("L")
     exif = image.getexif()

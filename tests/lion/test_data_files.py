@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Lion
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lion_models.data import (
     ArraySource,
@@ -325,3 +329,102 @@ def test_whole_files_raise_no_warning(photos: Path):
         warnings.simplefilter("error")
         source = open_source(str(photos), 3, 8, bad_files="skip")
     assert source.skipped == ()
+
+
+def lock(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Forbid to read a picture; tests that run as root may read all of them."""
+    real = builtins.open
+
+    def guarded(file: object, *rest: object, **options: object) -> object:
+        if isinstance(file, (str, Path)) and Path(file) == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real(file, *rest, **options)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+
+
+@pytest.fixture
+def locked(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    lock(monkeypatch, photos / "dog" / "3.jpg")
+    return photos / "dog" / "3.jpg"
+
+
+@pytest.mark.parametrize("verify", ["full", "header"])
+@pytest.mark.parametrize("bad_files", ["fail", "skip"])
+def test_a_file_that_cannot_be_read_is_neither_damaged_nor_skipped(
+    photos: Path, locked: Path, verify: str, bad_files: str
+):
+    with pytest.raises(UserError, match=r"3\.jpg: cannot be read \(Permission denied\)") as failed:
+        open_source(str(photos), 3, 8, verify=verify, bad_files=bad_files)
+    assert "damaged" not in str(failed.value)
+    assert "skip" not in str(failed.value)
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        lock(patch, photos / "dog" / "3.jpg")
+        with pytest.raises(UserError):
+            open_source(str(photos), 3, 8)
+    assert len(open_source(str(photos), 3, 8)) == 16
+
+
+@pytest.mark.parametrize("unreadable", ["fail", "skip"])
+def test_predict_ends_at_a_file_that_cannot_be_read(
+    lion: Lion, trained: Path, photos: Path, locked: Path, unreadable: str
+):
+    refused = lion("predict", trained, photos, "--unreadable", unreadable)
+    assert refused.code == 2
+    assert "3.jpg: cannot be read (Permission denied)" in refused.err
+    assert "--unreadable" not in refused.err
+
+
+def test_a_file_in_a_locked_folder_cannot_be_read(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    path, real = photos / "dog" / "3.jpg", os.stat
+
+    def guarded(file: object, *rest: object, **options: object) -> object:
+        if file == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real(file, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    with pytest.raises(UserError, match=r"3\.jpg: cannot be read \(Permission denied\)"):
+        decode_image(path, 3, 8)
+    with pytest.raises(UserError, match=r"3\.jpg: cannot be read \(Permission denied\)"):
+        open_source(str(photos), 3, 8)
+
+
+def test_an_impossible_offset_inside_a_file_is_damage(tmp_path: Path, monkeypatch):
+    path = noise(tmp_path / "0.png")
+
+    def fail(image: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")  # what seek says of a negative place
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(UserError, match=r"0\.png: damaged image"):
+        decode_image(path, 3, 8)
+
+
+def test_a_picture_that_is_too_large_is_not_damaged(photos: Path, monkeypatch):
+    noise(photos / "dog" / "large.png", side=2000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500_000)
+    message = r"large\.png: larger than 3 megapixels; make it smaller; --bad-files skip trains"
+    with pytest.raises(UserError, match=message):
+        open_source(str(photos), 3, 8)
+    with pytest.warns(BadFilesWarning, match=r"large\.png: larger than 3 megapixels"):
+        assert len(open_source(str(photos), 3, 8, bad_files="skip")) == 16
+
+
+def test_large_pictures_print_no_warning_of_pillow_s(tmp_path: Path):
+    path = noise(tmp_path / "0.png", side=40)
+    code = (
+        "import sys, pathlib, PIL.Image; from lion_models.data import decode_image;"
+        "PIL.Image.MAX_IMAGE_PIXELS = 1000;"
+        "print(decode_image(pathlib.Path(sys.argv[1]), 3, 8).shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert "8, 8" in done.stdout
+    assert done.stderr == ""
