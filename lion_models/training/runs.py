@@ -17,7 +17,7 @@ from lion_models.errors import UserError
 from lion_models.files import write_json
 from lion_models.lion import Lion
 from lion_models.seeding import seed_all
-from lion_models.training.checkpoint import CHECKPOINT, load_run, save_checkpoint
+from lion_models.training.checkpoint import CHECKPOINT, load_run, read_checkpoint, save_checkpoint
 from lion_models.training.config import RunConfig, build_model, make_solver
 from lion_models.training.progress import METRICS, STATE, STATE_SECONDS, RunLog, read_state
 from lion_models.training.ranks import ALONE, Ranks
@@ -57,6 +57,8 @@ RUN_FILES = frozenset(
         CONFUSION,
         "curves.png",
         "tensorboard",
+        "model.pt2",  # of lion export
+        "model.onnx",
     )
 )
 
@@ -125,12 +127,16 @@ def _remove(folder: Path) -> None:
 
     The folder is renamed first: a kill while its files go leaves no half of a run under its name.
     """
-    others = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-    others = [name for name in others if name not in RUN_FILES and not name.endswith(".part")]
-    if not (folder / "config.json").is_file() and others:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    others = [name for name in names if name not in RUN_FILES and not name.endswith(".part")]
+    why = "is not a run (it has neither a run's config.json nor a run's checkpoint)"
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        why = f"holds {', '.join(others[:3])}{more}, which is no file of a run,"
+    if others or not _was_written_here(folder):
         raise UserError(
-            f"--overwrite: {folder} is not a run (no config.json, but {others[0]}) and is not "
-            "replaced; move it away, or use another --name or --runs"
+            f"--overwrite: {folder} {why} and is not replaced; move it away, or use another "
+            "--name or --runs"
         )
     aside = folder.parent / ".locks" / f"{folder.name}.replaced"
     aside.parent.mkdir(exist_ok=True)
@@ -138,6 +144,20 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(aside)
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+def _was_written_here(folder: Path) -> bool:
+    """Whether a run's configuration or, where another version wrote that, its checkpoint is there.
+
+    Other programs, too, call a file config.json or metrics.jsonl.
+    """
+    for read in (read_config, lambda folder: read_checkpoint(folder / CHECKPOINT)):
+        try:
+            read(folder)
+        except UserError:
+            continue
+        return True
+    return False
 
 
 def is_new(folder: Path) -> bool:
