@@ -68,6 +68,7 @@ from lion_models.cli_options import (
     check_given,
     config_of,
     distinct,
+    folder_in,
     given_options,
     numbers,
     set_up,
@@ -210,7 +211,7 @@ def train(
     """Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
     set_up(threads, device)
     config = config_of(ctx).resolved()
-    folder = runs / (name or f"{short_name(data)}-{method}-s{seed}")
+    folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{seed}")
     if resume and (folder / "config.json").is_file():
         config = _resumed(ctx, read_config(folder), config)
     check_given(ctx, [config.method], {config.robust}, {config.robust_on})
@@ -292,7 +293,7 @@ def compare(
     names = distinct("--methods", [choose("--methods", p.strip(), METHODS) for p in parts])
     base = config_of(ctx)
     check_given(ctx, names, {base.robust}, {base.robust_on})
-    folder = runs / (name or f"compare-{short_name(data)}-{shots}")
+    folder = folder_in(runs, name, f"compare-{short_name(data)}-{shots}")
     rates = distinct("--lrs", numbers("--lrs", lrs, float)) if lrs else []
     _compare(
         folder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -309,4 +310,22 @@ def distinct(option: str, values: list[Any]) -> list[Any]:
 
 def short_name(data: str) -> str:
     """The data's part of a run's name: the last part of a path, no colon."""
-    return Path(data).name.replace(":", "-")
+    # Not resolved: a link has the name that the user gave it.
+    return Path(os.path.abspath(data)).name.replace(":", "-") or "data"
+
+
+def folder_in(runs: Path, name: str | None, default: str) -> Path:
+    """The folder that `--name` stands for, always below that of all runs.
+
+    Raises:
+        UserError: the name is empty or leads elsewhere.
+    """
+    if name is None:
+        return runs / default
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute():
+        raise UserError(
+            f"--name: expected a name such as first or study/first, got '{name}'; choose another "
+            "folder with --runs"
+        )
+    return runs / name

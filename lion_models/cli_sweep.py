@@ -20,6 +20,7 @@ from lion_models.cli_options import (
     check_given,
     config_of,
     distinct,
+    folder_in,
     numbers,
     set_up,
     short_name,
@@ -88,7 +89,7 @@ def sweep(
         distinct("--test-seeds", numbers("--test-seeds", test_seeds, int)) if test_seeds else []
     )
     check_given(ctx, plan.methods, plan.values_of("robust"), plan.values_of("robust_on"))
-    folder = runs / (name or f"sweep-{short_name(data)}")
+    folder = folder_in(runs, name, f"sweep-{short_name(data)}")
     options = CellOptions(device, plot=False)
     with CellBars(jobs) as bars, CellRunner(jobs, threads or None, options) as runner:
         content = run_sweep(

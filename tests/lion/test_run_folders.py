@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import Lion
 
+from lion_models.cli_options import short_name
 from lion_models.errors import UserError
 from lion_models.training import RunConfig, prepare_folder
 
@@ -44,3 +46,38 @@ def test_overwrite_spares_a_run_that_holds_a_file_of_the_users(trained: Path):
     (trained / "thesis.txt").unlink()
     prepare_folder(trained, config, resume=False, overwrite=True)
     assert [path.name for path in trained.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "sweep"])
+@pytest.mark.parametrize("name", ["..", "../esc", "a/../../esc", ".", "", "{folder}/esc"])
+def test_name_that_leads_out_of_the_folder_of_runs_is_refused(
+    lion: Lion, command: str, name: str, tmp_path: Path
+):
+    name = name.format(folder=tmp_path)
+    only = () if command == "train" else ("--methods", "linear")
+    refused = lion(command, "--data", "digits", "--runs", tmp_path / "runs", "--name", name,
+                   "--epochs", 1, *only)  # fmt: skip
+    assert refused.code == 2
+    assert f"--name: expected a name such as first or study/first, got '{name}'" in refused.err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_runs_of_a_study_are_not_put_into_another_run(lion: Lion, command: str, trained: Path):
+    before = sorted(trained.rglob("*"))
+    for more in ((), ("--overwrite",)):
+        refused = lion(command, "--data", "digits", "--methods", "linear", "--epochs", 1,
+                       "--runs", trained.parent, "--name", trained.name, *more)  # fmt: skip
+        assert refused.code == 2
+        assert "finished holds a run; expected a folder for many" in refused.err
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_run_on_the_working_directory_is_called_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos" / "cats")
+    names = [short_name(data) for data in (".", "..", "../", "digits", "hf:a/b:c", "emoji:/x/y/")]
+    assert names == ["cats", "photos", "photos", "digits", "b-c", "y"]
+    assert short_name("/") == "data"
