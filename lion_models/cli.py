@@ -38,6 +38,7 @@ from lion_models.cli_options import (
     LoraAlpha,
     LoraRank,
     MaxSteps,
+    MovedData,
     Normalisation,
     Optimizer,
     OutputInput,
@@ -85,6 +86,7 @@ from lion_models.runner import CellRunner
 from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.config import METHODS, SHOWN_METHODS
 from lion_models.training.ranks import joined_ranks
+from lion_models.training.run_data import data_place, stored_name
 from lion_models.training.runs import check_data, read_config
 from lion_models.training.workbench import Workbench
 
@@ -200,6 +202,7 @@ def train(
     class_weights: ClassWeights = "none",
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    moved_data: MovedData = None,
     overwrite: Overwrite = False,
     test: Annotated[bool, typer.Option(help="Read the test set at the end.")] = True,
     tensorboard: Annotated[
@@ -212,13 +215,20 @@ def train(
     set_up(threads, device)
     config = config_of(ctx).resolved()
     folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{seed}")
+    place = data
+    if moved_data is not None and not resume:
+        raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
     if resume and (folder / "config.json").is_file():
-        config = _resumed(ctx, read_config(folder), config)
+        stored = read_config(folder)
+        asked = replace(config, data=stored_name(folder, stored, data, moved_data))
+        config = _resumed(ctx, stored, asked)
+        if config.data == stored.data:
+            place = data_place(folder, config, moved_data)
     check_given(ctx, [config.method], {config.robust}, {config.robust_on})
     bench = Workbench(device)
     with ExitStack() as held, joined_ranks(device) as ranks:
         if ranks.first:
-            check_data(config, bench)
+            check_data(replace(config, data=place), bench)
             # A lock before a folder is replaced; none is left where a mistake is reported.
             new = not folder.exists()
             if not new:
@@ -235,6 +245,7 @@ def train(
                 on_epoch=lambda state: bars.update(config, state),
                 tensorboard=tensorboard,
                 ranks=ranks,
+                data=moved_data,
             )
     if ranks.first:
         _show_result(folder, result)

@@ -41,6 +41,13 @@ Data = Annotated[
         "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set."
     ),
 ]
+MovedData = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the run's own data lies now, as --data would name it.",
+        show_default="where it lay in training",
+    ),
+]
 Imbalance = Annotated[
     float | None,
     typer.Option(

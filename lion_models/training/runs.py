@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lion_models.backbones import fingerprint
 from lion_models.classifier import TunedClassifier, count_parameters
 from lion_models.data import SealedTest, Task, class_counts
+from lion_models.data.splits import earlier_reading
 from lion_models.errors import UserError
 from lion_models.files import write_json
 from lion_models.lion import Lion
@@ -25,6 +28,7 @@ from lion_models.training.report import CONFUSION, REPORT, read_report, write_re
 from lion_models.training.run_data import (
     DATA_RECORD,
     check_unchanged,
+    data_place,
     record_data,
     split_data,
     take_task,
@@ -175,9 +179,17 @@ def check_data(config: RunConfig, bench: Workbench) -> None:
     build_model(config, bench.backbone(config), len(source.classes))
 
 
-def validation_images(config: RunConfig, bench: Workbench, count: int) -> Tensor:
-    """Up to `count` of a run's validation images, spread over the classes: uint8 (n, C, S, S)."""
-    source = bench.source(config)
+def validation_images(
+    folder: Path, config: RunConfig, bench: Workbench, count: int, data: str | None = None
+) -> Tensor:
+    """Up to `count` of a run's validation images, spread over the classes: uint8 (n, C, S, S).
+
+    Raises:
+        UserError: the data is gone, or it lies at `data` and is not the run's; see `data_place`.
+    """
+    source = bench.source(replace(config, data=data_place(folder, config, data)))
+    if data is not None:
+        check_unchanged(folder, source, config)
     rows = split_data(source, config).validation
     chosen = torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()
     return source.load(rows[chosen])
@@ -194,6 +206,7 @@ def train_run(
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
     state_seconds: float = STATE_SECONDS,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """Train one method in a prepared folder, from its start or from where it was interrupted.
 
@@ -208,6 +221,7 @@ def train_run(
         ranks: this process among those that train the model together; the first one writes.
         state_seconds: a state to resume from is written after the first epoch that ends this long
             after the last one was.
+        data: where the data of an interrupted run lies now; see `data_place`.
 
     Returns:
         The content of result.json; empty on all ranks but the first.
@@ -220,12 +234,14 @@ def train_run(
     result_path, state_path = folder / "result.json", folder / STATE
     finished, state = ranks.share(_read_progress(folder) if ranks.first else None) or (None, None)
     if finished is None:
-        source, backbone = bench.source(config), bench.backbone(config)
+        known = data is not None or (folder / DATA_RECORD).is_file()
+        here = replace(config, data=data_place(folder, config, data)) if known else config
+        source, backbone = bench.source(here), bench.backbone(config)
         task = take_task(source, config, backbone)
-        if state is not None:
+        if state is not None or data is not None:
             check_unchanged(folder, source, config)
-        elif ranks.first:
-            record_data(folder, source, config)
+        if state is None and ranks.first:
+            record_data(folder, source, here)
         seed_all(config.seed)
         model = build_model(config, backbone, len(task.classes)).to(bench.device)
         traces = {"before": _traces(model, task, config)}
@@ -267,33 +283,51 @@ def train_run(
             _plot(folder, config, finished)
     if not test or not ranks.first:
         return finished
-    return measure_run(folder, bench=bench, plot=plot)
+    return measure_run(folder, bench=bench, plot=plot, data=data)
 
 
 def measure_run(
-    folder: Path, *, bench: Workbench | None = None, plot: bool = True
+    folder: Path, *, bench: Workbench | None = None, plot: bool = True, data: str | None = None
 ) -> dict[str, Any]:
     """Measure a finished run on its test set, once, and add it to result.json.
 
-    It also writes report.json, the figures of each class, and with `plot` confusion.png.
+    It also writes report.json, the figures of each class, and with `plot` confusion.png. A run
+    that was measured needs neither its data nor its backbone.
 
     Args:
         folder: the run's.
         bench: device, and what runs of this process share; None makes one for the CPU.
         plot: draw the run's pictures.
+        data: where its data lies now; see `data_place`.
 
     Raises:
-        UserError: the run is not finished, its data has changed since it was trained, or its test
-            set was read with other weights.
+        UserError: the run is not finished, its data is gone or has changed since it was trained,
+            or its test set was read with other weights.
     """
-    bench = Workbench() if bench is None else bench
     stored = read_config(folder)
     if not (folder / "result.json").is_file():
         raise UserError(f"{folder}: not finished; continue it with 'lion train --resume'")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    test = None
+    if (folder / REPORT).exists():
+        weights, _ = read_checkpoint(folder / CHECKPOINT)
+        test = earlier_reading(folder / TEST_LEDGER, fingerprint(weights))
+    if test is None:
+        test = _read_test_set(folder, stored, Workbench() if bench is None else bench, data)
+    result["test"] = test
+    write_json(folder / "result.json", result)
+    if plot:
+        _plot(folder, stored, result)
+    return result
+
+
+def _read_test_set(
+    folder: Path, stored: RunConfig, bench: Workbench, data: str | None
+) -> dict[str, Any]:
+    """The one reading of a run's test set: writes test.json and report.json."""
     run = load_run(folder, bench.backbone(stored))
     config, model = run.config, run.model.to(bench.device)
-    source = bench.source(config)
+    source = bench.source(replace(config, data=data_place(folder, config, data)))
     split = split_data(source, config)
     predicted: list[Tensor] = []
     truths: list[Tensor] = []
@@ -302,17 +336,12 @@ def measure_run(
         truths.append(labels)
         return score(model, freeze_images(model, images), labels.to(bench.device), predicted)
 
-    known = (folder / REPORT).exists()
-    if not (known and (folder / TEST_LEDGER).exists()):
-        check_unchanged(folder, source, config)
+    check_unchanged(folder, source, config)
     sealed = SealedTest(source, split.test)
-    result["test"] = sealed.measure(folder / TEST_LEDGER, run.weights, measure, again=not known)
-    write_json(folder / "result.json", result)
-    if predicted:
-        write_report(folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))
-    if plot:
-        _plot(folder, config, result)
-    return result
+    # A ledger without a report is of a version that wrote none: the same weights are scored again.
+    test = sealed.measure(folder / TEST_LEDGER, run.weights, measure, again=True)
+    write_report(folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))
+    return test
 
 
 def _plot(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
