@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 TEST_LEDGER = "test.json"
+CURVES = "curves.png"
 TRACE_IMAGES = 256
 RUN_FILES = frozenset(
     (
@@ -59,7 +61,7 @@ RUN_FILES = frozenset(
         TEST_LEDGER,
         REPORT,
         CONFUSION,
-        "curves.png",
+        CURVES,
         "tensorboard",
         "model.pt2",  # of lion export
         "model.onnx",
@@ -312,13 +314,21 @@ def measure_run(
     if (folder / REPORT).exists():
         weights, _ = read_checkpoint(folder / CHECKPOINT)
         test = earlier_reading(folder / TEST_LEDGER, fingerprint(weights))
+    measured = test is None
     if test is None:
         test = _read_test_set(folder, stored, Workbench() if bench is None else bench, data)
-    result["test"] = test
-    write_json(folder / "result.json", result)
-    if plot:
+    if result.get("test") != test:
+        result["test"] = test
+        write_json(folder / "result.json", result)
+    if plot and (measured or _lacks_pictures(folder)):
         _plot(folder, stored, result)
     return result
+
+
+def _lacks_pictures(folder: Path) -> bool:
+    """Whether pictures are missing that could be drawn; in a folder to read alone none could."""
+    missing = not all((folder / name).exists() for name in (CURVES, CONFUSION))
+    return missing and os.access(folder, os.W_OK)
 
 
 def _read_test_set(
@@ -349,7 +359,7 @@ def _plot(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
     from lion_models.training.plots import plot_confusion, plot_run
 
     history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    plot_run(folder / "curves.png", config, history, result)
+    plot_run(folder / CURVES, config, history, result)
     if (folder / REPORT).exists():
         plot_confusion(folder / CONFUSION, read_report(folder / REPORT))
 

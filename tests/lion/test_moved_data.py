@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -141,3 +142,32 @@ def test_eval_warns_on_the_data_set_of_the_run_s_own_name(lion: Lion, tmp_path: 
          "--runs", tmp_path, "--name", "d", "--no-test")  # fmt: skip
     shown = lion("eval", tmp_path / "d", "--data", "digits")
     assert "warning: 20 of these images are training images of the run" in shown.err
+
+
+def test_measured_run_is_shown_without_writing_to_its_folder(lion: Lion, trained: Path):
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (trained, *trained.iterdir())}
+
+    before = times()
+    assert lion("eval", trained, "--report").code == 0
+    assert times() == before
+
+
+def test_what_is_missing_of_a_measured_run_is_written_again(
+    lion: Lion, trained: Path, monkeypatch: pytest.MonkeyPatch
+):
+    result = json.loads((trained / "result.json").read_text())
+    (trained / "result.json").write_text(
+        json.dumps({k: v for k, v in result.items() if k != "test"})
+    )
+    (trained / "curves.png").unlink()
+    kept = (trained / "test.json").stat().st_mtime_ns
+    assert lion("eval", trained).code == 0
+    assert json.loads((trained / "result.json").read_text()) == result
+    assert (trained / "curves.png").exists()
+    assert (trained / "test.json").stat().st_mtime_ns == kept
+    # A picture is worth no error.
+    (trained / "confusion.png").unlink()
+    monkeypatch.setattr("os.access", lambda path, mode, **_: mode != os.W_OK)
+    assert lion("eval", trained).code == 0
+    assert not (trained / "confusion.png").exists()
