@@ -23,7 +23,7 @@ from lion_models.cli_options import Backbone, Device, MovedData, Threads, set_up
 from lion_models.data import decode_image
 from lion_models.errors import UserError, choose
 from lion_models.export import FORMATS, export_run
-from lion_models.files import replacing, write_json
+from lion_models.files import make_folder, replacing, write_json
 from lion_models.memory import kept_bytes
 from lion_models.predict import (
     UNREADABLE,
@@ -100,6 +100,8 @@ def evaluate(
     else:
         if moved_data is not None:
             raise UserError("--moved-data: is about the run's own data; leave it or --data out")
+        if report_to is not None:  # before an hour of images
+            make_folder(report_to)
         loaded = _load(run, backbone)
         loaded.model.to(device)
         predicted: list[Tensor] = []
@@ -118,7 +120,6 @@ def evaluate(
     if report_to is not None:
         from lion_models.training.plots import plot_confusion
 
-        report_to.mkdir(parents=True, exist_ok=True)
         write_json(report_to / REPORT, classes)
         plot_confusion(report_to / CONFUSION, classes)
         out.print(f"wrote {report_to}/{REPORT} and {report_to}/{CONFUSION}", soft_wrap=True)

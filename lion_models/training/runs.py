@@ -18,7 +18,7 @@ from lion_models.classifier import TunedClassifier, count_parameters
 from lion_models.data import SealedTest, Task, class_counts
 from lion_models.data.splits import earlier_reading
 from lion_models.errors import UserError
-from lion_models.files import write_json
+from lion_models.files import make_folder, write_json
 from lion_models.lion import Lion
 from lion_models.seeding import seed_all
 from lion_models.training.checkpoint import CHECKPOINT, load_run, read_checkpoint, save_checkpoint
@@ -103,7 +103,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     if is_new(folder):
         if resume:
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_json(folder / "config.json", config.to_dict())
     elif resume:
         stored = read_config(folder)
@@ -145,7 +145,7 @@ def _remove(folder: Path) -> None:
             "--name or --runs"
         )
     aside = folder.parent / ".locks" / f"{folder.name}.replaced"
-    aside.parent.mkdir(exist_ok=True)
+    make_folder(aside.parent)
     if aside.exists():  # of a process that was killed here
         shutil.rmtree(aside)
     folder.rename(aside)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,54 @@ def test_run_on_the_working_directory_is_called_by_its_name(
     names = [short_name(data) for data in (".", "..", "../", "digits", "hf:a/b:c", "emoji:/x/y/")]
     assert names == ["cats", "photos", "photos", "digits", "b-c", "y"]
     assert short_name("/") == "data"
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "sweep", "demo"])
+@pytest.mark.parametrize("runs", ["a", "a/config.json", "a/config.json/b"])
+def test_folder_of_runs_that_is_a_file_is_named(
+    lion: Lion, command: str, runs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    monkeypatch.setattr("lion_models.cells.train_run", None)
+    monkeypatch.setattr("lion_models.cli.train_run", None)
+    real = os.mkdir
+
+    def refuse(path: Path, *arguments: object) -> None:
+        # What the system says to a user without the right to write; a superuser has it always.
+        if str(path).startswith(str(tmp_path / "a" / "")):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(path, *arguments)
+
+    if runs == "a":
+        monkeypatch.setattr("os.mkdir", refuse)
+    refused = lion(command, "--data", "digits", "--runs", tmp_path / runs)
+    assert refused.code == 2
+    assert "cannot be written (" in refused.err
+    assert str(tmp_path / runs) in refused.err
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_nothing_is_trained_where_the_result_could_not_be_written(
+    lion: Lion, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "study").mkdir()
+    real = os.access
+    monkeypatch.setattr(
+        "os.access",
+        lambda path, mode, **more: path != tmp_path / "study" and real(path, mode, **more),
+    )
+    refused = lion(command, "--data", "digits", "--methods", "linear", "--epochs", 1, "--runs",
+                   tmp_path, "--name", "study")  # fmt: skip
+    assert refused.code == 2
+    assert "study: cannot be written (Permission denied)" in refused.err
+    assert not any((tmp_path / "study").iterdir())
+
+
+def test_report_is_refused_where_it_cannot_be_written(
+    lion: Lion, trained: Path, image_folder: Path
+):
+    refused = lion("eval", trained, "--data", image_folder, "--report-to",
+                   trained / "config.json" / "x")  # fmt: skip
+    assert refused.code == 2
+    assert "config.json/x: cannot be written (Not a directory)" in refused.err
