@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import deqcore
 from lion_models.backbones import FrozenBackbone
+from lion_models.errors import UserError
 
 __all__ = [
     "ParameterCount",
@@ -56,6 +57,11 @@ class TunedClassifier(nn.Module, ABC):
         """The rest: output of `frozen` -> logits (B, classes)."""
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) in [0, 1] -> (B, classes)
+        if not images.is_floating_point():
+            raise UserError(
+                f"expected float pixels in [0, 1], got {images.dtype}; divide by 255, as in "
+                "images.float() / 255"
+            )
         return self.tuned(self.frozen(images))
 
 
