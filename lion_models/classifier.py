@@ -28,7 +28,7 @@ class TunedClassifier(nn.Module, ABC):
 
     Args:
         backbone: frozen; shared by reference, never copied or changed.
-        classes: number of outputs of the linear head.
+        classes: number of outputs of the linear head, 1 or more.
 
     Attributes:
         replaced: number of the backbone's parameters that a method computes with copies of.
@@ -38,6 +38,8 @@ class TunedClassifier(nn.Module, ABC):
 
     def __init__(self, backbone: FrozenBackbone, classes: int) -> None:
         super().__init__()
+        if classes < 1:
+            raise UserError(f"classes: expected 1 or more, got {classes}")
         self.backbone = backbone
         self.head = nn.Linear(backbone.feature_dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)

@@ -163,6 +163,9 @@ def split_rows(
     Raises:
         UserError: a class has too few images.
     """
+    for option, count in (("--shots", shots), ("--validation-shots", validation_shots)):
+        if count is not None and count < 1:
+            raise UserError(f"{option}: expected 1 or more, got {count}")
     factors = _profile(len(classes), imbalance)
     pools = [_pool(labels, official, seed, label, test_cap) for label in range(len(classes))]
     held = _validation_counts(pools, shots, validation_shots, balanced=imbalance is not None)
