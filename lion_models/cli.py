@@ -208,7 +208,7 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write scalars to RUNS/NAME/tensorboard.")
     ] = False,
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
@@ -224,7 +224,7 @@ def train(
         config = _resumed(ctx, stored, asked)
         if config.data == stored.data:
             place = data_place(folder, config, moved_data)
-    check_given(ctx, [config.method], {config.robust}, {config.robust_on})
+    check_given(ctx, [config.method], lambda key: {getattr(config, key)})
     bench = Workbench(device)
     with ExitStack() as held, joined_ranks(device) as ranks:
         if ranks.first:
@@ -295,7 +295,7 @@ def compare(
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     jobs: Jobs = 1,
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
@@ -303,7 +303,7 @@ def compare(
     parts = METHODS if methods == "all" else methods.split(",")
     names = distinct("--methods", [choose("--methods", p.strip(), METHODS) for p in parts])
     base = config_of(ctx)
-    check_given(ctx, names, {base.robust}, {base.robust_on})
+    check_given(ctx, names, lambda key: {getattr(base, key)})
     folder = folder_in(runs, name, f"compare-{short_name(data)}-{shots}")
     rates = distinct("--lrs", numbers("--lrs", lrs, float)) if lrs else []
     _compare(
@@ -330,7 +330,7 @@ def demo(
         str | None, typer.Option(help="Other data.", show_default="mnist5k; tuxpaint with --vit")
     ] = None,
     overwrite: Overwrite = False,
-    threads: Threads = 0,
+    threads: Threads = None,
 ) -> None:
     """Linear probe, VPT-deep and LION on few images: MNIST on the embedded tiny ViT, or --vit."""
     set_up(threads, "cpu")
@@ -349,9 +349,9 @@ def _compare(
     overwrite: bool,
     device: str,
     jobs: int = 1,
-    threads: int = 0,
+    threads: int | None = None,
 ) -> None:
-    runner = CellRunner(jobs, threads or None, CellOptions(device))
+    runner = CellRunner(jobs, threads, CellOptions(device))
     with CellBars(jobs) as bars, runner:
         result = run_comparison(
             folder,

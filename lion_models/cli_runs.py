@@ -81,7 +81,7 @@ def evaluate(
     ] = None,
     backbone: Moved = None,
     moved_data: MovedData = None,
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Accuracy of a run: on its own test set (measured once, then remembered) or on other data."""
@@ -166,7 +166,7 @@ def predict_command(
         str, typer.Option(help="Files that are no whole images: fail, or skip (and name them).")
     ] = "fail",
     backbone: Moved = None,
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Class and probability of images."""
@@ -228,7 +228,7 @@ def export(
     ] = None,
     backbone: Moved = None,
     moved_data: MovedData = None,
-    threads: Threads = 0,
+    threads: Threads = None,
 ) -> None:
     """Write a classifier as one file that needs no lion_models, and compare it on real images."""
     set_up(threads, "cpu")
