@@ -292,9 +292,13 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1000:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option}: expected a positive number, got {value}")
+                raise UserError(
+                    f"--{option}: expected a number above 0 and below 1,000, got {value}"
+                )
         if self.imbalance is not None and not 1 <= self.imbalance < 1e6:
-            raise UserError(f"--imbalance: expected 1 or more, got {self.imbalance}")
+            raise UserError(
+                f"--imbalance: expected 1 or more and below 1,000,000, got {self.imbalance}"
+            )
         if abs(self.seed) > MOST_SEED:
             raise UserError(f"--seed: expected a whole number within ±{MOST_SEED}, got {self.seed}")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
