@@ -104,7 +104,7 @@ def data_place(folder: Path, config: RunConfig, moved: str | None = None) -> str
     if moved is not None:
         return moved
     recorded, written = _recorded_folder(folder), _folder_of(config.data)
-    if recorded is not None and recorded.exists():
+    if recorded is not None and recorded != written and recorded.exists():
         return _prefix(config.data) + str(recorded)
     if written is not None and not written.exists():
         where = f"relative to {Path.cwd()}" if recorded is None else f"it was {recorded}"

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Lion, call
+
+from lion_models.training.run_data import data_place
+from lion_models.training.runs import read_config
+from lion_models.training.workbench import Workbench
 
 
 @pytest.fixture
@@ -41,6 +46,14 @@ def test_run_is_measured_exported_and_resumed_from_another_directory(
     shown = lion("eval", run)
     assert shown.code == 0, shown.err
     assert "over 12 images of the run's test set" in shown.out
+
+
+def test_data_that_lies_where_it_lay_is_opened_once(home: Path):
+    folder = home / "runs" / "untested"
+    config = read_config(folder)
+    assert data_place(folder, config) == "photos"
+    bench = Workbench()
+    assert bench.source(config) is bench.source(replace(config, data=data_place(folder, config)))
 
 
 def test_measured_run_is_shown_without_its_data_and_backbone(lion: Lion, home: Path):
