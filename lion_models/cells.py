@@ -105,8 +105,15 @@ def check_cells(cells: Sequence[Cell], overwrite: bool = False) -> None:
     With `overwrite`, cells that were run with other options are cleared away here, once.
 
     Raises:
-        UserError: a folder was run with other options, or holds no run.
+        UserError: a folder was run with other options, or holds no run, or the folder of them all
+            is a run's itself.
     """
+    for folder in {cell.folder.parent for cell in cells}:
+        if (folder / "config.json").exists():
+            raise UserError(
+                f"{folder} holds a run; expected a folder for many, or a new one; use another "
+                "--name or --runs"
+            )
     for cell in cells:
         why = cell.conflict()
         if why is not None and not overwrite:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import deqcore
 from lion_models.backbones import FrozenBackbone
+from lion_models.errors import UserError
 
 __all__ = [
     "ParameterCount",
@@ -27,7 +28,7 @@ class TunedClassifier(nn.Module, ABC):
 
     Args:
         backbone: frozen; shared by reference, never copied or changed.
-        classes: number of outputs of the linear head.
+        classes: number of outputs of the linear head, 1 or more.
 
     Attributes:
         replaced: number of the backbone's parameters that a method computes with copies of.
@@ -37,6 +38,8 @@ class TunedClassifier(nn.Module, ABC):
 
     def __init__(self, backbone: FrozenBackbone, classes: int) -> None:
         super().__init__()
+        if classes < 1:
+            raise UserError(f"classes: expected 1 or more, got {classes}")
         self.backbone = backbone
         self.head = nn.Linear(backbone.feature_dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -56,6 +59,11 @@ class TunedClassifier(nn.Module, ABC):
         """The rest: output of `frozen` -> logits (B, classes)."""
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) in [0, 1] -> (B, classes)
+        if not images.is_floating_point():
+            raise UserError(
+                f"expected float pixels in [0, 1], got {images.dtype}; divide by 255, as in "
+                "images.float() / 255"
+            )
         return self.tuned(self.frozen(images))
 
 

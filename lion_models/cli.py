@@ -38,6 +38,7 @@ from lion_models.cli_options import (
     LoraAlpha,
     LoraRank,
     MaxSteps,
+    MovedData,
     Normalisation,
     Optimizer,
     OutputInput,
@@ -68,6 +69,7 @@ from lion_models.cli_options import (
     check_given,
     config_of,
     distinct,
+    folder_in,
     given_options,
     numbers,
     set_up,
@@ -84,6 +86,7 @@ from lion_models.runner import CellRunner
 from lion_models.training import RunConfig, prepare_folder, train_run
 from lion_models.training.config import METHODS, SHOWN_METHODS
 from lion_models.training.ranks import joined_ranks
+from lion_models.training.run_data import data_place, stored_name
 from lion_models.training.runs import check_data, read_config
 from lion_models.training.workbench import Workbench
 
@@ -199,25 +202,33 @@ def train(
     class_weights: ClassWeights = "none",
     runs: Runs = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    moved_data: MovedData = None,
     overwrite: Overwrite = False,
     test: Annotated[bool, typer.Option(help="Read the test set at the end.")] = True,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write scalars to RUNS/NAME/tensorboard.")
     ] = False,
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
     set_up(threads, device)
     config = config_of(ctx).resolved()
-    folder = runs / (name or f"{short_name(data)}-{method}-s{seed}")
+    folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{seed}")
+    place = data
+    if moved_data is not None and not resume:
+        raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
     if resume and (folder / "config.json").is_file():
-        config = _resumed(ctx, read_config(folder), config)
-    check_given(ctx, [config.method], {config.robust}, {config.robust_on})
+        stored = read_config(folder)
+        asked = replace(config, data=stored_name(folder, stored, data, moved_data))
+        config = _resumed(ctx, stored, asked)
+        if config.data == stored.data:
+            place = data_place(folder, config, moved_data)
+    check_given(ctx, [config.method], lambda key: {getattr(config, key)})
     bench = Workbench(device)
     with ExitStack() as held, joined_ranks(device) as ranks:
         if ranks.first:
-            check_data(config, bench)
+            check_data(replace(config, data=place), bench)
             # A lock before a folder is replaced; none is left where a mistake is reported.
             new = not folder.exists()
             if not new:
@@ -234,6 +245,7 @@ def train(
                 on_epoch=lambda state: bars.update(config, state),
                 tensorboard=tensorboard,
                 ranks=ranks,
+                data=moved_data,
             )
     if ranks.first:
         _show_result(folder, result)
@@ -283,7 +295,7 @@ def compare(
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     jobs: Jobs = 1,
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
@@ -291,8 +303,8 @@ def compare(
     parts = METHODS if methods == "all" else methods.split(",")
     names = distinct("--methods", [choose("--methods", p.strip(), METHODS) for p in parts])
     base = config_of(ctx)
-    check_given(ctx, names, {base.robust}, {base.robust_on})
-    folder = runs / (name or f"compare-{short_name(data)}-{shots}")
+    check_given(ctx, names, lambda key: {getattr(base, key)})
+    folder = folder_in(runs, name, f"compare-{short_name(data)}-{shots}")
     rates = distinct("--lrs", numbers("--lrs", lrs, float)) if lrs else []
     _compare(
         folder,
@@ -318,7 +330,7 @@ def demo(
         str | None, typer.Option(help="Other data.", show_default="mnist5k; tuxpaint with --vit")
     ] = None,
     overwrite: Overwrite = False,
-    threads: Threads = 0,
+    threads: Threads = None,
 ) -> None:
     """Linear probe, VPT-deep and LION on few images: MNIST on the embedded tiny ViT, or --vit."""
     set_up(threads, "cpu")
@@ -337,9 +349,9 @@ def _compare(
     overwrite: bool,
     device: str,
     jobs: int = 1,
-    threads: int = 0,
+    threads: int | None = None,
 ) -> None:
-    runner = CellRunner(jobs, threads or None, CellOptions(device))
+    runner = CellRunner(jobs, threads, CellOptions(device))
     with CellBars(jobs) as bars, runner:
         result = run_comparison(
             folder,

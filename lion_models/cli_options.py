@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -38,6 +39,13 @@ Data = Annotated[
     typer.Option(
         help="A name of 'lion data list', torchvision:NAME, hf:NAME, or a folder: a sub-folder of "
         "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set."
+    ),
+]
+MovedData = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the run's own data lies now, as --data would name it.",
+        show_default="where it lay in training",
     ),
 ]
 Imbalance = Annotated[
@@ -172,7 +180,7 @@ ClassWeights = Annotated[
 Jobs = Annotated[int, typer.Option(help="Processes that share the runs.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
-Threads = Annotated[int, typer.Option(help="CPU threads.", show_default="all cores")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
@@ -195,21 +203,21 @@ def given_options(ctx: typer.Context) -> list[str]:
 def check_given(
     ctx: typer.Context,
     methods: Sequence[str],
-    robust: Collection[str],
-    robust_on: Collection[str],
+    values_of: Callable[[str], Collection[Any]],
 ) -> None:
     """Refuse options that the user wrote and that no run would feel.
 
     Args:
         ctx: of the command.
         methods: of the runs.
-        robust: the values of `--robust` among them.
-        robust_on: the values of `--robust-on` among them.
+        values_of: gives every value that an option has in some run.
 
     Raises:
         UserError: an option of other methods, of robust training that is not there, of a solver
-            where none runs, or of a backward pass through the backbone where there is none.
+            where none runs, of a side or a backward pass through the backbone where there is none,
+            or a number that no run reaches.
     """
+    robust, robust_on = values_of("robust"), values_of("robust_on")
     names = " and ".join(methods)
     given = given_options(ctx)
     if "iterations" in given and (solving := [key for key in SOLVER_OPTIONS if key in given]):
@@ -218,11 +226,8 @@ def check_given(
             f"{option}: is about solving for the equilibrium, and --iterations applies explicit "
             "layers instead; leave one out"
         )
-    if "checkpoint_backbone" in given and set(methods) == {"linear"}:
-        raise UserError(
-            "--checkpoint-backbone: saves memory of the backward pass through the frozen blocks, "
-            "and linear has none; leave it out"
-        )
+    _check_sides(given, methods, values_of)
+    _check_reach(given, values_of)
     for key in given:
         option = f"--{key.replace('_', '-')}"
         owners = ONLY_FOR.get(key, tuple(methods))
@@ -240,6 +245,40 @@ def check_given(
             raise UserError(
                 f"--robust cdr: leaves {names} alone; add --robust-on all to act on every trained "
                 "matrix, or leave it out"
+            )
+
+
+def _check_sides(
+    given: Collection[str], methods: Sequence[str], values_of: Callable[[str], Collection[Any]]
+) -> None:
+    sides = set(values_of("sides"))
+    for key, layer, left_out in (("space", "input", "output"), ("output_input", "output", "input")):
+        if key in given and "lion" in methods and sides == {left_out}:
+            raise UserError(
+                f"--{key.replace('_', '-')}: is about the {layer} layer, which --sides {left_out} "
+                "leaves out; leave one out"
+            )
+    without = {"linear": "linear"}  # a backward pass through the backbone
+    if sides == {"output"}:
+        without["lion"] = "lion with --sides output"
+    if "checkpoint_backbone" in given and set(methods) <= set(without):
+        has = "has" if len(methods) == 1 else "have"
+        raise UserError(
+            "--checkpoint-backbone: saves memory of the backward pass through the frozen blocks, "
+            f"and {' and '.join(without[method] for method in methods)} {has} none; leave it out"
+        )
+
+
+def _check_reach(given: Collection[str], values_of: Callable[[str], Collection[Any]]) -> None:
+    for key, parts, bound, whole in (
+        ("robust_ramp", "epochs", "epochs", ""),
+        ("accumulate", "parts", "batch", "images "),
+    ):
+        asked, most = min(values_of(key)), max(values_of(bound))
+        if key in given and asked > most:
+            raise UserError(
+                f"--{key.replace('_', '-')}: {asked} {parts} are more than the {most} {whole}of "
+                f"--{bound}; lower it"
             )
 
 
@@ -272,14 +311,14 @@ def with_run_options(
     return decorate
 
 
-def set_up(threads: int, device: str) -> None:
-    """Check the device and set the number of threads (0 leaves it)."""
+def set_up(threads: int | None, device: str) -> None:
+    """Check the device and set the number of threads (None leaves it)."""
     choose("--device", device, ["cpu", "cuda"])
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch sees no GPU; use --device cpu")
-    if threads < 0:
-        raise UserError(f"--threads: expected 1 or more, got {threads}")
-    if threads:
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads: expected 1 or more, got {threads}; leave it out for all cores")
+    if threads is not None:
         torch.set_num_threads(threads)
 
 
@@ -309,4 +348,22 @@ def distinct(option: str, values: list[Any]) -> list[Any]:
 
 def short_name(data: str) -> str:
     """The data's part of a run's name: the last part of a path, no colon."""
-    return Path(data).name.replace(":", "-")
+    # Not resolved: a link has the name that the user gave it.
+    return Path(os.path.abspath(data)).name.replace(":", "-") or "data"
+
+
+def folder_in(runs: Path, name: str | None, default: str) -> Path:
+    """The folder that `--name` stands for, always below that of all runs.
+
+    Raises:
+        UserError: the name is empty or leads elsewhere.
+    """
+    if name is None:
+        return runs / default
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute():
+        raise UserError(
+            f"--name: expected a name such as first or study/first, got '{name}'; choose another "
+            "folder with --runs"
+        )
+    return runs / name

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lion_models.backbones import TINY_VIT, load_backbone, read_vit, tiny_vit_path
-from lion_models.cli_options import Backbone, Device, Threads, set_up
+from lion_models.cli_options import Backbone, Device, MovedData, Threads, set_up
 from lion_models.data import decode_image
 from lion_models.errors import UserError, choose
 from lion_models.export import FORMATS, export_run
-from lion_models.files import replacing, write_json
+from lion_models.files import make_folder, replacing, write_json
 from lion_models.memory import kept_bytes
 from lion_models.predict import (
     UNREADABLE,
@@ -33,6 +35,7 @@ from lion_models.predict import (
 )
 from lion_models.training import LoadedRun, load_run, measure_run
 from lion_models.training.report import CONFUSION, REPORT, class_report, read_report
+from lion_models.training.run_data import training_images_in
 from lion_models.training.runs import validation_images
 from lion_models.training.workbench import Workbench
 
@@ -77,7 +80,8 @@ def evaluate(
         ),
     ] = None,
     backbone: Moved = None,
-    threads: Threads = 0,
+    moved_data: MovedData = None,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Accuracy of a run: on its own test set (measured once, then remembered) or on other data."""
@@ -90,14 +94,19 @@ def evaluate(
             raise UserError(f"--report-to: a run's own report is written to {run}; add --data")
         if backbone is not None or bad_files is not None:
             raise UserError("--backbone and --bad-files: go with --data; add it")
-        figures = measure_run(run, bench=Workbench(device))["test"]
+        figures = measure_run(run, bench=Workbench(device), data=moved_data)["test"]
         classes = read_report(run / REPORT) if report else {}
         where = "the run's test set"
     else:
+        if moved_data is not None:
+            raise UserError("--moved-data: is about the run's own data; leave it or --data out")
+        if report_to is not None:  # before an hour of images
+            make_folder(report_to)
         loaded = _load(run, backbone)
         loaded.model.to(device)
         predicted: list[Tensor] = []
         figures, truth = evaluate_on(loaded, data, predicted, bad_files)
+        _warn_of_training_images(run, loaded, data)
         classes = class_report(loaded.classes, truth, torch.cat(predicted)) if (
             report or report_to) else {}  # fmt: skip
         where = data
@@ -111,10 +120,24 @@ def evaluate(
     if report_to is not None:
         from lion_models.training.plots import plot_confusion
 
-        report_to.mkdir(parents=True, exist_ok=True)
         write_json(report_to / REPORT, classes)
         plot_confusion(report_to / CONFUSION, classes)
         out.print(f"wrote {report_to}/{REPORT} and {report_to}/{CONFUSION}", soft_wrap=True)
+
+
+def _warn_of_training_images(run: Path, loaded: LoadedRun, data: str) -> None:
+    folder = run if run.is_dir() else run.parent
+    count = 0
+    with suppress(UserError), warnings.catch_warnings():
+        # What is wrong with the run's own data is no matter here.
+        warnings.simplefilter("ignore")
+        count = training_images_in(data, folder, loaded.config, loaded.model.backbone)
+    if count:
+        typer.echo(
+            f"warning: {count} of these images are training images of the run; its accuracy on "
+            "its own test set: leave --data out",
+            err=True,
+        )
 
 
 def _report_table(report: dict[str, Any]) -> Table:
@@ -143,7 +166,7 @@ def predict_command(
         str, typer.Option(help="Files that are no whole images: fail, or skip (and name them).")
     ] = "fail",
     backbone: Moved = None,
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """Class and probability of images."""
@@ -213,7 +236,8 @@ def export(
         ),
     ] = None,
     backbone: Moved = None,
-    threads: Threads = 0,
+    moved_data: MovedData = None,
+    threads: Threads = None,
 ) -> None:
     """Write a classifier as one file that needs no lion_models, and compare it on real images."""
     set_up(threads, "cpu")
@@ -224,12 +248,15 @@ def export(
         raise UserError(f"--output: folder {output.parent} does not exist; create it first")
     loaded = _load(run, backbone)
     if images:
+        if moved_data is not None:
+            raise UserError("--moved-data: --images are compared on instead; leave one out")
         paths = gather_images(images)[:COMPARED_IMAGES]
         shape = loaded.model.backbone.channels, loaded.model.backbone.image_size
         decoded = [decode_image(path, *shape, loaded.config.transform) for path in paths]
         pixels = torch.stack(decoded * (1 if len(decoded) > 1 else 2))
     else:
-        pixels = validation_images(loaded.config, Workbench(), COMPARED_IMAGES)
+        bench = Workbench()
+        pixels = validation_images(folder, loaded.config, bench, COMPARED_IMAGES, moved_data)
     written = export_run(loaded, pixels, output, form, steps)
     figures = written.metadata
     size = written.path.stat().st_size

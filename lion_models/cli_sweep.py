@@ -20,6 +20,7 @@ from lion_models.cli_options import (
     check_given,
     config_of,
     distinct,
+    folder_in,
     numbers,
     set_up,
     short_name,
@@ -63,7 +64,7 @@ def sweep(
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     jobs: Jobs = 1,
-    threads: Threads = 0,
+    threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
     """A grid of options, chosen on validation data: sweep.json, sweep.png. Continues by itself.
@@ -87,10 +88,10 @@ def sweep(
     tested = (
         distinct("--test-seeds", numbers("--test-seeds", test_seeds, int)) if test_seeds else []
     )
-    check_given(ctx, plan.methods, plan.values_of("robust"), plan.values_of("robust_on"))
-    folder = runs / (name or f"sweep-{short_name(data)}")
+    check_given(ctx, plan.methods, plan.values_of)
+    folder = folder_in(runs, name, f"sweep-{short_name(data)}")
     options = CellOptions(device, plot=False)
-    with CellBars(jobs) as bars, CellRunner(jobs, threads or None, options) as runner:
+    with CellBars(jobs) as bars, CellRunner(jobs, threads, options) as runner:
         content = run_sweep(
             folder,
             plan,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lion_models.cells import Cell, OnEvent, check_cells
 from lion_models.errors import UserError
-from lion_models.files import write_json
+from lion_models.files import make_folder, write_json
 from lion_models.runner import CellRunner
 from lion_models.training.config import RunConfig
 from lion_models.training.runs import check_data, read_config
@@ -58,6 +58,7 @@ def run_comparison(
 
     def run(cells: list[Cell]) -> None:
         check_cells(cells, overwrite)
+        make_folder(folder)  # where nothing can be written, nothing is trained
         outcome = runner.run(cells, on_cells(cells))
         if outcome.failures:
             index, message = next(iter(outcome.failures.items()))

@@ -21,6 +21,7 @@ __all__ = [
     "append_line",
     "claim",
     "holding",
+    "make_folder",
     "replacing",
     "run_lock",
     "save_figure",
@@ -59,6 +60,20 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise _cannot_write(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that can be written to, and those that it lies in.
+
+    Raises:
+        UserError: it cannot be made, or files cannot be made in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -155,7 +170,7 @@ def claim(lock: Path) -> Iterator[bool]:
 def run_lock(folder: Path) -> Path:
     """The lock file of a run's folder; beside it, so that replacing the folder leaves it."""
     lock = folder.parent / ".locks" / f"{folder.name}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(lock.parent)
     return lock
 
 

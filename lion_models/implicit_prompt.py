@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deqcore
 from lion_models.backbones.adapter import SPACES
-from lion_models.errors import choose
+from lion_models.errors import UserError, choose
 
 __all__ = ["BottleneckCell", "ConvCell", "ImplicitPrompt", "Solver"]
 
@@ -99,6 +99,8 @@ class ImplicitPrompt(nn.Module):
     ) -> None:
         super().__init__()
         choose("--space", space, SPACES)
+        if hidden < 1:
+            raise UserError(f"--hidden: expected 1 or more, got {hidden}")
         solver = deqcore.Anderson() if solver is None else solver
         self.space = space
         self.layer = deqcore.ImplicitLayer(

@@ -13,7 +13,7 @@ from typing import Any
 
 from lion_models.cells import Cell, OnEvent, check_cells
 from lion_models.errors import UserError, choose
-from lion_models.files import write_json
+from lion_models.files import make_folder, write_json
 from lion_models.runner import CellRunner
 from lion_models.training.config import CDR_OPTIONS, METHODS, ONLY_FOR, RunConfig
 from lion_models.training.runs import check_data
@@ -208,6 +208,7 @@ def run_sweep(
         for method in dict.fromkeys(row.method for row in new):  # before anything has run
             base = replace(plan.base, method=method, seed=plan.seeds[0], **options)
             check_data(base, runner.bench)
+    make_folder(folder)  # where nothing can be written, nothing is trained
     outcome = runner.run(cells, on_cells(cells))
     results = dict(zip((cell.folder for cell in cells), outcome.results, strict=True))
     settings = sorted((_summary(row, results) for row in rows), key=_rank, reverse=True)

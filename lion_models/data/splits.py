@@ -27,6 +27,7 @@ __all__ = [
     "Split",
     "Task",
     "class_counts",
+    "earlier_reading",
     "make_task",
     "split_rows",
     "split_source",
@@ -100,15 +101,9 @@ class SealedTest:
         Raises:
             UserError: the ledger shows a reading with other weights.
         """
-        if ledger.exists():
-            earlier: dict[str, Any] = json.loads(ledger.read_text())
-            if earlier["weights"] != weights:
-                raise UserError(
-                    f"{ledger}: the test set was read with other weights already; start a "
-                    "new run instead of changing this one"
-                )
-            if not again:
-                return earlier
+        earlier = earlier_reading(ledger, weights)
+        if earlier is not None and not again:
+            return earlier
         totals: dict[str, float] = {}
         for rows in self._rows.split(chunk):
             for key, value in score(self._source.load(rows), self._source.labels[rows]).items():
@@ -117,6 +112,23 @@ class SealedTest:
         result |= {"images": len(self), "weights": weights}
         write_json(ledger, result)
         return result
+
+
+def earlier_reading(ledger: Path, weights: str) -> dict[str, Any] | None:
+    """What a ledger holds for these weights, without any data; None where there is no ledger.
+
+    Raises:
+        UserError: it shows a reading with other weights.
+    """
+    if not ledger.exists():
+        return None
+    earlier: dict[str, Any] = json.loads(ledger.read_text())
+    if earlier["weights"] != weights:
+        raise UserError(
+            f"{ledger}: the test set was read with other weights already; start a "
+            "new run instead of changing this one"
+        )
+    return earlier
 
 
 def split_rows(
@@ -151,6 +163,9 @@ def split_rows(
     Raises:
         UserError: a class has too few images.
     """
+    for option, count in (("--shots", shots), ("--validation-shots", validation_shots)):
+        if count is not None and count < 1:
+            raise UserError(f"{option}: expected 1 or more, got {count}")
     factors = _profile(len(classes), imbalance)
     pools = [_pool(labels, official, seed, label, test_cap) for label in range(len(classes))]
     held = _validation_counts(pools, shots, validation_shots, balanced=imbalance is not None)

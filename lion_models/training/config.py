@@ -26,7 +26,7 @@ from lion_models.classifier import TunedClassifier
 from lion_models.data.augment import AUGMENTATIONS
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY
-from lion_models.errors import UserError, choose
+from lion_models.errors import UserError, check_types, choose
 from lion_models.implicit_prompt import Solver
 from lion_models.lion import OUTPUT_INPUTS, SIDES, Lion
 from lion_models.pruning import check_prunable
@@ -48,6 +48,7 @@ __all__ = [
     "SOLVER_OPTIONS",
     "RunConfig",
     "build_model",
+    "check_model",
     "make_solver",
 ]
 
@@ -249,6 +250,7 @@ class RunConfig:
     class_weights: str = "none"
 
     def __post_init__(self) -> None:
+        check_types(self)
         choose("--method", self.method, METHODS)
         choose("--optimizer", self.optimizer, OPTIMIZERS)
         if self.augment is not None:
@@ -290,9 +292,13 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1000:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option}: expected a positive number, got {value}")
+                raise UserError(
+                    f"--{option}: expected a number above 0 and below 1,000, got {value}"
+                )
         if self.imbalance is not None and not 1 <= self.imbalance < 1e6:
-            raise UserError(f"--imbalance: expected 1 or more, got {self.imbalance}")
+            raise UserError(
+                f"--imbalance: expected 1 or more and below 1,000,000, got {self.imbalance}"
+            )
         if abs(self.seed) > MOST_SEED:
             raise UserError(f"--seed: expected a whole number within ±{MOST_SEED}, got {self.seed}")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
@@ -404,6 +410,39 @@ def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Tu
         "lion": lambda: _build_lion(config, backbone, classes),
     }
     return builders[config.method]()
+
+
+# What `build_model` makes of each method.
+_MODELS: dict[str, type[TunedClassifier]] = {
+    "linear": LinearProbe,
+    "full": FineTune,
+    "bias": FineTune,
+    "adapter": Adapters,
+    "lora": LoRA,
+    "vpt-shallow": VPTShallow,
+    "vpt-deep": VPTDeep,
+    "vpt-pad": VPTPad,
+    "lion": Lion,
+}
+
+
+def check_model(model: TunedClassifier, config: RunConfig, classes: int) -> None:
+    """Raise UserError where a model is not one of the method and number of classes.
+
+    A class of the user's own may go by any method's recipe.
+    """
+    made = model.head.out_features
+    if made != classes:
+        raise UserError(
+            f"expected a model of {classes} classes, as the task has, got {made}; build it with "
+            "classes=len(task.classes)"
+        )
+    own = [method for method, kind in _MODELS.items() if type(model) is kind]
+    if own and config.method not in own:
+        raise UserError(
+            f"expected a model of --method {config.method}, got a {type(model).__name__}; use "
+            f"RunConfig(..., method='{own[0]}'), or build_model"
+        )
 
 
 def _build_lion(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Lion:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lion_models.backbones import FrozenBackbone
-from lion_models.data import Source, Split, Task, check_fit, make_task, open_source, split_source
+from lion_models.data import (
+    FolderSource,
+    Source,
+    Split,
+    Task,
+    check_fit,
+    make_task,
+    open_source,
+    split_source,
+)
+from lion_models.data.catalogue import CATALOGUE
 from lion_models.errors import UserError
 from lion_models.files import write_json
 from lion_models.training.config import RunConfig
@@ -18,10 +29,13 @@ from lion_models.training.config import RunConfig
 __all__ = [
     "DATA_RECORD",
     "check_unchanged",
+    "data_place",
     "open_data",
     "record_data",
     "split_data",
+    "stored_name",
     "take_task",
+    "training_images_in",
 ]
 
 DATA_RECORD = "data.json"
@@ -70,7 +84,98 @@ def take_task(source: Source, config: RunConfig, backbone: FrozenBackbone) -> Ta
 
 def record_data(folder: Path, source: Source, config: RunConfig) -> None:
     """Write down, in a run's folder, which rows it trains on and which it leaves for the test."""
-    write_json(folder / DATA_RECORD, _describe(source, config))
+    place = _folder_of(config.data)
+    where = {} if place is None else {"folder": str(place)}
+    write_json(folder / DATA_RECORD, _describe(source, config) | where)
+
+
+def data_place(folder: Path, config: RunConfig, moved: str | None = None) -> str:
+    """What `open_source` takes for a run's data, in whatever folder this process works.
+
+    Args:
+        folder: the run's.
+        config: the run's.
+        moved: what the user says; None means the folder that the run was trained on or, where that
+            is gone, what the user wrote then.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if moved is not None:
+        return moved
+    recorded, written = _recorded_folder(folder), _folder_of(config.data)
+    if recorded is not None and recorded != written and recorded.exists():
+        return _prefix(config.data) + str(recorded)
+    if written is not None and not written.exists():
+        where = f"relative to {Path.cwd()}" if recorded is None else f"it was {recorded}"
+        raise UserError(
+            f"--data: the run's data folder '{config.data}' ({where}) is not there; name its new "
+            "place with --moved-data"
+        )
+    return config.data
+
+
+def stored_name(folder: Path, stored: RunConfig, data: str, moved: str | None) -> str:
+    """`data` as a run's configuration has it, where it is another path of the same folder.
+
+    Args:
+        folder: the run's.
+        stored: its configuration.
+        data: what the user writes to resume it.
+        moved: where the user says that it lies now.
+
+    Raises:
+        UserError: `data` is a folder, and not the one that the run was started on.
+    """
+    recorded, written = _recorded_folder(folder), _folder_of(data)
+    if recorded is None or (data == stored.data and (moved is not None or not recorded.exists())):
+        return data
+    if written == recorded and _prefix(data) == _prefix(stored.data):
+        return stored.data
+    raise UserError(
+        f"--resume: {folder} was started on the data in {recorded}, and '{data}' is "
+        f"{written or 'another'}; repeat the former, and if that has moved here, add --moved-data"
+    )
+
+
+def training_images_in(data: str, folder: Path, config: RunConfig, backbone: FrozenBackbone) -> int:
+    """How many of a run's training images are in `data`, as far as names and paths tell."""
+    own = data_place(folder, config)
+    place, other = _folder_of(own), _folder_of(data)
+    same = (place, _prefix(own)) == (other, _prefix(data)) and (place is not None or own == data)
+    nested = place is not None and other is not None and (place in other.parents
+                                                          or other in place.parents)  # fmt: skip
+    if not same and not nested:
+        return 0
+    source = open_data(replace(config, data=own), backbone)
+    rows = split_data(source, config).train
+    if same:
+        return len(rows)
+    files = source.paths if isinstance(source, FolderSource) else ()
+    folders = [files[row].parent.resolve() for row in rows] if files else []
+    return sum(other in (inside, *inside.parents) for inside in folders)
+
+
+def _prefix(data: str) -> str:
+    """`NAME:` of `NAME:FOLDER`, where the data set NAME lies in a folder of the user's."""
+    kind, colon, rest = data.partition(":")
+    return kind + colon if rest and kind in CATALOGUE else ""
+
+
+def _folder_of(data: str) -> Path | None:
+    """The absolute path of the folder in what `--data` names; None where it is no folder."""
+    prefix = _prefix(data)
+    kind, _, rest = data.partition(":")
+    if not prefix and (kind in CATALOGUE or (rest and kind in ("torchvision", "hf"))):
+        return None
+    return Path(data.removeprefix(prefix)).expanduser().resolve()
+
+
+def _recorded_folder(folder: Path) -> Path | None:
+    """The folder that a run's data lay in; None where it has none, or a version wrote none down."""
+    path = folder / DATA_RECORD
+    where = json.loads(path.read_text()).get("folder") if path.is_file() else None
+    return None if where is None else Path(where)
 
 
 def check_unchanged(folder: Path, source: Source, config: RunConfig) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lion_models.backbones import fingerprint
 from lion_models.classifier import TunedClassifier, count_parameters
 from lion_models.data import SealedTest, Task, class_counts
+from lion_models.data.splits import earlier_reading
 from lion_models.errors import UserError
-from lion_models.files import write_json
+from lion_models.files import make_folder, write_json
 from lion_models.lion import Lion
 from lion_models.seeding import seed_all
-from lion_models.training.checkpoint import CHECKPOINT, load_run, save_checkpoint
+from lion_models.training.checkpoint import CHECKPOINT, load_run, read_checkpoint, save_checkpoint
 from lion_models.training.config import RunConfig, build_model, make_solver
 from lion_models.training.progress import METRICS, STATE, STATE_SECONDS, RunLog, read_state
 from lion_models.training.ranks import ALONE, Ranks
@@ -25,6 +29,7 @@ from lion_models.training.report import CONFUSION, REPORT, read_report, write_re
 from lion_models.training.run_data import (
     DATA_RECORD,
     check_unchanged,
+    data_place,
     record_data,
     split_data,
     take_task,
@@ -43,6 +48,7 @@ __all__ = [
 ]
 
 TEST_LEDGER = "test.json"
+CURVES = "curves.png"
 TRACE_IMAGES = 256
 RUN_FILES = frozenset(
     (
@@ -55,8 +61,10 @@ RUN_FILES = frozenset(
         TEST_LEDGER,
         REPORT,
         CONFUSION,
-        "curves.png",
+        CURVES,
         "tensorboard",
+        "model.pt2",  # of lion export
+        "model.onnx",
     )
 )
 
@@ -95,7 +103,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     if is_new(folder):
         if resume:
             raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_json(folder / "config.json", config.to_dict())
     elif resume:
         stored = read_config(folder)
@@ -125,19 +133,37 @@ def _remove(folder: Path) -> None:
 
     The folder is renamed first: a kill while its files go leaves no half of a run under its name.
     """
-    others = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
-    others = [name for name in others if name not in RUN_FILES and not name.endswith(".part")]
-    if not (folder / "config.json").is_file() and others:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    others = [name for name in names if name not in RUN_FILES and not name.endswith(".part")]
+    why = "is not a run (it has neither a run's config.json nor a run's checkpoint)"
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        why = f"holds {', '.join(others[:3])}{more}, which is no file of a run,"
+    if others or not _was_written_here(folder):
         raise UserError(
-            f"--overwrite: {folder} is not a run (no config.json, but {others[0]}) and is not "
-            "replaced; move it away, or use another --name or --runs"
+            f"--overwrite: {folder} {why} and is not replaced; move it away, or use another "
+            "--name or --runs"
         )
     aside = folder.parent / ".locks" / f"{folder.name}.replaced"
-    aside.parent.mkdir(exist_ok=True)
+    make_folder(aside.parent)
     if aside.exists():  # of a process that was killed here
         shutil.rmtree(aside)
     folder.rename(aside)
     shutil.rmtree(aside)
+
+
+def _was_written_here(folder: Path) -> bool:
+    """Whether a run's configuration or, where another version wrote that, its checkpoint is there.
+
+    Other programs, too, call a file config.json or metrics.jsonl.
+    """
+    for read in (read_config, lambda folder: read_checkpoint(folder / CHECKPOINT)):
+        try:
+            read(folder)
+        except UserError:
+            continue
+        return True
+    return False
 
 
 def is_new(folder: Path) -> bool:
@@ -155,9 +181,17 @@ def check_data(config: RunConfig, bench: Workbench) -> None:
     build_model(config, bench.backbone(config), len(source.classes))
 
 
-def validation_images(config: RunConfig, bench: Workbench, count: int) -> Tensor:
-    """Up to `count` of a run's validation images, spread over the classes: uint8 (n, C, S, S)."""
-    source = bench.source(config)
+def validation_images(
+    folder: Path, config: RunConfig, bench: Workbench, count: int, data: str | None = None
+) -> Tensor:
+    """Up to `count` of a run's validation images, spread over the classes: uint8 (n, C, S, S).
+
+    Raises:
+        UserError: the data is gone, or it lies at `data` and is not the run's; see `data_place`.
+    """
+    source = bench.source(replace(config, data=data_place(folder, config, data)))
+    if data is not None:
+        check_unchanged(folder, source, config)
     rows = split_data(source, config).validation
     chosen = torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()
     return source.load(rows[chosen])
@@ -174,6 +208,7 @@ def train_run(
     tensorboard: bool = False,
     ranks: Ranks = ALONE,
     state_seconds: float = STATE_SECONDS,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """Train one method in a prepared folder, from its start or from where it was interrupted.
 
@@ -188,6 +223,7 @@ def train_run(
         ranks: this process among those that train the model together; the first one writes.
         state_seconds: a state to resume from is written after the first epoch that ends this long
             after the last one was.
+        data: where the data of an interrupted run lies now; see `data_place`.
 
     Returns:
         The content of result.json; empty on all ranks but the first.
@@ -200,12 +236,14 @@ def train_run(
     result_path, state_path = folder / "result.json", folder / STATE
     finished, state = ranks.share(_read_progress(folder) if ranks.first else None) or (None, None)
     if finished is None:
-        source, backbone = bench.source(config), bench.backbone(config)
+        known = data is not None or (folder / DATA_RECORD).is_file()
+        here = replace(config, data=data_place(folder, config, data)) if known else config
+        source, backbone = bench.source(here), bench.backbone(config)
         task = take_task(source, config, backbone)
-        if state is not None:
+        if state is not None or data is not None:
             check_unchanged(folder, source, config)
-        elif ranks.first:
-            record_data(folder, source, config)
+        if state is None and ranks.first:
+            record_data(folder, source, here)
         seed_all(config.seed)
         model = build_model(config, backbone, len(task.classes)).to(bench.device)
         traces = {"before": _traces(model, task, config)}
@@ -247,33 +285,59 @@ def train_run(
             _plot(folder, config, finished)
     if not test or not ranks.first:
         return finished
-    return measure_run(folder, bench=bench, plot=plot)
+    return measure_run(folder, bench=bench, plot=plot, data=data)
 
 
 def measure_run(
-    folder: Path, *, bench: Workbench | None = None, plot: bool = True
+    folder: Path, *, bench: Workbench | None = None, plot: bool = True, data: str | None = None
 ) -> dict[str, Any]:
     """Measure a finished run on its test set, once, and add it to result.json.
 
-    It also writes report.json, the figures of each class, and with `plot` confusion.png.
+    It also writes report.json, the figures of each class, and with `plot` confusion.png. A run
+    that was measured needs neither its data nor its backbone.
 
     Args:
         folder: the run's.
         bench: device, and what runs of this process share; None makes one for the CPU.
         plot: draw the run's pictures.
+        data: where its data lies now; see `data_place`.
 
     Raises:
-        UserError: the run is not finished, its data has changed since it was trained, or its test
-            set was read with other weights.
+        UserError: the run is not finished, its data is gone or has changed since it was trained,
+            or its test set was read with other weights.
     """
-    bench = Workbench() if bench is None else bench
     stored = read_config(folder)
     if not (folder / "result.json").is_file():
         raise UserError(f"{folder}: not finished; continue it with 'lion train --resume'")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    test = None
+    if (folder / REPORT).exists():
+        weights, _ = read_checkpoint(folder / CHECKPOINT)
+        test = earlier_reading(folder / TEST_LEDGER, fingerprint(weights))
+    measured = test is None
+    if test is None:
+        test = _read_test_set(folder, stored, Workbench() if bench is None else bench, data)
+    if result.get("test") != test:
+        result["test"] = test
+        write_json(folder / "result.json", result)
+    if plot and (measured or _lacks_pictures(folder)):
+        _plot(folder, stored, result)
+    return result
+
+
+def _lacks_pictures(folder: Path) -> bool:
+    """Whether pictures are missing that could be drawn; in a folder to read alone none could."""
+    missing = not all((folder / name).exists() for name in (CURVES, CONFUSION))
+    return missing and os.access(folder, os.W_OK)
+
+
+def _read_test_set(
+    folder: Path, stored: RunConfig, bench: Workbench, data: str | None
+) -> dict[str, Any]:
+    """The one reading of a run's test set: writes test.json and report.json."""
     run = load_run(folder, bench.backbone(stored))
     config, model = run.config, run.model.to(bench.device)
-    source = bench.source(config)
+    source = bench.source(replace(config, data=data_place(folder, config, data)))
     split = split_data(source, config)
     predicted: list[Tensor] = []
     truths: list[Tensor] = []
@@ -282,17 +346,12 @@ def measure_run(
         truths.append(labels)
         return score(model, freeze_images(model, images), labels.to(bench.device), predicted)
 
-    known = (folder / REPORT).exists()
-    if not (known and (folder / TEST_LEDGER).exists()):
-        check_unchanged(folder, source, config)
+    check_unchanged(folder, source, config)
     sealed = SealedTest(source, split.test)
-    result["test"] = sealed.measure(folder / TEST_LEDGER, run.weights, measure, again=not known)
-    write_json(folder / "result.json", result)
-    if predicted:
-        write_report(folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))
-    if plot:
-        _plot(folder, config, result)
-    return result
+    # A ledger without a report is of a version that wrote none: the same weights are scored again.
+    test = sealed.measure(folder / TEST_LEDGER, run.weights, measure, again=True)
+    write_report(folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))
+    return test
 
 
 def _plot(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
@@ -300,7 +359,7 @@ def _plot(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
     from lion_models.training.plots import plot_confusion, plot_run
 
     history = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    plot_run(folder / "curves.png", config, history, result)
+    plot_run(folder / CURVES, config, history, result)
     if (folder / REPORT).exists():
         plot_confusion(folder / CONFUSION, read_report(folder / REPORT))
 

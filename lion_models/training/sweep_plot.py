@@ -22,7 +22,8 @@ SHOWN_SETTINGS = 15
 def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     """Draw validation accuracy over the grid, a panel for each condition and method.
 
-    A panel is a heat map where two options vary, else a row of dots for each setting.
+    A panel is a heat map where two options vary, else a row of dots for each setting; what is
+    chosen is bold.
 
     Args:
         path: PNG to write.
@@ -47,7 +48,8 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
         "" if "data" in content["settings"][0]["condition"] else f" on {content['options']['data']}"
     )
     figure.suptitle(
-        f"Validation accuracy (%){data}, seed{'s' * (len(content['seeds']) > 1)} {seeds}"
+        f"Validation accuracy (%){data}, seed{'s' * (len(content['seeds']) > 1)} {seeds}; "
+        "bold is chosen"
     )
     by_run = {cell["run"]: cell.get("validation_accuracy") for cell in content["cells"]}
     for row, condition in enumerate(conditions):
@@ -162,6 +164,8 @@ def _dots(
         axis.plot([mean], [position], "|", color="black", markersize=14, markeredgewidth=2)
     labels = [", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-" for one in shown]
     axis.set_yticks(range(len(shown)), labels, fontsize=8)
+    for label, one in zip(axis.get_yticklabels(), shown, strict=True):
+        label.set_fontweight("bold" if one["chosen"] else "normal")
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.set_xlabel("a dot is a seed, the bar their mean")
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)

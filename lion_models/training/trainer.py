@@ -24,7 +24,7 @@ from lion_models.lion import Lion
 from lion_models.pruning import prune_and_rebuild
 from lion_models.seeding import seed_all
 from lion_models.training.averaging import Average
-from lion_models.training.config import RunConfig
+from lion_models.training.config import RunConfig, check_model
 from lion_models.training.inputs import FeatureCache, Inputs, freeze_images
 from lion_models.training.loss import TrainingLoss
 from lion_models.training.optimizer import make_optimizer
@@ -151,7 +151,11 @@ def fit(
         on_epoch: called after every epoch with the state so far.
         features: outputs of frozen parts to share with other fits of this process.
         ranks: this process among those that train the model together.
+
+    Raises:
+        UserError: the model is not one of the method, or of the task's classes.
     """
+    check_model(model, config, len(task.classes))
     steps = math.ceil(len(task.train_labels) / config.batch)
     if state is None:
         state = FitState()

@@ -83,7 +83,7 @@ def test_remains_of_a_run_are_no_result_and_are_replaced_when_asked(
         assert runner.run([cell]).results[0]["epochs"] == 2
     (cell.folder / "config.json").unlink()
     (cell.folder / "notes.txt").write_text("of the user")
-    with pytest.raises(UserError, match=r"no config\.json, but notes\.txt"):
+    with pytest.raises(UserError, match=r"holds notes\.txt, which is no file of a run"):
         check_cells([cell], overwrite=True)
     assert (cell.folder / "result.json").exists()
 

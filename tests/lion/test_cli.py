@@ -173,7 +173,7 @@ def test_overwrite_spares_a_folder_that_is_no_run(lion: Lion, tmp_path: Path):
     (tmp_path / "x" / "thesis.txt").write_text("years of work")
     refused = lion("train", "--data", "digits", "--name", "x", "--runs", tmp_path, "--overwrite")
     assert refused.code == 2
-    assert "not a run" in refused.err
+    assert "x holds thesis.txt, which is no file of a run" in refused.err
     assert (tmp_path / "x" / "thesis.txt").exists()
 
 

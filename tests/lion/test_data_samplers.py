@@ -182,4 +182,4 @@ def test_train_with_a_long_tail_records_the_images_of_each_class(
     assert '"train_images": [\n    20,\n    15,\n    11,\n    9,\n    7,' in result
     wrong = lion("train", "--data", "digits", "--imbalance", 0.5, "--runs", tmp_path)
     assert wrong.code == 2
-    assert "--imbalance: expected 1 or more, got 0.5" in wrong.err
+    assert "--imbalance: expected 1 or more and below 1,000,000, got 0.5" in wrong.err

@@ -28,7 +28,7 @@ from lion_models.training.workbench import Workbench
 
 @pytest.fixture
 def images(trained: Path) -> torch.Tensor:
-    return validation_images(load_run(trained).config, Workbench(), 5)
+    return validation_images(trained, load_run(trained).config, Workbench(), 5)
 
 
 def test_torch_export_gives_the_models_logits_and_says_how_near(
@@ -43,7 +43,7 @@ def test_torch_export_gives_the_models_logits_and_says_how_near(
     assert metadata["steps"] == 6
     assert metadata["compared_images"] == 9  # all validation images
     model = load_run(trained).model
-    pixels = validation_images(load_run(trained).config, Workbench(), 64).float() / 255
+    pixels = validation_images(trained, load_run(trained).config, Workbench(), 64).float() / 255
     with torch.no_grad():
         difference = (program(pixels) - model(pixels)).abs().max().item()
     assert difference == pytest.approx(metadata["difference"], abs=1e-6)
@@ -146,8 +146,8 @@ def test_compared_images_are_validation_images(trained: Path):
     bench = Workbench()
     rows = split_data(bench.source(config), config).validation
     everything = bench.source(config).load(rows)
-    assert torch.equal(validation_images(config, bench, 100), everything)
-    some = validation_images(config, bench, 3)
+    assert torch.equal(validation_images(trained, config, bench, 100), everything)
+    some = validation_images(trained, config, bench, 3)
     assert torch.equal(some, everything[[0, 4, 8]])
 
 

@@ -11,6 +11,8 @@ from lion_models.errors import UserError
 from lion_models.sweep import Axis, Plan, parse_axis
 from lion_models.training import RunConfig
 
+LION = ("--method", "lion", "--sides")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -25,6 +27,15 @@ from lion_models.training import RunConfig
         (("--checkpoint-backbone",), "--checkpoint-backbone: saves memory of the backward pass"),
         (("--method", "lion", "--iterations", 2, "--max-steps", 9), "--max-steps: is about"),
         (("--method", "lion", "--iterations", 2, "--solver", "picard"), "--iterations applies"),
+        ((*LION, "output", "--space", "pixel"), "--space: is about the input layer, which --sides"),
+        ((*LION, "input", "--output-input", "embedding"), "--output-input: is about the output"),
+        ((*LION, "output", "--checkpoint-backbone"), "and lion with --sides output has none"),
+        (
+            ("--robust", "cdr", "--robust-on", "all", "--robust-ramp", 2),
+            "--robust-ramp: 2 epochs are more than the 1 of --epochs",
+        ),
+        (("--accumulate", 9, "--batch", 8), "--accumulate: 9 parts are more than the 8 images of"),
+        (("--threads", 0), "--threads: expected 1 or more, got 0; leave it out for all cores"),
     ],
 )
 def test_train_refuses_options_that_would_do_nothing(
@@ -71,6 +82,21 @@ def test_options_that_act_are_taken(
         assert done.code == 0, done.err
     # A resumed run has the method that is stored, not the command's default.
     done = lion("train", *shared, "--name", "train", "--tau", 0.3, "--resume")
+    assert done.code == 0, done.err
+
+
+def test_options_that_act_in_some_run_of_a_sweep_are_taken(
+    lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
+):
+    shared = ("sweep", "--data", image_folder, "--backbone", backbone_file, "--shots", 3,
+              "--validation-shots", 2, "--epochs", 1, "--runs", tmp_path, "--methods",
+              "lion")  # fmt: skip
+    axes = ("--sides", "output", "--space", "pixel", "--batch", 2, "--accumulate", 4, "--robust",
+            "cdr", "--robust-ramp", 2, "--robust-on", "implicit")  # fmt: skip
+    refused = lion(*shared, *axes, "--grid", "epochs=1,2", "--grid", "batch=4,8")
+    assert "--space: is about the input layer" in refused.err
+    done = lion(*shared, *axes, "--name", "s", "--grid", "epochs=1,2", "--over", "batch=4,8",
+                "--over", "sides=input,output")  # fmt: skip
     assert done.code == 0, done.err
 
 

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from lion_models.files import save_figure
 from lion_models.sweep_report import (
     measured_markdown,
     measured_methods,
     sweep_tables,
     write_measured,
 )
+from lion_models.training import sweep_plot
 
 
 def row(method: str, data: str, accuracies: list[float], **more: Any) -> dict[str, Any]:
@@ -113,3 +116,49 @@ def test_picture_and_markdown_are_written_once_the_test_set_was_read(
     assert (tmp_path / "tested.md").read_text() == measured_markdown(content)
     colours = Image.open(tmp_path / "tested.png").convert("RGB").getcolors(2**24) or []
     assert len(colours) > 100  # not a blank page
+
+
+def test_pictures_mark_the_chosen_setting_among_dots_and_in_a_heat_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def setting(method: str, accuracy: float, **values: object) -> dict[str, Any]:
+        return {
+            "condition": {},
+            "method": method,
+            "setting": values,
+            "validation_accuracy": accuracy,
+            "runs": [f"{method}-{accuracy}"],
+            "chosen": accuracy == 0.8,
+        }
+
+    settings = [setting("linear", 0.8, lr=0.03), setting("linear", 0.7, lr=0.01)]
+    settings += [
+        setting("lion", (8 - index) / 10, lr=lr, hidden=hidden)
+        for index, (lr, hidden) in enumerate([(0.03, 4), (0.03, 8), (0.01, 4), (0.01, 8)])
+    ]
+    cells = [
+        {"run": one["runs"][0], "validation_accuracy": one["validation_accuracy"]}
+        for one in settings
+    ]
+    figures: list[Figure] = []
+    monkeypatch.setattr(
+        sweep_plot,
+        "save_figure",
+        lambda path, figure: (figures.append(figure), save_figure(path, figure)),
+    )
+    content = {
+        "settings": settings,
+        "seeds": [1],
+        "options": {"data": "digits"},
+        "cells": cells,
+    }
+    sweep_plot.plot_sweep(tmp_path / "sweep.png", content)
+    [figure] = figures
+    dots, heat_map = figure.axes
+    assert {label.get_text(): label.get_fontweight() for label in dots.get_yticklabels()} == {
+        "lr 0.03": "bold",
+        "lr 0.01": "normal",
+    }
+    assert {text.get_text(): text.get_fontweight() for text in heat_map.texts} == {
+        "80.0": "bold", "70.0": "normal", "60.0": "normal", "50.0": "normal"}  # fmt: skip
+    assert "bold is chosen" in figure.get_suptitle()
