@@ -1,7 +1,8 @@
 """Configuration, trainer, checkpoints and run folders."""
 
 from lion_models.training.checkpoint import LoadedRun, load_run, save_checkpoint
-from lion_models.training.config import RunConfig, build_model
+from lion_models.training.config import RunConfig
+from lion_models.training.models import build_model
 from lion_models.training.runs import measure_run, prepare_folder, train_run
 from lion_models.training.trainer import FitState, fit
 

@@ -14,7 +14,8 @@ from lion_models.backbones import FrozenBackbone, fingerprint, load_backbone
 from lion_models.classifier import TunedClassifier, load_trained, trained_state
 from lion_models.errors import UserError
 from lion_models.files import write_bytes
-from lion_models.training.config import RunConfig, build_model
+from lion_models.training.config import RunConfig
+from lion_models.training.models import build_model
 
 __all__ = ["CHECKPOINT", "LoadedRun", "load_run", "read_checkpoint", "save_checkpoint"]
 

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-import deqcore
-from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.adapter import SPACES
-from lion_models.backbones.normalisation import NORMALISATIONS, with_normalisation
-from lion_models.backbones.views import checkpoint_blocks
+from lion_models.backbones.normalisation import NORMALISATIONS
 from lion_models.baselines import (
     ADAPTER_PLACES,
-    Adapters,
-    FineTune,
-    LinearProbe,
-    LoRA,
-    VPTDeep,
-    VPTPad,
-    VPTShallow,
 )
-from lion_models.classifier import TunedClassifier
 from lion_models.data.augment import AUGMENTATIONS
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY
 from lion_models.errors import UserError, check_types, choose
-from lion_models.implicit_prompt import Solver
-from lion_models.lion import OUTPUT_INPUTS, SIDES, Lion
-from lion_models.pruning import check_prunable
+from lion_models.lion import OUTPUT_INPUTS, SIDES
 from lion_models.robust import THRESHOLDS
 
 __all__ = [
@@ -47,9 +33,6 @@ __all__ = [
     "SOLVERS",
     "SOLVER_OPTIONS",
     "RunConfig",
-    "build_model",
-    "check_model",
-    "make_solver",
 ]
 
 METHODS = (
@@ -370,93 +353,3 @@ class RunConfig:
                 "written by another version"
             )
         return cls(**values)
-
-
-def make_solver(config: RunConfig, record_trace: bool = False) -> Solver:
-    """The equilibrium solver that a configuration names."""
-    kinds: dict[str, Callable[..., Solver]] = {
-        "anderson": deqcore.Anderson,
-        "broyden": deqcore.Broyden,
-        "picard": deqcore.Picard,
-    }
-    return kinds[config.solver](
-        rtol=config.rtol, max_steps=config.max_steps, record_trace=record_trace
-    )
-
-
-def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> TunedClassifier:
-    """The classifier that a configuration names, freshly initialised from torch's generator.
-
-    Raises:
-        UserError: the backbone is not one that the method or an option can work with.
-    """
-    backbone = with_normalisation(backbone, config.normalisation)
-    if config.checkpoint_backbone:
-        if config.method in ("full", "bias"):
-            raise UserError(
-                f"--checkpoint-backbone: saves the activations of frozen blocks; '{config.method}' "
-                "trains them; leave the option out"
-            )
-        backbone = checkpoint_blocks(backbone)
-    builders: dict[str, Callable[[], TunedClassifier]] = {
-        "linear": lambda: LinearProbe(backbone, classes),
-        "full": lambda: FineTune(backbone, classes),
-        "bias": lambda: FineTune(backbone, classes, "bias"),
-        "adapter": lambda: Adapters(backbone, classes, config.adapter_hidden, config.adapter_place),
-        "lora": lambda: LoRA(backbone, classes, config.lora_rank, config.lora_alpha),
-        "vpt-shallow": lambda: VPTShallow(backbone, classes, config.prompts),
-        "vpt-deep": lambda: VPTDeep(backbone, classes, config.prompts, config.prompt_dropout),
-        "vpt-pad": lambda: VPTPad(backbone, classes, config.pad),
-        "lion": lambda: _build_lion(config, backbone, classes),
-    }
-    return builders[config.method]()
-
-
-# What `build_model` makes of each method.
-_MODELS: dict[str, type[TunedClassifier]] = {
-    "linear": LinearProbe,
-    "full": FineTune,
-    "bias": FineTune,
-    "adapter": Adapters,
-    "lora": LoRA,
-    "vpt-shallow": VPTShallow,
-    "vpt-deep": VPTDeep,
-    "vpt-pad": VPTPad,
-    "lion": Lion,
-}
-
-
-def check_model(model: TunedClassifier, config: RunConfig, classes: int) -> None:
-    """Raise UserError where a model is not one of the method and number of classes.
-
-    A class of the user's own may go by any method's recipe.
-    """
-    made = model.head.out_features
-    if made != classes:
-        raise UserError(
-            f"expected a model of {classes} classes, as the task has, got {made}; build it with "
-            "classes=len(task.classes)"
-        )
-    own = [method for method, kind in _MODELS.items() if type(model) is kind]
-    if own and config.method not in own:
-        raise UserError(
-            f"expected a model of --method {config.method}, got a {type(model).__name__}; use "
-            f"RunConfig(..., method='{own[0]}'), or build_model"
-        )
-
-
-def _build_lion(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Lion:
-    model = Lion(
-        backbone,
-        classes,
-        sides=config.sides,
-        hidden=config.hidden,
-        strength=config.strength,
-        solver=make_solver(config),
-        iterations=config.iterations,
-        space=config.space,
-        output_input=config.output_input,
-    )
-    if config.sparsity:
-        check_prunable(model)
-    return model

@@ -22,7 +22,8 @@ from lion_models.files import make_folder, write_json
 from lion_models.lion import Lion
 from lion_models.seeding import seed_all
 from lion_models.training.checkpoint import CHECKPOINT, load_run, read_checkpoint, save_checkpoint
-from lion_models.training.config import RunConfig, build_model, make_solver
+from lion_models.training.config import RunConfig
+from lion_models.training.models import build_model, make_solver
 from lion_models.training.progress import METRICS, STATE, STATE_SECONDS, RunLog, read_state
 from lion_models.training.ranks import ALONE, Ranks
 from lion_models.training.report import CONFUSION, REPORT, read_report, write_report

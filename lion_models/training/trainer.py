@@ -24,9 +24,10 @@ from lion_models.lion import Lion
 from lion_models.pruning import prune_and_rebuild
 from lion_models.seeding import seed_all
 from lion_models.training.averaging import Average
-from lion_models.training.config import RunConfig, check_model
+from lion_models.training.config import RunConfig
 from lion_models.training.inputs import FeatureCache, Inputs, freeze_images
 from lion_models.training.loss import TrainingLoss
+from lion_models.training.models import check_model
 from lion_models.training.optimizer import make_optimizer
 from lion_models.training.precision import Precision
 from lion_models.training.ranks import ALONE, Ranks

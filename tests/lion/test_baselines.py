@@ -16,7 +16,8 @@ from lion_models.baselines import Adapters, FineTune, LoRA, VPTDeep, VPTPad, VPT
 from lion_models.classifier import TunedClassifier, count_parameters, trained_state
 from lion_models.errors import UserError
 from lion_models.lion import Lion
-from lion_models.training.config import METHODS, RunConfig, build_model
+from lion_models.training import RunConfig, build_model
+from lion_models.training.config import METHODS
 
 D, DEPTH = SMALL.dim, SMALL.depth
 BACKBONE = sum(p.numel() for p in small_vit().parameters()) - 3 * D - 3

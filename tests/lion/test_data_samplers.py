@@ -16,7 +16,7 @@ from lion_models.data.base import TEST, TRAIN, VALIDATION
 from lion_models.data.lazy import LazyImages, decoded_or_lazy
 from lion_models.errors import UserError
 from lion_models.seeding import seed_all
-from lion_models.training.config import RunConfig, build_model
+from lion_models.training import RunConfig, build_model
 from lion_models.training.run_data import open_data, take_task
 from lion_models.training.trainer import fit
 
