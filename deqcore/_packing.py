@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from deqcore.ops._library import DTYPES
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -140,7 +142,6 @@ class Packing:
 
 
 _LEAF = pytree.tree_structure(None)
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_leaf(leaf: Any, index: int, leaves: list[Any]) -> None:
@@ -150,7 +151,7 @@ def _check_leaf(leaf: Any, index: int, leaves: list[Any]) -> None:
     if not leaf.dtype.is_floating_point:
         hint = "use torch.view_as_real" if leaf.dtype.is_complex else "use z0.float()"
         raise TypeError(f"{where}: expected a floating-point tensor, got {leaf.dtype}; {hint}")
-    if leaf.dtype not in _DTYPES:
+    if leaf.dtype not in DTYPES:
         raise TypeError(
             f"{where}: expected float64, float32, bfloat16 or float16, got {leaf.dtype}; "
             "use z0.float()"

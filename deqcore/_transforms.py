@@ -13,7 +13,7 @@ _MAPPED = (
 
 def refuse_transforms(adjoint: object) -> None:
     """Raise inside of a transform, through which ``adjoint``'s own graph nodes cannot go."""
-    if torch.compiler.is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active():
         return
     top = torch._C._functorch.peek_interpreter_stack().key()
     if top == torch._C._functorch.TransformType.Vmap:

@@ -30,8 +30,6 @@ class SavedOnce:
         Without hooks nothing is put in between: PyTorch then checks that what was saved was not
         changed in place, which it does not with any.
         """
-        if torch.compiler.is_dynamo_compiling():  # it cannot trace the question
-            return contextlib.nullcontext()
         # Not public, and nothing public tells which hooks are active. Its stub forgets the None.
         top: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
         hooks = top(False)

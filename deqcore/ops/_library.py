@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# Of the states and the products that the kernels and their references take.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 LIBRARY = torch.library.Library("deqcore", "DEF")
 
 

@@ -15,12 +15,11 @@ from torch.nn import functional as F
 import deqcore._dispatch as _dispatch
 from deqcore.ops import masked_outer as _masked_outer  # noqa: F401  (registers the derivative)
 from deqcore.ops import masked_two_four
-from deqcore.ops._library import call_pure, define_pure
+from deqcore.ops._library import DTYPES, call_pure, define_pure
 from deqcore.ops.masked_dense import to_dense_reference
 from deqcore.sparsity import SparsityPattern
 
 Backend = Literal["auto", "sparse", "dense"]
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def masked_linear(
@@ -108,7 +107,7 @@ def _tokens(x: Tensor, columns: int) -> int | None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.dtype in _DTYPES[1:] else tensor
+    return tensor.to(dtype) if tensor.dtype in DTYPES[1:] else tensor
 
 
 def _check(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:
@@ -130,7 +129,7 @@ def _check(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | N
         )
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias: expected shape ({rows},), got {tuple(bias.shape)}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise ValueError(
             f"x: expected float64, float32, bfloat16 or float16, got {x.dtype}; convert it with "
             "x.to(torch.float32)"

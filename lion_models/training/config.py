@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from lion_models.backbones.adapter import SPACES
 from lion_models.backbones.normalisation import NORMALISATIONS
-from lion_models.baselines import (
-    ADAPTER_PLACES,
-)
+from lion_models.baselines import ADAPTER_PLACES
 from lion_models.data.augment import AUGMENTATIONS
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY

@@ -1,8 +1,12 @@
-"""A backbone that is small enough to train around in milliseconds."""
+"""A backbone and pictures that are small enough to train around in milliseconds."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image
 
 from lion_models.backbones.vit import VisionTransformer, ViTConfig
 
@@ -16,3 +20,18 @@ def small_vit(seed: int = 0) -> VisionTransformer:
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     return model
+
+
+def noise(path: Path, side: int = 24, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def cats_and_dogs(folder: Path, images: int, suffix: str) -> Path:
+    """Two classes of noise, no picture twice."""
+    for seed, name in enumerate(("cat", "dog")):
+        for index in range(images):
+            noise(folder / name / f"{index}{suffix}", seed=10 * seed + index)
+    return folder

@@ -11,11 +11,11 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import Lion
 from PIL import Image, ImageFile
+from small import cats_and_dogs, noise
 
 from lion_models.data import (
     ArraySource,
@@ -29,13 +29,6 @@ from lion_models.data import (
 from lion_models.data.images import decode_image
 from lion_models.data.places import cache_root
 from lion_models.errors import UserError
-
-
-def noise(path: Path, side: int = 24, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 def cut(path: Path) -> Path:
@@ -53,10 +46,7 @@ def fresh_cache(own_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    for seed, name in enumerate(("cat", "dog")):
-        for index in range(8):
-            noise(tmp_path / "photos" / name / f"{index}.jpg", seed=10 * seed + index)
-    return tmp_path / "photos"
+    return cats_and_dogs(tmp_path / "photos", 8, ".jpg")
 
 
 @pytest.mark.parametrize(

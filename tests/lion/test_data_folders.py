@@ -7,29 +7,18 @@ import shutil
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import Lion
-from PIL import Image
+from small import cats_and_dogs, noise
 
 from lion_models.data import BadFilesWarning, CopiesWarning, find_images, open_source
 from lion_models.data.base import TEST, TRAIN, VALIDATION
 from lion_models.errors import UserError
 
 
-def noise(path: Path, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    for seed, name in enumerate(("cat", "dog")):
-        for index in range(3):
-            noise(tmp_path / "photos" / name / f"{index}.png", seed=10 * seed + index)
-    return tmp_path / "photos"
+    return cats_and_dogs(tmp_path / "photos", 3, ".png")
 
 
 CLUTTER = (".ipynb_checkpoints", "__MACOSX", "@eaDir")
