@@ -27,7 +27,7 @@ from lion_models.data.verify import FileChecks
 from lion_models.data.vtab import is_vtab, open_vtab
 from lion_models.errors import UserError
 
-__all__ = ["ArraySource", "FolderSource", "Source", "find_images", "open_source"]
+__all__ = ["ArraySource", "FolderSource", "Source", "find_images", "open_source", "user_folder"]
 
 FASHION = (
     "T-shirt/top",
@@ -94,6 +94,21 @@ def open_source(
         f"--data: '{name}' is neither a folder nor one of {', '.join(sorted(CATALOGUE))}, "
         f"torchvision:NAME, hf:NAME{hint}"
     )
+
+
+def user_folder(name: str) -> tuple[str, Path | None]:
+    """What stands before a folder in a name that `open_source` takes, and the absolute folder.
+
+    Returns:
+        `("tuxpaint:", FOLDER)` for `tuxpaint:FOLDER`, `("", FOLDER)` for the path of a folder, and
+        `("", None)` for data that lies in no folder of the user's.
+    """
+    kind, _, rest = name.partition(":")
+    if kind in CATALOGUE and rest:
+        return f"{kind}:", Path(rest).expanduser().resolve()
+    if name in CATALOGUE or (kind in _PREFIXES and rest):
+        return "", None
+    return "", Path(name).expanduser().resolve()
 
 
 def _open_named(

@@ -21,7 +21,7 @@ from lion_models.data import (
     open_source,
     split_source,
 )
-from lion_models.data.catalogue import CATALOGUE
+from lion_models.data.sources import user_folder
 from lion_models.errors import UserError
 from lion_models.files import write_json
 from lion_models.training.config import RunConfig
@@ -84,7 +84,7 @@ def take_task(source: Source, config: RunConfig, backbone: FrozenBackbone) -> Ta
 
 def record_data(folder: Path, source: Source, config: RunConfig) -> None:
     """Write down, in a run's folder, which rows it trains on and which it leaves for the test."""
-    place = _folder_of(config.data)
+    _, place = user_folder(config.data)
     where = {} if place is None else {"folder": str(place)}
     write_json(folder / DATA_RECORD, _describe(source, config) | where)
 
@@ -103,9 +103,9 @@ def data_place(folder: Path, config: RunConfig, moved: str | None = None) -> str
     """
     if moved is not None:
         return moved
-    recorded, written = _recorded_folder(folder), _folder_of(config.data)
+    recorded, (prefix, written) = _recorded_folder(folder), user_folder(config.data)
     if recorded is not None and recorded != written and recorded.exists():
-        return _prefix(config.data) + str(recorded)
+        return prefix + str(recorded)
     if written is not None and not written.exists():
         where = f"relative to {Path.cwd()}" if recorded is None else f"it was {recorded}"
         raise UserError(
@@ -127,10 +127,10 @@ def stored_name(folder: Path, stored: RunConfig, data: str, moved: str | None) -
     Raises:
         UserError: `data` is a folder, and not the one that the run was started on.
     """
-    recorded, written = _recorded_folder(folder), _folder_of(data)
+    recorded, (prefix, written) = _recorded_folder(folder), user_folder(data)
     if recorded is None or (data == stored.data and (moved is not None or not recorded.exists())):
         return data
-    if written == recorded and _prefix(data) == _prefix(stored.data):
+    if written == recorded and prefix == user_folder(stored.data)[0]:
         return stored.data
     raise UserError(
         f"--resume: {folder} was started on the data in {recorded}, and '{data}' is "
@@ -141,8 +141,8 @@ def stored_name(folder: Path, stored: RunConfig, data: str, moved: str | None) -
 def training_images_in(data: str, folder: Path, config: RunConfig, backbone: FrozenBackbone) -> int:
     """How many of a run's training images are in `data`, as far as names and paths tell."""
     own = data_place(folder, config)
-    place, other = _folder_of(own), _folder_of(data)
-    same = (place, _prefix(own)) == (other, _prefix(data)) and (place is not None or own == data)
+    (prefix, place), (other_prefix, other) = user_folder(own), user_folder(data)
+    same = own == data if place is None else (prefix, place) == (other_prefix, other)
     nested = place is not None and other is not None and (place in other.parents
                                                           or other in place.parents)  # fmt: skip
     if not same and not nested:
@@ -154,21 +154,6 @@ def training_images_in(data: str, folder: Path, config: RunConfig, backbone: Fro
     files = source.paths if isinstance(source, FolderSource) else ()
     folders = [files[row].parent.resolve() for row in rows] if files else []
     return sum(other in (inside, *inside.parents) for inside in folders)
-
-
-def _prefix(data: str) -> str:
-    """`NAME:` of `NAME:FOLDER`, where the data set NAME lies in a folder of the user's."""
-    kind, colon, rest = data.partition(":")
-    return kind + colon if rest and kind in CATALOGUE else ""
-
-
-def _folder_of(data: str) -> Path | None:
-    """The absolute path of the folder in what `--data` names; None where it is no folder."""
-    prefix = _prefix(data)
-    kind, _, rest = data.partition(":")
-    if not prefix and (kind in CATALOGUE or (rest and kind in ("torchvision", "hf"))):
-        return None
-    return Path(data.removeprefix(prefix)).expanduser().resolve()
 
 
 def _recorded_folder(folder: Path) -> Path | None:
