@@ -21,8 +21,8 @@ from rich.table import Table
 
 import deqcore
 from lion_models import Lion, VPTDeep, load_backbone
-from lion_models.files import save_figure, write_json
-from lion_models.memory import kept_bytes
+from lion_models.base.files import save_figure, write_json
+from lion_models.run.memory import kept_bytes
 
 STEPS = (1, 2, 5, 10, 20, 30, 40, 50)
 CLASSES = 10

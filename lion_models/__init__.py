@@ -1,7 +1,9 @@
 """Implicit vision prompt tuning (LION) on frozen backbones, built on `deqcore`."""
 
 from lion_models.backbones import FrozenBackbone, load_backbone
-from lion_models.baselines import (
+from lion_models.base.errors import UserError
+from lion_models.data import make_task, open_source
+from lion_models.methods import (
     Adapters,
     FineTune,
     LinearProbe,
@@ -10,13 +12,11 @@ from lion_models.baselines import (
     VPTPad,
     VPTShallow,
 )
-from lion_models.classifier import count_parameters
-from lion_models.data import make_task, open_source
-from lion_models.errors import UserError
-from lion_models.implicit_prompt import ImplicitPrompt
-from lion_models.lion import Lion
-from lion_models.robust import CDR, RobustOptimizer
-from lion_models.training import RunConfig, build_model, fit, load_run
+from lion_models.methods.base import count_parameters
+from lion_models.methods.lion import Lion
+from lion_models.prompts.cdr import CDR, RobustOptimizer
+from lion_models.prompts.implicit_prompt import ImplicitPrompt
+from lion_models.run import RunConfig, build_model, fit, load_run
 
 __all__ = [
     "CDR",

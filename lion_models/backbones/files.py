@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lion_models.errors import UserError
+from lion_models.base.errors import UserError
 
 __all__ = [
     "cache_folder",

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_models.backbones.adapter import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.files import not_fetched, require
+from lion_models.backbones.frozen import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.tiny_vit import check_readout
-from lion_models.errors import UserError
+from lion_models.base.errors import UserError
 
 __all__ = ["load_huggingface"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_models.backbones.adapter import FrozenBackbone
-from lion_models.errors import choose
+from lion_models.backbones.frozen import FrozenBackbone
+from lion_models.base.errors import choose
 
 __all__ = ["NORMALISATIONS", "with_normalisation"]
 

@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lion_models.backbones.adapter import FrozenBackbone
 from lion_models.backbones.efficientnet_lite import EFFICIENTNET_LITE0, load_efficientnet_lite0
+from lion_models.backbones.frozen import FrozenBackbone
 from lion_models.backbones.huggingface import load_huggingface
 from lion_models.backbones.timm_models import load_timm
 from lion_models.backbones.tiny_vit import TINY_VIT, load_tiny_vit, load_vit_file
 from lion_models.backbones.torchvision_models import load_torchvision
 from lion_models.backbones.vit_s14_focus import VIT_S14_FOCUS, load_vit_s14_focus
-from lion_models.errors import UserError, choose
+from lion_models.base.errors import UserError, choose
 
 __all__ = ["load_backbone"]
 
@@ -48,7 +48,7 @@ def load_backbone(
     Args:
         name: `tiny-vit`, `vit-s14-focus`, `efficientnet-lite0`, `timm:NAME`, `torchvision:NAME`,
             `hf:NAME` or `hf:FOLDER`, or the path of a safetensors file written by
-            `lion_models.pretrain`.
+            `tools/pretrain_tiny_vit.py`.
         image_size: height and width of the input in pixels; None means what it was trained with.
         readout: transformers: the block whose output is read, 1 being the first; the blocks behind
             it are left out. None means the last.

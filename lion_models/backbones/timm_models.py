@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lion_models.backbones.adapter import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.files import load_weights, not_fetched, read_state, require
+from lion_models.backbones.frozen import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.tiny_vit import check_readout
-from lion_models.errors import UserError
+from lion_models.base.errors import UserError
 
 __all__ = ["load_timm"]
 

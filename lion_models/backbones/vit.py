@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_models.backbones.adapter import FrozenBackbone, normalise
+from lion_models.backbones.frozen import FrozenBackbone, normalise
 
 __all__ = ["ViTConfig", "VisionTransformer", "freeze_vit", "resize_positions"]
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion_models.backbones.adapter import FrozenBackbone
 from lion_models.backbones.files import (
     cache_folder,
     package_file,
@@ -23,6 +22,7 @@ from lion_models.backbones.files import (
     require,
     write_state,
 )
+from lion_models.backbones.frozen import FrozenBackbone
 from lion_models.backbones.tiny_vit import check_readout
 from lion_models.backbones.vit import (
     VisionTransformer,
@@ -30,7 +30,7 @@ from lion_models.backbones.vit import (
     freeze_vit,
     resize_positions,
 )
-from lion_models.errors import UserError
+from lion_models.base.errors import UserError
 
 __all__ = ["VIT_S14_FOCUS", "build_focus_vit", "load_vit_s14_focus", "read_focus_onnx"]
 

@@ -1,9 +1,9 @@
 """Sources of images, seeded splits, and the sealed test set."""
 
 from lion_models.data.base import ArraySource, FolderSource, Source, check_fit
-from lion_models.data.catalogue import CATALOGUE
 from lion_models.data.folder import find_images
 from lion_models.data.images import decode_image
+from lion_models.data.named.catalogue import CATALOGUE
 from lion_models.data.sources import open_source
 from lion_models.data.splits import (
     SealedTest,

@@ -9,11 +9,11 @@ from typing import NoReturn
 
 import torch
 
+from lion_models.base.errors import UserError
 from lion_models.data.base import TEST, TRAIN, VALIDATION, FolderSource
 from lion_models.data.images import IMAGE_SUFFIXES, unreadable
 from lion_models.data.transforms import Geometry
 from lion_models.data.verify import FileChecks, find_damaged, judge_damaged
-from lion_models.errors import UserError
 
 __all__ = ["SPLITS", "file_source", "find_images", "open_folder"]
 

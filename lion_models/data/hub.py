@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lion_models.base.errors import UserError
+from lion_models.base.folders import data_root
 from lion_models.data.base import TEST, TRAIN, DecodingSource
 from lion_models.data.folder import SPLITS
 from lion_models.data.images import to_tensor
-from lion_models.data.places import data_root
 from lion_models.data.transforms import Geometry
-from lion_models.errors import UserError
 
 __all__ = [
     "PictureSource",

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lion_models.base.errors import UserError
 from lion_models.data.base import TEST, TRAIN, ArraySource
 from lion_models.data.transforms import Geometry
-from lion_models.errors import UserError
 
 __all__ = ["is_idx_folder", "open_idx", "read_idx", "read_idx_pair"]
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from lion_models.base.errors import UserError
 from lion_models.data.transforms import Geometry
-from lion_models.errors import UserError
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -9,9 +9,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from lion_models.base.errors import UserError
 from lion_models.data.base import ArraySource, FolderSource, Source
-from lion_models.data.catalogue import CATALOGUE, files_of
-from lion_models.data.emoji import open_emoji
 from lion_models.data.folder import find_images, open_folder
 from lion_models.data.hub import (
     is_saved_dataset,
@@ -20,12 +19,13 @@ from lion_models.data.hub import (
     open_torchvision,
 )
 from lion_models.data.idx import is_idx_folder, open_idx
-from lion_models.data.packaged import open_table
+from lion_models.data.named.catalogue import CATALOGUE, files_of
+from lion_models.data.named.emoji import open_emoji
+from lion_models.data.named.packaged import open_table
+from lion_models.data.named.tuxpaint import open_tuxpaint
 from lion_models.data.transforms import Geometry
-from lion_models.data.tuxpaint import open_tuxpaint
 from lion_models.data.verify import FileChecks
 from lion_models.data.vtab import is_vtab, open_vtab
-from lion_models.errors import UserError
 
 __all__ = ["ArraySource", "FolderSource", "Source", "find_images", "open_source", "user_folder"]
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lion_models.base.errors import UserError
+from lion_models.base.files import write_json
 from lion_models.data.base import TEST, TRAIN, VALIDATION, Source
 from lion_models.data.lazy import Images, decoded_or_lazy
-from lion_models.errors import UserError
-from lion_models.files import write_json
 
 __all__ = [
     "SealedTest",

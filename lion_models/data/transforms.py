@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lion_models.base.errors import choose
 from lion_models.data.augment import jitter
-from lion_models.errors import choose
 
 __all__ = [
     "TRANSFORMS",

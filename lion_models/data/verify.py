@@ -14,10 +14,10 @@ from pathlib import Path
 import PIL
 from tqdm import tqdm
 
+from lion_models.base.errors import UserError, choose
+from lion_models.base.files import write_json
+from lion_models.base.folders import cache_root
 from lion_models.data.images import UnreadableError, check_header, check_whole, unreadable
-from lion_models.data.places import cache_root
-from lion_models.errors import UserError, choose
-from lion_models.files import write_json
 
 __all__ = [
     "BAD_FILES",

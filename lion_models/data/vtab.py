@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lion_models.base.errors import UserError
 from lion_models.data.base import TEST, TRAIN, VALIDATION, FolderSource
 from lion_models.data.folder import file_source
 from lion_models.data.transforms import Geometry
 from lion_models.data.verify import FileChecks
-from lion_models.errors import UserError
 
 __all__ = ["is_vtab", "open_vtab"]
 

@@ -14,11 +14,11 @@ from small import small_vit
 from typer.testing import CliRunner
 
 from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
+from lion_models.backbones.tiny_vit import save_vit
+from lion_models.base.folders import data_root
 from lion_models.cli import app
 from lion_models.data import Task, make_task, open_source
-from lion_models.data.places import data_root
-from lion_models.pretrain import save_weights
-from lion_models.training import RunConfig
+from lion_models.run import RunConfig
 
 CLASSES = ("dark", "light", "middle")
 PREPARED = data_root()  # what the machine's user has prepared, before the tests look elsewhere
@@ -39,7 +39,7 @@ def backbone() -> FrozenBackbone:
 @pytest.fixture(scope="session")
 def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("backbone") / "small.safetensors"
-    save_weights(small_vit(), path, {"data": "none"})
+    save_vit(small_vit(), path, {"data": "none"}, CLASSES)
     return path
 
 

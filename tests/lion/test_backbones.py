@@ -18,8 +18,8 @@ from lion_models.backbones import (
     tiny_vit_path,
 )
 from lion_models.backbones.vit import VisionTransformer, ViTConfig
+from lion_models.base.errors import UserError
 from lion_models.data import open_source, split_rows
-from lion_models.errors import UserError
 
 # timm.create_model("vit_tiny_patch16_224").state_dict(), without the block's number.
 TIMM_NAMES = {

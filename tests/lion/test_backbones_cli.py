@@ -11,10 +11,10 @@ import torch
 from conftest import Lion
 from small import small_vit
 
-from lion_models import cli
 from lion_models.backbones import FrozenBackbone, freeze_vit
-from lion_models.baselines import LinearProbe
-from lion_models.training.trainer import freeze_images, score
+from lion_models.cli import commands as cli
+from lion_models.methods import LinearProbe
+from lion_models.run.trainer import freeze_images, score
 
 
 def test_info_names_a_backbones_size_fingerprint_licence_and_source(

@@ -15,9 +15,9 @@ import torch
 from lion_models.backbones import FrozenBackbone, load_backbone
 from lion_models.backbones.huggingface import load_huggingface
 from lion_models.backbones.vit import resize_positions
-from lion_models.baselines import VPTDeep
-from lion_models.errors import UserError
-from lion_models.lion import Lion
+from lion_models.base.errors import UserError
+from lion_models.methods import VPTDeep
+from lion_models.methods.lion import Lion
 
 _missing_ops: list[torch.library.Library] = []
 

@@ -13,7 +13,7 @@ from lion_models.backbones import FrozenBackbone, load_backbone, vit_s14_focus
 from lion_models.backbones.files import cache_folder, package_file
 from lion_models.backbones.vit import Block, VisionTransformer, ViTConfig, resize_positions
 from lion_models.backbones.vit_s14_focus import CACHED, build_focus_vit, read_focus_onnx
-from lion_models.errors import UserError
+from lion_models.base.errors import UserError
 
 SHAPE = ViTConfig(42, 14, 3, 128, 3, 2, mlp_ratio=2.0, layer_scale=True)
 State = dict[str, torch.Tensor]

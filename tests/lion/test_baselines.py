@@ -11,13 +11,13 @@ from small import SMALL, small_vit
 from torch import nn
 
 from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
-from lion_models.backbones.views import checkpoint_blocks
-from lion_models.baselines import Adapters, FineTune, LoRA, VPTDeep, VPTPad, VPTShallow
-from lion_models.classifier import TunedClassifier, count_parameters, trained_state
-from lion_models.errors import UserError
-from lion_models.lion import Lion
-from lion_models.training import RunConfig, build_model
-from lion_models.training.config import METHODS
+from lion_models.backbones.blocks import checkpoint_blocks
+from lion_models.base.errors import UserError
+from lion_models.methods import Adapters, FineTune, LoRA, VPTDeep, VPTPad, VPTShallow
+from lion_models.methods.base import TunedClassifier, count_parameters, trained_state
+from lion_models.methods.lion import Lion
+from lion_models.run import RunConfig, build_model
+from lion_models.run.config import METHODS
 
 D, DEPTH = SMALL.dim, SMALL.depth
 BACKBONE = sum(p.numel() for p in small_vit().parameters()) - 3 * D - 3

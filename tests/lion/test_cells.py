@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import Lion
 
-from lion_models.cells import Cell, CellOptions, Event, check_cells
-from lion_models.errors import UserError
-from lion_models.runner import CellRunner
-from lion_models.training import RunConfig, prepare_folder, train_run
-from lion_models.training.trainer import FitState
+from lion_models.base.errors import UserError
+from lion_models.run import RunConfig, prepare_folder, train_run
+from lion_models.run.trainer import FitState
+from lion_models.study.runner import CellRunner
+from lion_models.study.trial import Cell, CellOptions, Event, check_cells
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_any_error_of_a_cell_is_its_own(
             raise errors[config.seed]
         return real(folder, config, **options)
 
-    monkeypatch.setattr("lion_models.cells.train_run", failing)
+    monkeypatch.setattr("lion_models.study.trial.train_run", failing)
     with quick() as runner:
         outcome = runner.run(cells)
     assert outcome.results[-1] is not None

@@ -12,12 +12,12 @@ import torch
 from conftest import Lion
 from PIL import Image
 
+from lion_models.base.errors import UserError
 from lion_models.data import ArraySource, Source, open_source
-from lion_models.errors import UserError
-from lion_models.training import RunConfig, measure_run, prepare_folder, train_run
-from lion_models.training.run_data import check_unchanged, record_data
-from lion_models.training.trainer import FitState
-from lion_models.training.workbench import Workbench
+from lion_models.run import RunConfig, measure_run, prepare_folder, train_run
+from lion_models.run.data_record import check_unchanged, record_data
+from lion_models.run.trainer import FitState
+from lion_models.run.workbench import Workbench
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from small import small_vit
 
 import deqcore
+from lion_models.backbones.tiny_vit import save_vit
 from lion_models.data import BadFilesWarning
-from lion_models.pretrain import save_weights
-from lion_models.training.checkpoint import read_checkpoint
+from lion_models.run.checkpoint import read_checkpoint
 
 QUICK = ("--shots", 3, "--validation-shots", 2, "--epochs", 2)
 
@@ -302,7 +302,7 @@ def test_damaged_checkpoint_and_changed_backbone_are_named(
     backbone = Path(metadata["backbone"])
     original = backbone.read_bytes()
     try:
-        save_weights(small_vit(seed=1), backbone, {})
+        save_vit(small_vit(seed=1), backbone, {}, ("a", "b"))
         outcome = lion("predict", trained, image)
     finally:
         backbone.write_bytes(original)

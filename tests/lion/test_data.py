@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lion_models.base.errors import UserError
 from lion_models.data import SealedTest, decode_image, make_task, open_source, split_rows
 from lion_models.data.augment import jitter
 from lion_models.data.idx import read_idx, read_idx_pair
 from lion_models.data.sources import ArraySource
-from lion_models.errors import UserError
 
 
 def gradient_image(mode: str) -> Image.Image:

@@ -17,6 +17,8 @@ from conftest import Lion
 from PIL import Image, ImageFile
 from small import cats_and_dogs, noise
 
+from lion_models.base.errors import UserError
+from lion_models.base.folders import cache_root
 from lion_models.data import (
     ArraySource,
     BadFilesWarning,
@@ -27,8 +29,6 @@ from lion_models.data import (
     verify,
 )
 from lion_models.data.images import decode_image
-from lion_models.data.places import cache_root
-from lion_models.errors import UserError
 
 
 def cut(path: Path) -> Path:

@@ -11,9 +11,9 @@ import pytest
 from conftest import Lion
 from small import cats_and_dogs, noise
 
+from lion_models.base.errors import UserError
 from lion_models.data import BadFilesWarning, CopiesWarning, find_images, open_source
 from lion_models.data.base import TEST, TRAIN, VALIDATION
-from lion_models.errors import UserError
 
 
 @pytest.fixture

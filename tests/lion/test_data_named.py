@@ -14,11 +14,12 @@ from conftest import PREPARED, Lion
 from PIL import Image
 from test_data import idx_bytes
 
-from lion_models.data import CATALOGUE, catalogue, open_source, split_source
-from lion_models.data.catalogue import find_files
-from lion_models.data.emoji import GROUPS, EmojiSource, read_groups
-from lion_models.data.tuxpaint import CLASSES
-from lion_models.errors import UserError
+from lion_models.base.errors import UserError
+from lion_models.data import CATALOGUE, open_source, split_source
+from lion_models.data.named import catalogue
+from lion_models.data.named.catalogue import find_files
+from lion_models.data.named.emoji import GROUPS, EmojiSource, read_groups
+from lion_models.data.named.tuxpaint import CLASSES
 
 FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 

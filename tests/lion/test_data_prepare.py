@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Lion
 
-from lion_models.data import catalogue
+from lion_models.data.named import catalogue
 
 COPYRIGHT = "./usr/share/doc/fonts-noto-color-emoji/copyright"
 FONT = "./usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"

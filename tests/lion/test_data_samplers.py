@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lion_models.backbones import FrozenBackbone
+from lion_models.base.errors import UserError
 from lion_models.data import ArraySource, class_counts, make_task, split_rows, split_source
 from lion_models.data.base import TEST, TRAIN, VALIDATION
 from lion_models.data.lazy import LazyImages, decoded_or_lazy
-from lion_models.errors import UserError
-from lion_models.seeding import seed_all
-from lion_models.training import RunConfig, build_model
-from lion_models.training.run_data import open_data, take_task
-from lion_models.training.trainer import fit
+from lion_models.run import RunConfig, build_model
+from lion_models.run.data_record import open_data, take_task
+from lion_models.run.seeding import seed_all
+from lion_models.run.trainer import fit
 
 
 def rows_of(count: int, classes: int) -> tuple[torch.Tensor, tuple[str, ...]]:

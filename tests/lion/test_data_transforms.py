@@ -11,11 +11,11 @@ from PIL import Image
 
 from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.normalisation import with_normalisation
+from lion_models.base.errors import UserError
 from lion_models.data import ArraySource, Geometry, decode_image, training_view
 from lion_models.data.images import to_tensor
 from lion_models.data.transforms import random_crop, random_flip, random_resized_crop
-from lion_models.errors import UserError
-from lion_models.training import RunConfig
+from lion_models.run import RunConfig
 
 
 def stripes(width: int, height: int) -> Image.Image:

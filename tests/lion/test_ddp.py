@@ -13,7 +13,7 @@ import torch
 from conftest import Lion
 from safetensors.torch import load_file
 
-from lion_models.training.ranks import ALONE, Ranks
+from lion_models.run.ranks import ALONE, Ranks
 
 # Nine training images in batches of five: the parts are uneven, the last batch too.
 OPTIONS = ("--shots", 3, "--validation-shots", 3, "--epochs", 3, "--batch", 5, "--hidden", 4,
@@ -58,9 +58,9 @@ def test_two_processes_train_what_one_trains(
 
 FAILING = """
 import os
-from lion_models import cli
-from lion_models.errors import UserError
-from lion_models.training.loss import TrainingLoss
+from lion_models.cli import commands as cli
+from lion_models.base.errors import UserError
+from lion_models.run.loss import TrainingLoss
 
 def fail(*_):
     raise UserError("the second process has no room")

@@ -16,14 +16,14 @@ from benchmarks.lion_memory import STEPS, draw, measure
 from lion_models import Lion as LionModel
 from lion_models import VPTDeep
 from lion_models.backbones import FrozenBackbone
+from lion_models.base.errors import UserError
 from lion_models.data import decode_image
-from lion_models.errors import UserError
-from lion_models.export import export_run, unrolled
-from lion_models.memory import kept_bytes
-from lion_models.training import load_run
-from lion_models.training.run_data import split_data
-from lion_models.training.runs import validation_images
-from lion_models.training.workbench import Workbench
+from lion_models.run import load_run
+from lion_models.run.data_record import split_data
+from lion_models.run.export import export_run, unrolled
+from lion_models.run.memory import kept_bytes
+from lion_models.run.runs import validation_images
+from lion_models.run.workbench import Workbench
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import Lion
 
-from lion_models.errors import UserError
-from lion_models.sweep import Axis, Plan, parse_axis
-from lion_models.training import RunConfig
+from lion_models.base.errors import UserError
+from lion_models.run import RunConfig
+from lion_models.study.sweep import Axis, Plan, parse_axis
 
 LION = ("--method", "lion", "--sides")
 

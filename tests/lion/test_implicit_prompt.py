@@ -14,11 +14,11 @@ from small import SMALL, small_vit
 import deqcore
 import lion_models
 from lion_models.backbones import FrozenBackbone, freeze_vit
-from lion_models.baselines import LinearProbe, VPTDeep
-from lion_models.classifier import count_parameters
-from lion_models.errors import UserError
-from lion_models.implicit_prompt import BottleneckCell, ImplicitPrompt
-from lion_models.lion import SIDES, Lion
+from lion_models.base.errors import UserError
+from lion_models.methods import LinearProbe, VPTDeep
+from lion_models.methods.base import count_parameters
+from lion_models.methods.lion import SIDES, Lion
+from lion_models.prompts.implicit_prompt import BottleneckCell, ImplicitPrompt
 
 EXACT = deqcore.Anderson(rtol=1e-13, atol=1e-14, max_steps=200)
 

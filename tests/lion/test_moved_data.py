@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import Lion, call
 
-from lion_models.training.run_data import data_place
-from lion_models.training.runs import read_config
-from lion_models.training.workbench import Workbench
+from lion_models.run.data_record import data_place
+from lion_models.run.runs import read_config
+from lion_models.run.workbench import Workbench
 
 
 @pytest.fixture

@@ -16,14 +16,13 @@ from torch import nn
 
 import deqcore
 from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
-from lion_models.classifier import count_parameters, load_trained, trained_state
+from lion_models.base.errors import UserError
 from lion_models.data import Task
-from lion_models.errors import UserError
-from lion_models.lion import Lion
-from lion_models.pruning import prune_and_rebuild, prune_model
-from lion_models.robust import RobustOptimizer
-from lion_models.seeding import seed_all
-from lion_models.training import (
+from lion_models.methods.base import count_parameters, load_trained, trained_state
+from lion_models.methods.lion import Lion
+from lion_models.prompts.cdr import RobustOptimizer
+from lion_models.prompts.pruning import prune_and_rebuild, prune_model
+from lion_models.run import (
     FitState,
     RunConfig,
     build_model,
@@ -32,8 +31,9 @@ from lion_models.training import (
     prepare_folder,
     train_run,
 )
-from lion_models.training.checkpoint import read_checkpoint, save_checkpoint
-from lion_models.training.optimizer import make_optimizer
+from lion_models.run.checkpoint import read_checkpoint, save_checkpoint
+from lion_models.run.optimizer import make_optimizer
+from lion_models.run.seeding import seed_all
 
 D, H = SMALL.dim, 4
 MATRICES = [

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lion_models.backbones import FrozenBackbone
+from lion_models.base.errors import UserError
 from lion_models.data import Task, make_task, open_source
-from lion_models.errors import UserError
-from lion_models.lion import Lion
-from lion_models.training import RunConfig, build_model, fit
-from lion_models.training.config import METHODS
+from lion_models.methods.lion import Lion
+from lion_models.run import RunConfig, build_model, fit
+from lion_models.run.config import METHODS
 
 
 @pytest.fixture

@@ -17,18 +17,18 @@ from conftest import CLASSES, Lion
 from PIL import Image
 
 from lion_models.backbones import FrozenBackbone
-from lion_models.classifier import TunedClassifier, trained_state
+from lion_models.base.errors import UserError
+from lion_models.base.files import replacing, write_json
 from lion_models.data import Task, open_source
-from lion_models.errors import UserError
-from lion_models.files import replacing, write_json
-from lion_models.seeding import seed_all
-from lion_models.training import FitState, RunConfig, build_model, fit
-from lion_models.training.averaging import Average
-from lion_models.training.inputs import FeatureCache, Inputs, freeze_images
-from lion_models.training.loss import TrainingLoss
-from lion_models.training.report import class_report
-from lion_models.training.trainer import score
-from lion_models.training.workbench import Workbench
+from lion_models.methods.base import TunedClassifier, trained_state
+from lion_models.run import FitState, RunConfig, build_model, fit
+from lion_models.run.averaging import Average
+from lion_models.run.features import FeatureCache, Inputs, freeze_images
+from lion_models.run.loss import TrainingLoss
+from lion_models.run.report import class_report
+from lion_models.run.seeding import seed_all
+from lion_models.run.trainer import score
+from lion_models.run.workbench import Workbench
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_features_are_shared_by_runs_with_the_same_frozen_part_alone(
         computed.append(len(some))
         return freeze_images(model, some)
 
-    monkeypatch.setattr("lion_models.training.inputs.freeze_images", freeze)
+    monkeypatch.setattr("lion_models.run.features.freeze_images", freeze)
     for method, sides in (("linear", "both"), ("lion", "both"), ("lion", "output")):
         model = build_model(replace(config, method=method, sides=sides), frozen, 3)
         inputs = Inputs(model, images, labels, features=features)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lion_models.errors import UserError
-from lion_models.training import RunConfig, prepare_folder, train_run
-from lion_models.training.progress import STATE, read_state
+from lion_models.base.errors import UserError
+from lion_models.run import RunConfig, prepare_folder, train_run
+from lion_models.run.log import STATE, read_state
 
 # Trains as `lion train` does, with a state every epoch, in a process for each moment: "epoch n"
 # kills itself after an epoch; "sync n" while its n-th file is synced (the temporary file is whole,
@@ -26,9 +26,9 @@ VICTIMS = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import torch
-from lion_models.errors import UserError
-from lion_models.training import RunConfig, train_run
-from lion_models.training.progress import STATE, read_state
+from lion_models.base.errors import UserError
+from lion_models.run import RunConfig, train_run
+from lion_models.run.log import STATE, read_state
 
 torch.set_num_threads(1)
 real_sync, real_replace = os.fsync, Path.replace

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lion_models.robust import CDR, RobustOptimizer
+from lion_models.prompts.cdr import CDR, RobustOptimizer
 
 LR, STEPS = 0.05, 12
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import Lion
 
-from lion_models.cli_options import short_name
-from lion_models.errors import UserError
-from lion_models.training import RunConfig, prepare_folder
+from lion_models.base.errors import UserError
+from lion_models.cli.options import short_name
+from lion_models.run import RunConfig, prepare_folder
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_folder_of_runs_that_is_a_file_is_named(
 ):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text("{}")
-    monkeypatch.setattr("lion_models.cells.train_run", None)
-    monkeypatch.setattr("lion_models.cli.train_run", None)
+    monkeypatch.setattr("lion_models.study.trial.train_run", None)
+    monkeypatch.setattr("lion_models.cli.commands.train_run", None)
     real = os.mkdir
 
     def refuse(path: Path, *arguments: object) -> None:

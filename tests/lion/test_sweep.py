@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 from conftest import Lion
 
-from lion_models.cells import Cell, CellOptions, Event
-from lion_models.cli_progress import CellBars
-from lion_models.compare import run_comparison
-from lion_models.errors import UserError
-from lion_models.files import claim, holding, run_lock
-from lion_models.runner import CellRunner
-from lion_models.sweep import Axis, Plan, parse_axis, run_sweep
-from lion_models.training import RunConfig
-from lion_models.training.runs import prepare_folder
+from lion_models.base.errors import UserError
+from lion_models.base.files import claim, holding, run_lock
+from lion_models.cli.progress import CellBars
+from lion_models.run import RunConfig
+from lion_models.run.runs import prepare_folder
+from lion_models.study.compare import run_comparison
+from lion_models.study.runner import CellRunner
+from lion_models.study.sweep import Axis, Plan, parse_axis, run_sweep
+from lion_models.study.trial import Cell, CellOptions, Event
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from lion_models.files import save_figure
-from lion_models.sweep_report import (
+from lion_models.base.files import save_figure
+from lion_models.study import plot as sweep_plot
+from lion_models.study.report import (
     measured_markdown,
     measured_methods,
     sweep_tables,
     write_measured,
 )
-from lion_models.training import sweep_plot
 
 
 def row(method: str, data: str, accuracies: list[float], **more: Any) -> dict[str, Any]:

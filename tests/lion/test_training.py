@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lion_models.backbones import FrozenBackbone
-from lion_models.classifier import trained_state
+from lion_models.base.errors import UserError
 from lion_models.data import Task
-from lion_models.errors import UserError
-from lion_models.seeding import seed_all
-from lion_models.training import (
+from lion_models.methods.base import trained_state
+from lion_models.run import (
     FitState,
     RunConfig,
     build_model,
@@ -25,9 +24,10 @@ from lion_models.training import (
     prepare_folder,
     train_run,
 )
-from lion_models.training.checkpoint import read_checkpoint
-from lion_models.training.config import METHODS, SHOWN_METHODS
-from lion_models.training.trainer import solver_figures
+from lion_models.run.checkpoint import read_checkpoint
+from lion_models.run.config import METHODS, SHOWN_METHODS
+from lion_models.run.seeding import seed_all
+from lion_models.run.trainer import solver_figures
 
 
 @pytest.fixture

@@ -1,0 +1,192 @@
+"""Write files whole or not at all, and lock a folder's work to one process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from lion_models.base.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "append_line",
+    "claim",
+    "holding",
+    "make_folder",
+    "replacing",
+    "run_lock",
+    "save_figure",
+    "write_bytes",
+    "write_json",
+]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file that becomes `path` when the block ends without an error.
+
+    What lies at `path` is at any moment the old file or the whole new one, after a power cut too:
+    the bytes are on the disk before the name is.
+
+    Args:
+        path: the file to write; its folder exists.
+        mode: `wb` or `w`.
+
+    Raises:
+        UserError: the disk is full or the file cannot be written; the temporary file is removed.
+    """
+    # The process's own name, so that two processes never write into the same temporary file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with open(partial, mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that can be written to, and those that it lies in.
+
+    Raises:
+        UserError: it cannot be made, or files cannot be made in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file; see `replacing`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a whole JSON file; see `replacing`."""
+    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a whole PNG; see `replacing`."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log that may lose its last line to a power cut.
+
+    Raises:
+        UserError: the disk is full or the file cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems cannot; the file's own bytes are safe
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return UserError(
+            f"{path}: cannot be written, no space is left for it ({reason}); make room or raise "
+            "the limit, then continue with --resume (sweep and compare continue by themselves)"
+        )
+    return UserError(f"{path}: cannot be written ({reason})")
+
+
+@contextmanager
+def claim(lock: Path) -> Iterator[bool]:
+    """Hold a lock file for as long as the block runs; gives False where another process holds it.
+
+    The lock is the kernel's (flock), so it ends with the process that holds it, however that
+    process ends: a dead process's lock is free at once and a living one's is never taken. It
+    works across machines where the shared file system passes locks on (NFS does). The file stays:
+    removing it would let two processes hold locks on two files of one name.
+
+    Args:
+        lock: the file; made where missing. It names host and process of its last holder.
+
+    Raises:
+        UserError: the file system has no locks, or the file cannot be opened.
+    """
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _cannot_write(lock, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise UserError(
+                f"{lock}: cannot be locked ({error.strerror}); put the runs on a file system "
+                "with file locks"
+            ) from error
+        holder = f"{socket.gethostname()} {os.getpid()}\n".encode()
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder, 0)
+        except OSError as error:
+            raise _cannot_write(lock, error) from error
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def run_lock(folder: Path) -> Path:
+    """The lock file of a run's folder; beside it, so that replacing the folder leaves it."""
+    lock = folder.parent / ".locks" / f"{folder.name}.lock"
+    make_folder(lock.parent)
+    return lock
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, or raise.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    lock = run_lock(folder)
+    with claim(lock) as mine:
+        if not mine:
+            holder = lock.read_text().strip() or "unknown"
+            raise UserError(
+                f"{folder} is running in another process (host and process: {holder}); wait for "
+                "it, or end it"
+            )
+        yield

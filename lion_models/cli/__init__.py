@@ -1,0 +1,5 @@
+"""The `lion` command."""
+
+from lion_models.cli.commands import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,80 @@
+"""`lion data`: the named data sets, and fetching what packages can give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lion_models.base.errors import UserError, choose
+from lion_models.data.hub import open_torchvision, torchvision_folder
+from lion_models.data.named.catalogue import CATALOGUE, find_files
+from lion_models.data.named.prepare import prepare
+from lion_models.data.transforms import Geometry
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Named data sets: list them, fetch them.")
+out = Console(soft_wrap=True)
+
+
+@app.command("list")
+def list_data() -> None:
+    """Names, sizes and licences, and what is on this machine."""
+    table = Table()
+    for heading in ("--data", "classes", "images", "here", "licence", "what"):
+        right = heading in ("classes", "images")
+        table.add_column(heading, justify="right" if right else "left")
+    for entry in CATALOGUE.values():
+        here = "yes" if find_files(entry) else "no"
+        counts = f"{entry.classes}", f"{entry.images:,}"
+        table.add_row(entry.name, *counts, here, entry.licence, entry.what)
+    Console().print(table)
+    out.print(
+        "'lion data prepare NAME' fetches what is not here. Also: torchvision:NAME, hf:NAME, and "
+        "folders (a sub-folder per class, IDX, VTAB-1k, saved Hugging Face data sets)."
+    )
+
+
+@app.command("prepare")
+def prepare_data(
+    name: Annotated[str, typer.Argument(help="A name of 'lion data list', or torchvision:NAME.")],
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where data sets are kept.", show_default="$LION_DATA, else a cache"),
+    ] = None,
+) -> None:
+    """Fetch a data set and say where it comes from and under which licence."""
+    kind, _, rest = name.partition(":")
+    if kind == "torchvision" and rest:
+        _prepare_torchvision(rest, folder)
+        return
+    if kind == "hf":
+        raise UserError(
+            f"lion data prepare {name}: the package 'datasets' fetches and keeps it by itself; "
+            f"use --data {name}"
+        )
+    entry = CATALOGUE[choose("lion data prepare", name, CATALOGUE)]
+    out.print(f"{entry.name}: {entry.what}", highlight=False)
+    out.print(f"source: {entry.source}", highlight=False)
+    out.print(f"licence: {entry.licence}", highlight=False)
+    files, fetched = prepare(entry, folder)
+    where = ", ".join(str(path) for path in files)
+    out.print(f"{'fetched to' if fetched else 'already here:'} {where}", highlight=False)
+    used = entry.name if folder is None else f"{entry.name}:{folder / entry.name}"
+    out.print(f"use it with: --data {used}", highlight=False)
+
+
+def _prepare_torchvision(name: str, folder: Path | None) -> None:
+    source = open_torchvision(name, Geometry(3, 32), download=True, root=folder)
+    out.print(
+        f"{len(source):,} images in {len(source.classes)} classes, in "
+        f"{torchvision_folder(name, folder)}; "
+        "torchvision does not record the licence: see the data set's own page",
+        highlight=False,
+    )
+    setting = f"LION_DATA={folder} " if folder is not None else ""
+    out.print(f"use it with: {setting}--data torchvision:{name}", highlight=False)

@@ -1,0 +1,21 @@
+"""Linear probe: a linear classifier on the frozen backbone's feature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lion_models.methods.base import TunedClassifier
+
+__all__ = ["LinearProbe"]
+
+
+class LinearProbe(TunedClassifier):
+    """Only the head trains."""
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> Tensor:  # (B, C, S, S) -> (B, F)
+        return self.backbone(images)
+
+    def tuned(self, fixed: Tensor) -> Tensor:  # (B, F) -> (B, classes)
+        return self.head(fixed)

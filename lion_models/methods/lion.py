@@ -1,0 +1,148 @@
+"""LION: two implicit layers around a frozen backbone (Wang et al., AAAI 2024, arXiv 2303.09992)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lion_models.backbones import FrozenBackbone
+from lion_models.backbones.frozen import SPACES
+from lion_models.base.errors import UserError, choose
+from lion_models.methods.base import TunedClassifier
+from lion_models.prompts.implicit_prompt import ImplicitPrompt, Solver
+
+__all__ = ["OUTPUT_INPUTS", "SIDES", "Lion"]
+
+SIDES = ("both", "input", "output")
+OUTPUT_INPUTS = ("pooled", "embedding")
+
+
+class Lion(TunedClassifier):
+    """One implicit layer in front of the backbone's encoder, one behind it, then a linear head.
+
+    That two equilibrium layers enrich the input and the representation of a frozen backbone is the
+    paper's [paper]; that both are bottlenecks, on the tokens or the image and on the pooled
+    feature, is ours [ours].
+
+    Args:
+        backbone: frozen.
+        classes: outputs of the head.
+        sides: `both`, `input` or `output`.
+        hidden: bottleneck width h of each layer.
+        strength: initial lambda of each layer.
+        solver: for both layers; None means Anderson with its defaults.
+        iterations: None for equilibria, k for k explicit layers; see `ImplicitPrompt`.
+        space: of the input layer: `token` (what `embed` gives), `pixel` (the image); None means
+            `token` where the backbone has tokens.
+        output_input: what drives the output layer's equilibrium, which is added to the pooled
+            feature in either case: `pooled` (that feature) or `embedding` (the mean of the tokens
+            that the backbone makes of the image, before the input layer adds to them).
+
+    Raises:
+        UserError: a backbone without tokens where they are asked for, or with tokens of another
+            width than the feature's for `embedding`.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        classes: int,
+        sides: str = "both",
+        hidden: int = 8,
+        strength: float = 1.0,
+        solver: Solver | None = None,
+        iterations: int | None = None,
+        space: str | None = None,
+        output_input: str = "pooled",
+    ) -> None:
+        super().__init__(backbone, classes)
+        choose("--sides", sides, SIDES)
+        choose("--output-input", output_input, OUTPUT_INPUTS)
+        if space is None:
+            space = backbone.space
+        choose("--space", space, SPACES)
+        if space == "token" and backbone.space != "token" and sides != "output":
+            raise UserError(f"--space token: '{backbone.name}' has no tokens; use --space pixel")
+        if output_input == "embedding" and sides != "input":
+            _check_embedding(backbone)
+        self.space = space
+        self.output_input = output_input
+
+        def layer(dim: int, space: str = "token") -> ImplicitPrompt:
+            return ImplicitPrompt(dim, hidden, strength, solver, iterations, space)
+
+        width = backbone.token_dim if space == "token" else backbone.channels
+        self.input_prompt = layer(width, space) if sides != "output" else None
+        self.output_prompt = layer(backbone.feature_dim) if sides != "input" else None
+
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> Tensor:
+        """What the first trained layer sees: images (B, C, S, S) -> (B, ...).
+
+        Tokens (B, T, D) or images (B, C, S, S) with an input layer. Without one, the feature
+        (B, F), or feature and mean token (B, 2F) where the latter drives the output layer.
+        """
+        if self.input_prompt is not None:
+            return self.backbone.embed(images) if self._after_embed else images
+        tokens = self.backbone.embed(images)
+        feature = self.backbone.encode(tokens)
+        if self.output_input == "pooled":
+            return feature
+        return torch.cat([feature, tokens.mean(1)], dim=1)
+
+    def tuned(self, fixed: Tensor) -> Tensor:  # output of `frozen` -> (B, classes)
+        feature, source = self._features(fixed)
+        if self.output_prompt is not None:
+            feature = self.output_prompt(feature, source)
+        return self.head(feature)
+
+    @property
+    def _after_embed(self) -> bool:
+        """Whether the input layer acts on what `embed` gives, tokens or the normalised image."""
+        return self.space == self.backbone.space
+
+    @property
+    def prompts(self) -> dict[str, ImplicitPrompt]:
+        """The layers that exist, by side."""
+        layers = {"input": self.input_prompt, "output": self.output_prompt}
+        return {side: layer for side, layer in layers.items() if layer is not None}
+
+    @torch.no_grad()
+    def residual_traces(self, fixed: Tensor, solver: Solver) -> dict[str, Tensor]:
+        """Residual per step, (B, n), of each implicit layer for one batch.
+
+        Args:
+            fixed: output of `frozen`.
+            solver: one with `record_trace=True`.
+        """
+        traces = {}
+        if self.input_prompt is not None:
+            traces["input"] = self.input_prompt.residual_trace(fixed, solver)
+        if self.output_prompt is not None:
+            feature, source = self._features(fixed)
+            driver = feature if source is None else source
+            traces["output"] = self.output_prompt.residual_trace(driver, solver)
+        return {side: trace for side, trace in traces.items() if trace is not None}
+
+    def _features(self, fixed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The feature (B, F) in front of the output layer, and what else drives that, (B, F)."""
+        embedding = self.output_input == "embedding"
+        if self.input_prompt is None:
+            width = self.backbone.feature_dim
+            return (fixed[:, :width], fixed[:, width:]) if embedding else (fixed, None)
+        tokens = prompted = self.input_prompt(fixed)
+        if self.space == "token":
+            tokens = fixed
+        elif not self._after_embed:
+            tokens = prompted = self.backbone.embed(prompted)
+        return self.backbone.encode(prompted), tokens.mean(1) if embedding else None
+
+
+def _check_embedding(backbone: FrozenBackbone) -> None:
+    tokens = backbone.space == "token"
+    if not tokens or backbone.token_dim != backbone.feature_dim:
+        width = f"tokens of width {backbone.token_dim}" if tokens else "no tokens"
+        raise UserError(
+            f"--output-input embedding: needs tokens as wide as the feature "
+            f"({backbone.feature_dim}), '{backbone.name}' has {width}; use --output-input pooled"
+        )

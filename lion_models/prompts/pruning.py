@@ -1,0 +1,117 @@
+"""Pruning of LION's layers: the weights that are not critical are removed for good [paper].
+
+Which go is decided by size, within the critical set where robust training has fixed one [ours].
+The layers' linears become `deqcore.MaskedLinear`, which stores, trains and multiplies the kept
+weights alone. Convolutions (the space `pixel`) stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import deqcore
+from lion_models.base.errors import UserError
+from lion_models.methods.base import TunedClassifier
+from lion_models.methods.lion import Lion
+from lion_models.prompts.cdr import RobustOptimizer
+
+__all__ = ["check_prunable", "prune_and_rebuild", "prune_model"]
+
+
+def check_prunable(model: TunedClassifier) -> None:
+    """Make sure that there is something to prune.
+
+    Raises:
+        UserError: the model has no implicit layer on tokens or features.
+    """
+    if not isinstance(model, Lion) or not any(p.space == "token" for p in model.prompts.values()):
+        raise UserError(
+            "--sparsity: prunes the linear layers of LION's implicit layers, and this model has "
+            "none (a layer on pixels is made of convolutions); use --sides both or leave it out"
+        )
+
+
+def prune_model(
+    model: Lion, sparsity: float, critical_of: Callable[[Tensor], Tensor | None] = lambda _: None
+) -> dict[str, deqcore.SparsityPattern]:
+    """Replace the linears of the implicit layers by masked ones, in place.
+
+    Args:
+        model: not pruned yet.
+        sparsity: share of each matrix that is dropped.
+        critical_of: the fixed critical set of a weight, if it has one: critical weights are kept
+            before others. Of a set the largest are kept.
+
+    Returns:
+        What is kept of each weight, by the weight's name before.
+    """
+    patterns: dict[str, deqcore.SparsityPattern] = {}
+    for side, prompt in model.prompts.items():
+        if prompt.space != "token":
+            continue
+        cell = prompt.layer.cell
+        linears = {n: m for n, m in cell.named_modules() if isinstance(m, nn.Linear)}
+        scores = {n: _scores(m.weight, critical_of(m.weight)) for n, m in linears.items()}
+        deqcore.prune_layer(cell, scores, sparsity)
+        for name in linears:
+            masked = cell.get_submodule(name)
+            assert isinstance(masked, deqcore.MaskedLinear)
+            patterns[f"{side}_prompt.layer.cell.{name}.weight"] = masked.pattern
+    return patterns
+
+
+def prune_and_rebuild(
+    model: TunedClassifier,
+    optimizer: torch.optim.Optimizer,
+    sparsity: float,
+    rebuild: Callable[[], torch.optim.Optimizer],
+) -> torch.optim.Optimizer:
+    """Prune a model in training; go on over the kept weights alone.
+
+    Momentum and moments are carried over: as they are for parameters that stay, at the kept
+    entries for those that were pruned. Robust training ends here: every weight that is left is one
+    to learn.
+
+    Args:
+        model: a `Lion`.
+        optimizer: its own, with state.
+        sparsity: share of each matrix that is dropped.
+        rebuild: makes an optimizer for the pruned model's parameters.
+
+    Returns:
+        The new optimizer.
+
+    Raises:
+        UserError: there is nothing to prune.
+    """
+    check_prunable(model)
+    assert isinstance(model, Lion)
+    robust = optimizer if isinstance(optimizer, RobustOptimizer) else None
+    states = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
+    patterns = prune_model(model, sparsity, robust.critical_of if robust else lambda _: None)
+    new = rebuild()
+    for name, parameter in model.named_parameters():
+        weight = f"{name.removesuffix('values')}weight"
+        pattern = patterns.get(weight)
+        old = states.get(name if pattern is None else weight)
+        if old is not None:
+            new.state[parameter] = {key: _kept(value, pattern) for key, value in old.items()}
+    return new
+
+
+def _kept(value: object, pattern: deqcore.SparsityPattern | None) -> object:
+    """An entry of an optimizer's state, at the kept weights."""
+    if not isinstance(value, Tensor):
+        return value
+    if pattern is None or tuple(value.shape) != pattern.shape:
+        return value.clone()
+    return pattern.from_dense(value)
+
+
+def _scores(weight: Tensor, critical: Tensor | None) -> Tensor:
+    # A run that has diverged should end with its own figures, not in here.
+    size = weight.detach().abs().nan_to_num()
+    return size if critical is None else size + critical * (1 + size.max())

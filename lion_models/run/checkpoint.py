@@ -1,0 +1,136 @@
+"""Checkpoints: safetensors files that hold only what was trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lion_models.backbones import FrozenBackbone, fingerprint, load_backbone
+from lion_models.base.errors import UserError
+from lion_models.base.files import write_bytes
+from lion_models.methods.base import TunedClassifier, load_trained, trained_state
+from lion_models.run.config import RunConfig
+from lion_models.run.models import build_model
+
+__all__ = ["CHECKPOINT", "LoadedRun", "load_run", "read_checkpoint", "save_checkpoint"]
+
+CHECKPOINT = "checkpoint.safetensors"
+FORMAT = "lion_models 1"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A classifier rebuilt from its checkpoint.
+
+    Attributes:
+        model: in eval mode, with the trained weights.
+        config: what it was trained with.
+        classes: names, in the order of the logits.
+        weights: fingerprint of the trained weights.
+    """
+
+    model: TunedClassifier
+    config: RunConfig
+    classes: tuple[str, ...]
+    weights: str
+
+
+def save_checkpoint(
+    path: Path,
+    weights: dict[str, Tensor],
+    config: RunConfig,
+    backbone: FrozenBackbone,
+    classes: tuple[str, ...],
+) -> None:
+    """Write trained weights and what is needed to use them, to a temporary file, then rename it."""
+    metadata = {
+        "format": FORMAT,
+        "method": config.method,
+        "config": json.dumps(config.to_dict()),
+        "backbone": backbone.name,
+        "backbone_sha256": backbone.fingerprint,
+        "classes": json.dumps(classes),
+        "normalisation": json.dumps(backbone.normalisation),
+    }
+    tensors = {name: value.cpu().contiguous() for name, value in weights.items()}
+    write_bytes(path, _in_order(save(tensors, metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library's order changes from run to run."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint.
+
+    Raises:
+        UserError: no such file, cut off, or not a checkpoint of this package.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no checkpoint; expected the folder of a finished run, such as "
+            "runs/NAME, or its checkpoint file"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: cut off or not a safetensors file ({path.stat().st_size} bytes; "
+            f"{error}); copy it again or repeat the run"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: a safetensors file, but not a checkpoint of 'lion train' "
+            f"(format {metadata.get('format')!r}, expected {FORMAT!r})"
+        )
+    return weights, metadata
+
+
+def load_run(path: Path, backbone: FrozenBackbone | None = None) -> LoadedRun:
+    """Rebuild a trained classifier.
+
+    Args:
+        path: a run's folder or its checkpoint file.
+        backbone: a loaded one to use; None loads the one that the checkpoint names.
+
+    Raises:
+        UserError: no checkpoint, damaged, or trained on another backbone's weights.
+    """
+    file = path / CHECKPOINT if path.is_dir() else path
+    weights, metadata = read_checkpoint(file)
+    backbone = load_backbone(metadata["backbone"]) if backbone is None else backbone
+    if backbone.fingerprint != metadata["backbone_sha256"]:
+        raise UserError(
+            f"{file}: was trained on backbone '{metadata['backbone']}' with weights "
+            f"{metadata['backbone_sha256'][:12]}, but '{backbone.name}' has weights "
+            f"{backbone.fingerprint[:12]}; use the original backbone file or train again"
+        )
+    config = RunConfig.from_dict(json.loads(metadata["config"]))
+    classes = tuple(json.loads(metadata["classes"]))
+    model = build_model(config, backbone, len(classes))
+    unfit = (
+        f"{file}: its weights do not fit method '{config.method}': {{}}; "
+        "it was written by another version"
+    )
+    try:
+        load_trained(model, weights)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(unfit.format(error)) from error
+    expected = {name: tuple(value.shape) for name, value in trained_state(model).items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != found:
+        raise UserError(unfit.format(sorted(set(expected.items()) ^ set(found.items()))[:4]))
+    return LoadedRun(model.eval(), config, classes, fingerprint(weights))

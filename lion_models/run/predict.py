@@ -1,0 +1,192 @@
+"""Class probabilities for image files, and accuracy on another data set."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from lion_models.base.errors import UserError, choose
+from lion_models.data import decode_image, find_images, open_source
+from lion_models.data.images import UnreadableError
+from lion_models.run.checkpoint import LoadedRun
+from lion_models.run.trainer import freeze_images, score
+
+__all__ = [
+    "UNREADABLE",
+    "Prediction",
+    "evaluate_on",
+    "gather_images",
+    "predict",
+    "write_predictions",
+]
+
+UNREADABLE = ("fail", "skip")
+CHUNK = 100
+
+
+def gather_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as given, folders as the images below them.
+
+    Raises:
+        UserError: a path that does not exist, or a folder without images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = find_images(path)
+            if not inside:
+                raise UserError(f"{path}: no image in this folder")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder; expected an image or a folder")
+    return found
+
+
+def predict(
+    run: LoadedRun, images: Sequence[Path], unreadable: str = "fail"
+) -> Iterator[Prediction]:
+    """Predictions in the order of the images, a few dozen images decoded at a time.
+
+    Args:
+        run: the classifier.
+        images: files.
+        unreadable: `fail`, or `skip`, which gives a prediction with `error` for each such file.
+
+    Raises:
+        UnreadableError: a file may not or cannot be read.
+        UserError: a file is not an image, with `fail`.
+    """
+    choose("--unreadable", unreadable, UNREADABLE)
+    backbone = run.model.backbone
+    device = run.model.head.weight.device
+    shape, chunk = (backbone.channels, backbone.image_size), backbone.evaluation_batch
+    for start in range(0, len(images), chunk):
+        pixels: list[Tensor] = []
+        errors: dict[Path, str] = {}
+        for path in images[start : start + chunk]:
+            try:
+                pixels.append(decode_image(path, *shape, run.config.transform))
+            except UnreadableError:
+                raise
+            except UserError as error:
+                if unreadable == "fail":
+                    raise UserError(f"{error}, or leave it out with --unreadable skip") from error
+                errors[path] = str(error)
+        rows: Iterator[list[float]] = iter(())
+        if pixels:
+            with torch.no_grad():
+                batch = torch.stack(pixels).to(device).float() / 255
+                rows = iter(run.model(batch).softmax(1).cpu().tolist())
+        for path in images[start : start + chunk]:
+            if path in errors:
+                yield Prediction(path, (), errors[path])
+            else:
+                yield Prediction(path, tuple(next(rows)))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Class probabilities of one image.
+
+    Attributes:
+        path: the file.
+        probabilities: in the order of the run's classes; empty where the file is unreadable.
+        error: why it is unreadable.
+    """
+
+    path: Path
+    probabilities: tuple[float, ...]
+    error: str = ""
+
+    @property
+    def best(self) -> int:
+        return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
+
+    def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
+        """`file`, `class`, `probability`, and `probabilities` by class name."""
+        return {
+            "file": str(self.path),
+            "class": classes[self.best],
+            "probability": self.probabilities[self.best],
+            "probabilities": dict(zip(classes, self.probabilities, strict=True)),
+        }
+
+
+def write_predictions(
+    file: IO[str], form: str, classes: Sequence[str], predictions: Iterable[Prediction]
+) -> int:
+    """Write predictions as they come, as `csv` (one column per class) or `json` (a list).
+
+    Args:
+        file: open for writing.
+        form: `csv` or `json`.
+        classes: names, in the order of the probabilities.
+        predictions: without errors.
+
+    Returns:
+        How many there were.
+    """
+    count = 0
+    writer = csv.writer(file, lineterminator="\n")
+    if form == "csv":
+        writer.writerow(["file", "class", "probability", *(f"p_{name}" for name in classes)])
+    for count, one in enumerate(predictions, start=1):
+        if form == "csv":
+            values = (f"{value:.6f}" for value in (one.probabilities[one.best], *one.probabilities))
+            writer.writerow([one.path, classes[one.best], *values])
+        else:
+            file.write("[\n" if count == 1 else ",\n")
+            file.write(json.dumps(one.to_dict(classes)))
+    if form == "json":
+        file.write("\n]\n" if count else "[]\n")
+    return count
+
+
+def evaluate_on(
+    run: LoadedRun, data: str, predicted: list[Tensor] | None = None, bad_files: str | None = None
+) -> tuple[dict[str, float], Tensor]:
+    """Mean accuracy and cross-entropy on every image of another data set with the same classes.
+
+    Args:
+        run: the classifier.
+        data: as for `--data`.
+        predicted: gets the predicted labels.
+        bad_files: `fail` or `skip`; None means as the run was trained.
+
+    Returns:
+        The figures, and the true labels.
+
+    Raises:
+        UserError: the data's classes are not the run's.
+    """
+    model = run.model
+    backbone, transform = model.backbone, run.config.transform
+    source = open_source(
+        data,
+        backbone.channels,
+        backbone.image_size,
+        transform=transform,
+        bad_files=run.config.bad_files if bad_files is None else bad_files,
+    )
+    if source.classes != run.classes:
+        raise UserError(
+            f"--data {data}: has classes {', '.join(source.classes)}; the run was "
+            f"trained for {', '.join(run.classes)}"
+        )
+    totals: dict[str, float] = {}
+    for rows in torch.arange(len(source)).split(CHUNK):
+        images, labels = source.load(rows), source.labels[rows].to(model.head.weight.device)
+        sums = score(model, freeze_images(model, images), labels, predicted)
+        for key, value in sums.items():
+            totals[key] = totals.get(key, 0.0) + value
+    means = {key: value / len(source) for key, value in totals.items()}
+    return means | {"images": len(source)}, source.labels

@@ -1,0 +1,184 @@
+"""The PNGs of a sweep: validation accuracy over the grid, test accuracy over trained weights."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lion_models.base.files import save_figure
+from lion_models.run.plots import METHOD_COLOURS
+
+__all__ = ["plot_sweep", "plot_tested"]
+
+SHOWN_SETTINGS = 15
+
+
+def plot_sweep(path: Path, content: dict[str, Any]) -> None:
+    """Draw validation accuracy over the grid, a panel for each condition and method.
+
+    A panel is a heat map where two options vary, else a row of dots for each setting; what is
+    chosen is bold.
+
+    Args:
+        path: PNG to write.
+        content: of sweep.json.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for setting in content["settings"]:
+        if setting["validation_accuracy"] is not None:
+            condition = ", ".join(f"{k} {v}" for k, v in setting["condition"].items())
+            groups.setdefault((condition, setting["method"]), []).append(setting)
+    if not groups:
+        return
+    # In the order of the grid, not of the accuracies.
+    conditions = sorted({condition for condition, _ in groups})
+    methods = sorted({method for _, method in groups})
+    size = (5.6 * len(methods), 4.0 * len(conditions) + 0.4)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(conditions), len(methods), squeeze=False)
+    seeds = ", ".join(map(str, content["seeds"]))
+    data = (
+        "" if "data" in content["settings"][0]["condition"] else f" on {content['options']['data']}"
+    )
+    figure.suptitle(
+        f"Validation accuracy (%){data}, seed{'s' * (len(content['seeds']) > 1)} {seeds}; "
+        "bold is chosen"
+    )
+    by_run = {cell["run"]: cell.get("validation_accuracy") for cell in content["cells"]}
+    for row, condition in enumerate(conditions):
+        for column, method in enumerate(methods):
+            axis = panels[row][column]
+            settings = groups.get((condition, method))
+            if settings is None:
+                axis.set_axis_off()
+                continue
+            axis.set_title(f"{method}, {condition}" if condition else method, fontsize=11)
+            keys = _varying(settings)
+            if len(keys) == 2:
+                _heat_map(axis, settings, keys)
+            else:
+                _dots(axis, settings, keys, by_run)
+    save_figure(path, figure)
+
+
+def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float]]]]) -> None:
+    """Draw test accuracy of each method, a panel for each condition and one for their mean.
+
+    Args:
+        path: PNG to write.
+        tested: by method, in the order of the rows: trained parameters without the head, and the
+            accuracies of each condition, one for each seed.
+    """
+    conditions = list(next(iter(tested.values()))[1])
+    titles = [*conditions, "mean"] if len(conditions) > 1 else conditions
+    columns = min(len(titles), 3)
+    rows = -(-len(titles) // columns)
+    size = (1.6 + 3.6 * columns, 0.6 + (1.2 + 0.26 * len(tested)) * rows)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for position, axis in enumerate(panels.flat):
+        if position >= len(titles):
+            axis.set_axis_off()
+            continue
+        title = titles[position]
+        axis.set_title(title, fontsize=11)
+        for row, (method, (_, accuracies)) in enumerate(tested.items()):
+            seeds = zip(*accuracies.values(), strict=True)
+            values = accuracies.get(title) or [statistics.fmean(seed) for seed in seeds]
+            _tested_row(axis, row, method, [100 * value for value in values])
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    labels = [f"{method}  {count:,}" for method, (count, _) in tested.items()]
+    panels[0][0].set_yticks(range(len(labels)), labels, fontsize=9)
+    panels[0][0].set_ylim(len(labels) - 0.5, -0.5)
+    figure.supxlabel("test accuracy (%); a dot is a seed, the bar their mean", fontsize=10)
+    figure.supylabel("method, trained parameters without the head", fontsize=10)
+    save_figure(path, figure)
+
+
+def _tested_row(axis: Axes, row: int, method: str, values: list[float]) -> None:
+    colour = METHOD_COLOURS[method]
+    if method == "lion":
+        axis.axhspan(row - 0.5, row + 0.5, color=colour, alpha=0.08, linewidth=0)
+    axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.5, markersize=5)
+    mean = statistics.fmean(values)
+    axis.plot([mean], [row], "|", color="black", markersize=14, markeredgewidth=2)
+
+
+def _varying(settings: list[dict[str, Any]]) -> list[str]:
+    keys = settings[0]["setting"]
+    return [key for key in keys if len({str(s["setting"][key]) for s in settings}) > 1]
+
+
+def _heat_map(axis: Axes, settings: list[dict[str, Any]], keys: list[str]) -> None:
+    across, down = keys
+    columns = _sorted({s["setting"][across] for s in settings})
+    rows = _sorted({s["setting"][down] for s in settings})
+    means = [[float("nan")] * len(columns) for _ in rows]
+    best = settings[0]
+    for one in settings:
+        at = rows.index(one["setting"][down]), columns.index(one["setting"][across])
+        means[at[0]][at[1]] = max(100 * one["validation_accuracy"], _or_low(means[at[0]][at[1]]))
+    image = axis.imshow(means, cmap="cividis", aspect="auto")
+    low, high = image.get_clim()
+    for row, values in enumerate(means):
+        for column, value in enumerate(values):
+            if value == value:
+                dark = value < (low + high) / 2
+                chosen = (rows[row], columns[column]) == (
+                    best["setting"][down],
+                    best["setting"][across],
+                )
+                axis.text(
+                    column,
+                    row,
+                    f"{value:.1f}",
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                    fontweight="bold" if chosen else "normal",
+                )
+    axis.set_xticks(range(len(columns)), [str(value) for value in columns])
+    axis.set_yticks(range(len(rows)), [str(value) for value in rows])
+    axis.set_xlabel(across)
+    axis.set_ylabel(down)
+
+
+def _dots(
+    axis: Axes, settings: list[dict[str, Any]], keys: list[str], by_run: dict[str, float | None]
+) -> None:
+    shown = settings[:SHOWN_SETTINGS]
+    for position, one in enumerate(shown):
+        values = [100 * value for run in one["runs"] if (value := by_run.get(run)) is not None]
+        axis.plot(values, [position] * len(values), "o", color="#0072B2", alpha=0.5, markersize=5)
+        mean = 100 * one["validation_accuracy"]
+        axis.plot([mean], [position], "|", color="black", markersize=14, markeredgewidth=2)
+    labels = [", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-" for one in shown]
+    axis.set_yticks(range(len(shown)), labels, fontsize=8)
+    for label, one in zip(axis.get_yticklabels(), shown, strict=True):
+        label.set_fontweight("bold" if one["chosen"] else "normal")
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.set_xlabel("a dot is a seed, the bar their mean")
+    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(settings) > len(shown):
+        axis.annotate(f"best {len(shown)} of {len(settings)}", (1, 0), xycoords="axes fraction",
+                      ha="right", va="bottom", fontsize=8)  # fmt: skip
+
+
+def _sorted(values: set[Any]) -> list[Any]:
+    return sorted(values, key=lambda value: (isinstance(value, str), value is None, value or 0))
+
+
+def _or_low(value: float) -> float:
+    return value if value == value else float("-inf")

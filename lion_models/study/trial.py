@@ -1,0 +1,171 @@
+"""Cells: runs of which many lie in one folder, each claimed by one process at a time."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lion_models.base.errors import UserError
+from lion_models.base.files import claim, holding, run_lock
+from lion_models.run import RunConfig, prepare_folder, train_run
+from lion_models.run.log import STATE_SECONDS
+from lion_models.run.runs import is_new, measure_run, read_config
+from lion_models.run.trainer import FitState
+from lion_models.run.workbench import Workbench
+
+__all__ = ["Cell", "CellOptions", "Event", "OnEvent", "Outcome", "attempt", "check_cells"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of many.
+
+    Attributes:
+        folder: of the run.
+        config: what to train, with its recipe resolved.
+        test: read the test set, after training or for a run that is trained already.
+    """
+
+    folder: Path
+    config: RunConfig
+    test: bool = False
+
+    def conflict(self) -> str | None:
+        """Why the folder cannot be this cell's; None where it is, or is new."""
+        if is_new(self.folder):
+            return None
+        try:
+            if read_config(self.folder) == self.config:
+                return None
+        except UserError as error:
+            return f"{error}; use --overwrite to replace it, or another --name or --runs"
+        return (
+            f"{self.folder} was run with other options; use --overwrite to replace it, "
+            "or another --name or --runs"
+        )
+
+    def result(self) -> dict[str, Any] | None:
+        """Content of result.json, if the run is this cell's and has all that is asked for."""
+        path = self.folder / "result.json"
+        if not path.is_file() or self.conflict() is not None:
+            return None
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result if not self.test or "test" in result else None
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a cell.
+
+    Attributes:
+        index: of the cell among those given.
+        kind: `epoch` (one has ended), `done`, `failed`, `held` (another command runs it; it is
+            looked at again) or `elsewhere` (another command has finished it).
+        epoch: epochs done.
+        accuracy: on validation data.
+        message: why it failed.
+        state: of the fit; only where the cell runs in this process.
+    """
+
+    index: int
+    kind: str
+    epoch: int = 0
+    accuracy: float = 0.0
+    message: str = ""
+    state: FitState | None = field(default=None, compare=False)
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the cells: results in their order (None: failed), and messages by index."""
+
+    results: list[dict[str, Any] | None]
+    failures: dict[int, str]
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """How cells run: see `CellRunner`."""
+
+    device: str = "cpu"
+    plot: bool = True
+    state_seconds: float = STATE_SECONDS
+
+
+def check_cells(cells: Sequence[Cell], overwrite: bool = False) -> None:
+    """Refuse, before anything runs, folders that hold something else.
+
+    With `overwrite`, cells that were run with other options are cleared away here, once.
+
+    Raises:
+        UserError: a folder was run with other options, or holds no run, or the folder of them all
+            is a run's itself.
+    """
+    for folder in {cell.folder.parent for cell in cells}:
+        if (folder / "config.json").exists():
+            raise UserError(
+                f"{folder} holds a run; expected a folder for many, or a new one; use another "
+                "--name or --runs"
+            )
+    for cell in cells:
+        why = cell.conflict()
+        if why is not None and not overwrite:
+            raise UserError(why)
+        if why is not None:
+            with holding(cell.folder):
+                prepare_folder(cell.folder, cell.config, resume=False, overwrite=True)
+
+
+def attempt(index: int, cell: Cell, options: CellOptions, bench: Workbench, tell: OnEvent) -> Event:
+    """Run a cell unless another process holds or has finished it; the event says what became."""
+    try:
+        if cell.result() is not None:
+            return Event(index, "elsewhere")
+        with claim(run_lock(cell.folder)) as mine:
+            if not mine:
+                return Event(index, "held")
+            # Another command may have begun or replaced it since `check_cells`.
+            why = cell.conflict()
+            if why is not None:
+                return Event(index, "failed", message=why)
+            if cell.result() is not None:
+                return Event(index, "elsewhere")
+            return _run_cell(index, cell, options, bench, tell)
+    except UserError as error:
+        return Event(index, "failed", message=str(error))
+    except Exception as error:  # of whatever kind: the other cells go on
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+        return Event(index, "failed", message=message)
+
+
+def _run_cell(
+    index: int, cell: Cell, options: CellOptions, bench: Workbench, tell: OnEvent
+) -> Event:
+    def on_epoch(state: FitState) -> None:
+        row = state.history[-1]
+        tell(Event(index, "epoch", row["epoch"], row["validation_accuracy"], state=state))
+
+    if not (cell.folder / "result.json").is_file():
+        if is_new(cell.folder):
+            prepare_folder(cell.folder, cell.config, resume=False, overwrite=False)
+        train_run(
+            cell.folder,
+            cell.config,
+            test=False,
+            bench=bench,
+            on_epoch=on_epoch,
+            plot=options.plot and not cell.test,
+            state_seconds=options.state_seconds,
+        )
+    if cell.test:
+        measure_run(cell.folder, bench=bench, plot=options.plot)
+    result = cell.result() or {}
+    return Event(index, "done", result.get("epochs", 0), result["validation_accuracy"])
