@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.harness import Report, Result
-from deqcore.tune import gpu_seconds
+from deqcore.sparse.tune import gpu_seconds
 
 __all__ = ["Bench"]
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import deqcore
 from benchmarks.gpu_bench import Bench
-from deqcore.ops.masked_linear import Backend
-from deqcore.sparsity import Structure
+from deqcore.sparse.functional import Backend
+from deqcore.sparse.pattern import Structure
 
 __all__ = ["bench_auto", "bench_masked", "bench_masked_gradient"]
 

@@ -2,18 +2,22 @@
 
 from deqcore import _kernels
 from deqcore._build_info import build_info
-from deqcore._solution import ConvergenceError, Solution, SolveReport, Status
+from deqcore._solution import ConvergenceError, Solution, SolveReport
+from deqcore._status import Status
 from deqcore._version import __version__
 from deqcore.adjoints import Implicit, Phantom, Unrolled
 from deqcore.capture import CapturedSolver, capture
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
-from deqcore.masked import MaskedLinear
-from deqcore.ops.masked_linear import masked_linear
-from deqcore.pruning import prune_layer, restore_pruned
 from deqcore.regularizers import jacobian_penalty, spectral_radius
 from deqcore.solvers import Anderson, Broyden, Picard
-from deqcore.sparsity import SparsityPattern
+from deqcore.sparse import (
+    MaskedLinear,
+    SparsityPattern,
+    masked_linear,
+    prune_layer,
+    restore_pruned,
+)
 
 _kernels.load()
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deqcore._solution import Status
+from deqcore._status import Status
 
 ACTIVE = -1  # a row that is still being solved; never seen by users
 

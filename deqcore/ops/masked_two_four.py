@@ -17,21 +17,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from deqcore.ops._library import LIBRARY, define_pure
 from deqcore.ops.masked_dense import to_dense_reference
-from deqcore.sparsity import SparsityPattern
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # values -> (version, pattern, weight)
 
 
-def fits(x: Tensor, pattern: SparsityPattern) -> bool:
-    """Whether PyTorch multiplies this with the GPU's sparse tensor cores.
+def fits(x: Tensor, rows: int, columns: int) -> bool:
+    """Whether PyTorch multiplies x by a 2:4 [rows, columns] with the GPU's sparse tensor cores.
 
     Those are there from compute capability 8.0 on; the shapes are what both of PyTorch's libraries
     for it (CUTLASS and cuSPARSELt) take.
     """
-    rows, columns = pattern.shape
     return (
-        pattern.structure == "2:4"
-        and x.device.type == "cuda"
+        x.device.type == "cuda"
         and x.dtype in (torch.bfloat16, torch.float16)
         and rows > 0
         and columns > 0

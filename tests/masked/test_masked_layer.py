@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import deqcore
-from deqcore import MaskedLinear, SparsityPattern, _dispatch
+from deqcore import MaskedLinear, SparsityPattern
+from deqcore.sparse import choice
 
 
 def layer(sparsity: float = 0.75, bias: bool = True, structure: Any = None) -> MaskedLinear:
@@ -231,10 +232,10 @@ def test_exports_with_a_dynamic_batch(
     monkeypatch: pytest.MonkeyPatch, measured: tuple[float, ...], strict: bool
 ) -> None:
     line = list(zip((1, 8, 64), measured, strict=True))
-    monkeypatch.setattr(_dispatch._kernels, "CPU_KERNELS", True)
+    monkeypatch.setattr(choice._kernels, "CPU_KERNELS", True)
     for op in ("linear", "outer"):
-        name = _dispatch.line_name(torch.float32, op, 1)
-        monkeypatch.setitem(_dispatch.LINES, name, line)
+        name = choice.line_name(torch.float32, op, 1)
+        monkeypatch.setitem(choice.LINES, name, line)
     masked, batch = layer(0.75), torch.export.Dim("batch")
     x = torch.randn(4, 64)
     program = torch.export.export(masked, (x,), dynamic_shapes=({0: batch},), strict=strict)

@@ -10,7 +10,8 @@ from masked_cases import DTYPES, Case, make
 from torch import Tensor
 from torch.nn import functional as F
 
-from deqcore import SparsityPattern, _dispatch, masked_linear
+from deqcore import SparsityPattern, masked_linear
+from deqcore.sparse import choice
 
 BACKENDS = ("auto", "sparse", "dense")
 
@@ -211,11 +212,11 @@ def test_auto_takes_the_table_s_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         SparsityPattern, "to_dense", lambda *a: called.append("dense") or original(*a)
     )
-    name = _dispatch.line_name(torch.float64, "linear", 1)
-    monkeypatch.setattr(_dispatch._kernels, "CPU_KERNELS", True)
+    name = choice.line_name(torch.float64, "linear", 1)
+    monkeypatch.setattr(choice._kernels, "CPU_KERNELS", True)
     for least, expected in ((0.6, []), (0.8, ["dense"])):
         called.clear()
-        monkeypatch.setitem(_dispatch.LINES, name, [(1, least)])
+        monkeypatch.setitem(choice.LINES, name, [(1, least)])
         masked_linear(case.x, case.values, case.pattern)
         assert called == expected
 

@@ -41,7 +41,7 @@ def test_a_processor_without_sparse_tensor_cores_runs_the_kernels_for_entries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pattern, (x, values, bias) = problem()
-    assert not masked_two_four.fits(x, pattern)
+    assert not masked_two_four.fits(x, *pattern.shape)
     sparse = masked_linear(x, values, pattern, bias, backend="sparse")
     monkeypatch.setattr(masked_two_four, "fits", lambda *args: True)
     torch.testing.assert_close(masked_linear(x, values, pattern, bias, backend="sparse"), sparse)
@@ -74,11 +74,21 @@ def test_what_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(masked_two_four, "_has_sparse_tensor_cores", lambda index: capable)
-    pattern, _ = problem(rows, columns)
     x: Any = OnGpu(dtype)
-    assert masked_two_four.fits(x, pattern) is expected
+    assert masked_two_four.fits(x, rows, columns) is expected
+
+
+def test_a_pattern_of_another_structure_never_goes_to_pytorch_s_support(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pattern, (x, values, bias) = problem()
     unstructured = SparsityPattern.from_mask(pattern.mask())
-    assert not masked_two_four.fits(x, unstructured)
+    asked: list[object] = []
+    monkeypatch.setattr(masked_two_four, "fits", lambda *args: asked.append(args) or False)
+    masked_linear(x, values, unstructured, bias, backend="sparse")
+    assert not asked
+    masked_linear(x, values, pattern, bias, backend="sparse")
+    assert asked
 
 
 def test_a_compressed_weight_is_kept_until_its_values_change(

@@ -2,7 +2,7 @@
 
 A table has, for each kind of processor (a CPU's instruction set, or a GPU's name), dtype, op and
 block size, the least sparsity from which the kernels for kept entries beat a dense product, at some
-numbers of tokens. The one that comes with deqcore is in ``_crossovers.py``; ``python -m
+numbers of tokens. The one that comes with deqcore is in ``crossovers.py``; ``python -m
 deqcore.tune`` measures one for this machine and keeps it in the user's cache directory, where it
 takes precedence.
 """
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from deqcore import _kernels
-from deqcore._crossovers import CROSSOVERS
+from deqcore.sparse.crossovers import CROSSOVERS
 
 if TYPE_CHECKING:
-    from deqcore.sparsity import SparsityPattern
+    from deqcore.sparse.pattern import SparsityPattern
 
 Op = Literal["linear", "outer"]
 # (tokens, least sparsity), by ascending number of tokens; 2.0 where sparse never wins.

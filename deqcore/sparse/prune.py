@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deqcore.masked import MaskedLinear, is_trained, refresh_pruned, refuse_hooks
-from deqcore.ops.masked_linear import Backend
-from deqcore.sparsity import SparsityPattern, Structure
+from deqcore.sparse.functional import Backend
+from deqcore.sparse.layer import MaskedLinear, is_trained, refresh_pruned, refuse_hooks
+from deqcore.sparse.pattern import SparsityPattern, Structure
 
 Scores = Callable[[nn.Linear], Tensor] | Mapping[str, Tensor]
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from deqcore import SparsityPattern, _dispatch, _kernels, tune
-from deqcore._crossovers import CROSSOVERS
+from deqcore import SparsityPattern, _kernels
+from deqcore.sparse import choice, tune
+from deqcore.sparse.crossovers import CROSSOVERS
 
-F32 = _dispatch.line_name(torch.float32, "linear", 1)
+F32 = choice.line_name(torch.float32, "linear", 1)
 
 
 def pattern(sparsity: float) -> SparsityPattern:
@@ -22,7 +23,7 @@ def pattern(sparsity: float) -> SparsityPattern:
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_kernels, "CPU_KERNELS", True)
-    monkeypatch.setitem(_dispatch.LINES, F32, [(1, 0.5), (8, 0.2), (64, 0.7)])
+    monkeypatch.setitem(choice.LINES, F32, [(1, 0.5), (8, 0.2), (64, 0.7)])
 
 
 @pytest.mark.parametrize(("sparsity", "sparse"), [(0.6, False), (0.7, True)])
@@ -30,7 +31,7 @@ def test_for_any_number_of_tokens_sparse_has_to_win_at_each(
     line: None, sparsity: float, sparse: bool
 ) -> None:
     x = torch.zeros(1)
-    assert _dispatch.prefers_sparse("linear", None, pattern(sparsity), x) == sparse
+    assert choice.prefers_sparse("linear", None, pattern(sparsity), x) == sparse
 
 
 @pytest.mark.parametrize(
@@ -44,24 +45,24 @@ def test_between_two_measurements_the_higher_crossover_holds(
     line: None, tokens: int, sparsity: float, sparse: bool
 ) -> None:
     x = torch.zeros(1)
-    assert _dispatch.prefers_sparse("linear", tokens, pattern(sparsity), x) == sparse
+    assert choice.prefers_sparse("linear", tokens, pattern(sparsity), x) == sparse
 
 
 def test_full_weights_other_devices_and_unknown_lines(
     line: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.zeros(1)
-    assert not _dispatch.prefers_sparse("linear", 8, pattern(0.0), x)
-    assert not _dispatch.prefers_sparse("linear", 8, pattern(0.99), x.to("meta"))
-    name = _dispatch.line_name(torch.float32, "outer", 1)
-    monkeypatch.delitem(_dispatch.LINES, name, raising=False)
-    assert _dispatch.prefers_sparse("outer", 8, pattern(0.9), x)
-    assert not _dispatch.prefers_sparse("outer", 8, pattern(0.8), x)
+    assert not choice.prefers_sparse("linear", 8, pattern(0.0), x)
+    assert not choice.prefers_sparse("linear", 8, pattern(0.99), x.to("meta"))
+    name = choice.line_name(torch.float32, "outer", 1)
+    monkeypatch.delitem(choice.LINES, name, raising=False)
+    assert choice.prefers_sparse("outer", 8, pattern(0.9), x)
+    assert not choice.prefers_sparse("outer", 8, pattern(0.8), x)
 
 
 def test_without_kernels_dense_is_used(line: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_kernels, "CPU_KERNELS", False)
-    assert not _dispatch.prefers_sparse("linear", 8, pattern(0.99), torch.zeros(1))
+    assert not choice.prefers_sparse("linear", 8, pattern(0.99), torch.zeros(1))
 
 
 class OnGpu:
@@ -74,11 +75,11 @@ class OnGpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, _dispatch.Line]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, choice.Line]:
     """A GPU whose table the test fills in."""
-    lines: dict[str, _dispatch.Line] = {}
+    lines: dict[str, choice.Line] = {}
     monkeypatch.setattr(_kernels, "CUDA_KERNELS", True)
-    monkeypatch.setattr(_dispatch, "_GPU_LINES", {0: lines})
+    monkeypatch.setattr(choice, "_GPU_LINES", {0: lines})
     return lines
 
 
@@ -90,10 +91,10 @@ def large(sparsity: float, structure: int | None = None) -> SparsityPattern:
 
 
 def test_an_unmeasured_gpu_multiplies_densely_but_where_counting_leaves_a_margin(
-    gpu: dict[str, _dispatch.Line], monkeypatch: pytest.MonkeyPatch
+    gpu: dict[str, choice.Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prefers(pattern: SparsityPattern, dtype: torch.dtype, op: Any = "linear", n: Any = 8192):
-        return _dispatch.prefers_sparse(op, n, pattern, OnGpu(dtype))  # type: ignore[arg-type]
+        return choice.prefers_sparse(op, n, pattern, OnGpu(dtype))  # type: ignore[arg-type]
 
     high, blocks = large(0.97), large(0.97, 64)
     assert high.sparsity > 0.95
@@ -107,28 +108,28 @@ def test_an_unmeasured_gpu_multiplies_densely_but_where_counting_leaves_a_margin
     assert not prefers(high, torch.float32, n=64)
     assert not prefers(high, torch.float32, n=None)
     assert not prefers(pattern(0.99), torch.float32)
-    monkeypatch.setattr(_dispatch, "_multiplies_in_tf32", lambda: True)
+    monkeypatch.setattr(choice, "_multiplies_in_tf32", lambda: True)
     assert not prefers(high, torch.float32)
     assert prefers(high, torch.float64)
     monkeypatch.setattr(_kernels, "CUDA_KERNELS", False)
     assert not prefers(high, torch.float64)
 
 
-def test_a_gpu_s_table_decides_where_there_is_one(gpu: dict[str, _dispatch.Line]) -> None:
+def test_a_gpu_s_table_decides_where_there_is_one(gpu: dict[str, choice.Line]) -> None:
     gpu[F32] = [(1, 2.0), (64, 0.4)]
     x: Any = OnGpu(torch.float32)
-    assert not _dispatch.prefers_sparse("linear", 8, pattern(0.9), x)
-    assert _dispatch.prefers_sparse("linear", 64, pattern(0.5), x)
-    assert not _dispatch.prefers_sparse("linear", 64, pattern(0.3), x)
+    assert not choice.prefers_sparse("linear", 8, pattern(0.9), x)
+    assert choice.prefers_sparse("linear", 64, pattern(0.5), x)
+    assert not choice.prefers_sparse("linear", 64, pattern(0.3), x)
 
 
 def test_tf32_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not _dispatch._multiplies_in_tf32()
+    assert not choice._multiplies_in_tf32()
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        assert _dispatch._multiplies_in_tf32()
+        assert choice._multiplies_in_tf32()
     finally:
         matmul.fp32_precision = before
 
@@ -155,17 +156,17 @@ def test_default_table_is_well_formed() -> None:
 
 def test_damaged_table_is_ignored_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "crossovers.json"
-    assert _dispatch.read_table(path) == {}
+    assert choice.read_table(path) == {}
     for text in ("{", '{"kind": 3}', '{"kind": {"line": [["a", "b"]]}}'):
         path.write_text(text)
         with pytest.warns(RuntimeWarning, match="is ignored; delete it, or measure it again"):
-            assert _dispatch.read_table(path) == {}
+            assert choice.read_table(path) == {}
 
 
 def test_cache_file_follows_the_user_s_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert _dispatch.cache_file() == Path("/somewhere/deqcore/crossovers.json")
+    assert choice.cache_file() == Path("/somewhere/deqcore/crossovers.json")
 
 
 def test_tune_writes_a_table_that_is_read(
@@ -180,7 +181,7 @@ def test_tune_writes_a_table_that_is_read(
     monkeypatch.setattr("sys.argv", ["tune", "--seconds", "0.0001", "--out", str(path)])
     tune.main()
     assert f"written to {path}" in capsys.readouterr().out
-    table = _dispatch.read_table(path)
-    lines = table[_dispatch.processor_kind()]
+    table = choice.read_table(path)
+    lines = table[choice.processor_kind()]
     assert sorted(lines) == [f"float32/{op}/{b}" for op in ("linear", "outer") for b in (1, 16)]
     assert json.loads(path.read_text())

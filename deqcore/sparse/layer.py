@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from deqcore.ops.masked_linear import Backend, masked_linear
-from deqcore.sparsity import SparsityPattern
+from deqcore.sparse.functional import Backend, masked_linear
+from deqcore.sparse.pattern import SparsityPattern
 
 
 class MaskedLinear(nn.Module):

@@ -1,0 +1,43 @@
+"""How a row ends, and what to do when it did not converge."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Status(enum.IntEnum):
+    """How one row of a batch ended. ``Solution.status`` is an int8 tensor of these values."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STALLED = 2
+    DIVERGED = 3
+    NONFINITE = 4
+
+    @property
+    def advice(self) -> str:
+        """One sentence on what to try."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.CONVERGED: "nothing to do.",
+    Status.MAX_STEPS: (
+        "no tolerance was met in time: raise max_steps, loosen rtol or atol, or start nearer; if "
+        "record_trace=True shows a residual that grows, f expands: bound its Lipschitz constant, "
+        "or use damping below 1."
+    ),
+    Status.STALLED: (
+        "the residual stopped falling before the tolerance: loosen rtol or atol to what the dtype "
+        "and f can reach, raise patience, or use float64; if record_trace=True shows one that "
+        "grows, f expands: bound its Lipschitz constant, or use damping below 1."
+    ),
+    Status.DIVERGED: (
+        "f expands here: bound its Lipschitz constant (spectral or weight norm), use damping below "
+        "1, or add a Jacobian penalty in training."
+    ),
+    Status.NONFINITE: (
+        "f returned NaN or inf, or float64 values whose squares are inf (near 1e154): check its "
+        "inputs and parameters for these rows, or scale the problem."
+    ),
+}

@@ -1,0 +1,151 @@
+"""``masked_linear``: a product with a weight of which only the kept entries exist."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deqcore.ops import masked_linear as _masked_linear  # noqa: F401  (registers the op)
+from deqcore.ops import masked_two_four
+from deqcore.ops._library import DTYPES, call_pure
+from deqcore.sparse import choice
+from deqcore.sparse.pattern import SparsityPattern
+
+Backend = Literal["auto", "sparse", "dense"]
+
+
+def masked_linear(
+    x: Tensor,
+    values: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """F.linear(x, weight, bias) for a weight that is zero outside a pattern, from its kept values.
+
+    Gradients reach x, values and bias, and nothing is computed for the entries that are not kept.
+    With ``backend="sparse"`` a token's result does not depend, bit for bit, on the other tokens.
+    Forward-mode differentiation (jvp) and ``torch.func.grad`` fill a dense weight, whatever the
+    backend.
+
+    Args:
+        x: [..., columns] of the pattern, any leading dimensions; float64, float32, bfloat16 or
+            float16. The last two are summed in float32.
+        values: [kept] entries in row order, in x's dtype. Autocast casts x, values and bias alike,
+            but as for F.linear leaves float64 as it is: there all or none are float64.
+        pattern: where they are, on x's device.
+        bias: [rows], or None.
+        backend: ``"sparse"`` runs the kernels for kept entries, ``"dense"`` fills a dense weight
+            and multiplies by that, ``"auto"`` takes the faster by a table measured on this kind of
+            processor (``python -m deqcore.tune`` measures yours; a GPU that has no table gets dense
+            products but where sparse ones should be at least twice as fast; an exported or compiled
+            program with dynamic shapes, but where they are faster at any number of tokens). On a
+            GPU, ``"sparse"`` multiplies blocks in bfloat16 and float16 on tensor cores, never in
+            TF32, and 2:4 patterns of those dtypes by PyTorch's semi-structured support where shapes
+            allow it (multiples of 32 rows and 64 columns).
+
+    Returns:
+        [..., rows], in x's dtype.
+
+    Raises:
+        TypeError: pattern is not a SparsityPattern.
+        ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, values = _cast(x, dtype), _cast(values, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+    _check(x, values, pattern, bias)
+    rows, columns = pattern.shape
+    dense_outer = False
+    if backend == "auto":
+        tokens = _tokens(x, columns)
+        backend = "sparse"
+        if not choice.prefers_sparse("linear", tokens, pattern, x):
+            backend = "dense"
+        else:
+            dense_outer = not choice.prefers_sparse("outer", tokens, pattern, x)
+    if backend == "dense":
+        return F.linear(x, pattern.to_dense(values), bias)
+    if backend != "sparse":
+        raise ValueError(f"backend: expected 'auto', 'sparse' or 'dense', got {backend!r}")
+    flat = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
+    if pattern.structure == "2:4" and masked_two_four.fits(x, rows, columns):
+        op = torch.ops.deqcore.masked_two_four
+        y = call_pure(op, flat, values, pattern.indices, bias, rows, columns)
+        return y.view(*x.shape[:-1], rows)
+    y = call_pure(
+        torch.ops.deqcore.masked_linear,
+        flat, values, pattern.indices, bias, rows, columns, pattern.block, False, dense_outer,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], rows)
+
+
+def _tokens(x: Tensor, columns: int) -> int | None:
+    """How many rows are multiplied; None for any number, in a program with dynamic shapes.
+
+    Such a program must not branch on the number. It gets sparse kernels only where they win at
+    every number: then no size is slower than with a dense product.
+    """
+    tokens: Any = x.numel() // max(columns, 1)
+    if not isinstance(tokens, torch.SymInt) and not torch.compiler.is_compiling():
+        return int(tokens)
+    # Dynamo calls its symbolic integers int. Not at the top: this module imports SymPy.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return tokens if has_static_value(tokens) else None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.dtype in DTYPES[1:] else tensor
+
+
+def _check(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:
+    if not isinstance(pattern, SparsityPattern):
+        raise TypeError(
+            f"pattern: expected a SparsityPattern, got {type(pattern).__name__}; build one with "
+            "SparsityPattern.from_mask(mask)"
+        )
+    rows, columns = pattern.shape
+    if values.dim() != 1 or values.shape[0] != pattern.kept:
+        raise ValueError(
+            f"values: expected shape ({pattern.kept},), one for each entry that the pattern keeps, "
+            f"got {tuple(values.shape)}; pattern.from_dense(weight) takes them from a weight"
+        )
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"x: expected a last dimension of {columns}, the columns of the pattern, got shape "
+            f"{tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias: expected shape ({rows},), got {tuple(bias.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"x: expected float64, float32, bfloat16 or float16, got {x.dtype}; convert it with "
+            "x.to(torch.float32)"
+        )
+    for name, tensor in (("values", values), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            hint = "or use torch.autocast"
+            if torch.float64 in (x.dtype, tensor.dtype):
+                hint = "as torch.autocast leaves float64 as it is"
+            raise ValueError(
+                f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}; convert one of them, "
+                f"{hint}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{name}: expected x's device {x.device}, got {tensor.device}; move one with .to()"
+            )
+    if pattern.device != x.device:
+        raise ValueError(
+            f"pattern: expected x's device {x.device}, got {pattern.device}; use "
+            f"pattern.to({str(x.device)!r})"
+        )
