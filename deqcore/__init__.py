@@ -17,6 +17,7 @@ from deqcore.sparse import (
     masked_linear,
     prune_layer,
     restore_pruned,
+    rewind_pruned,
 )
 
 _kernels.load()
@@ -44,6 +45,7 @@ __all__ = [
     "masked_linear",
     "prune_layer",
     "restore_pruned",
+    "rewind_pruned",
     "root",
     "spectral_radius",
 ]

@@ -87,10 +87,13 @@ class MaskedLinear(nn.Module):
         Raises:
             TypeError: linear is not an nn.Linear, or mask is not a bool tensor.
             ValueError: a mask of another shape, a linear that is parametrized or whose weight
-                another hook computes (weight_norm), or one with hooks, which would be lost.
+                another hook computes (weight_norm), one with hooks, which would be lost, or one
+                that computes something else than nn.Linear does (a subclass with a forward of its
+                own, such as LoRA's or fake quantisation's).
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        refuse_other_forward(linear, "linear")
         if parametrize.is_parametrized(linear):
             raise ValueError(
                 "linear: its parameters are computed by parametrizations, which kept weights "
@@ -246,6 +249,44 @@ def refresh_pruned(linear: nn.Module) -> None:
     for hook in linear._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
             hook(linear, ())
+
+
+def refuse_other_forward(layer: nn.Module, name: str) -> None:
+    """Raise if a layer computes something else than its class does here, which would be lost.
+
+    Args:
+        layer: an nn.Linear or a MaskedLinear, of a subclass perhaps.
+        name: of the layer, for the message.
+    """
+    base = nn.Linear if isinstance(layer, nn.Linear) else MaskedLinear
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    found = next(
+        (
+            method
+            for method in ("forward", "__call__", "_call_impl")
+            if method in vars(layer) or getattr(type(layer), method) is not getattr(base, method)
+        ),
+        None,
+    )
+    if found is not None:
+        where = "the module itself" if found in vars(layer) else "its class"
+        raise ValueError(
+            f"{name}: expected the forward of {base.__name__}, but {where} ({kind}) has a "
+            f"{found} of its own, whose work the pruned layer would leave out; merge what it adds "
+            "into the weight first (merge_and_unload of PEFT, say), prune the linears inside it, "
+            "or leave it dense by giving scores of the other linears by name"
+        )
+    for each, tensor in layer.named_parameters(recurse=False):
+        if isinstance(tensor, nn.UninitializedParameter):
+            raise ValueError(
+                f"{name}: {each} has no shape yet; run a batch through the layer first"
+            )
+        if type(tensor) is not nn.Parameter:
+            raise ValueError(
+                f"{name}: expected {each} to be a plain nn.Parameter, got a "
+                f"{type(tensor).__qualname__}, which computes products in its own way; turn it "
+                "into a plain tensor first (dequantize(), or full_tensor() of a DTensor)"
+            )
 
 
 def is_trained(linear: nn.Module, name: str) -> bool:

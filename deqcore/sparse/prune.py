@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from deqcore.sparse.functional import Backend
-from deqcore.sparse.layer import MaskedLinear, is_trained, refresh_pruned, refuse_hooks
+from deqcore.sparse.layer import (
+    MaskedLinear,
+    is_trained,
+    refresh_pruned,
+    refuse_hooks,
+    refuse_other_forward,
+)
 from deqcore.sparse.pattern import SparsityPattern, Structure
 
-Scores = Callable[[nn.Linear], Tensor] | Mapping[str, Tensor]
+Prunable = nn.Linear | MaskedLinear
+Scores = Callable[[Any], Tensor] | Mapping[str, Tensor]
 
 
-def magnitude(linear: nn.Linear) -> Tensor:
+def magnitude(linear: Prunable) -> Tensor:
     """|weight|: the smallest go first."""
     return linear.weight.detach().abs()
 
@@ -28,7 +35,7 @@ def prune_layer(
     structure: Structure = None,
     backend: Backend = "auto",
 ) -> nn.Module:
-    """Replace each nn.Linear in ``layer`` by a MaskedLinear that keeps its best-scored weights.
+    """Replace each linear in ``layer`` by a MaskedLinear that keeps its best-scored weights.
 
     In an implicit layer each step of the solve, and each product of its backward solve, is then
     made with the kept weights alone. A linear used in several places is pruned once, and linears
@@ -36,30 +43,40 @@ def prune_layer(
     ``torch.nn.utils.prune`` masks are pruned as masked, without ``prune.remove``; by magnitude what
     is masked goes first.
 
+    What is pruned already is pruned further, among the weights that it has kept: iterative
+    magnitude pruning (Frankle and Carbin, ICLR 2019, arXiv 1803.03635, strategy 1) is to train,
+    prune to a higher ``sparsity``, :func:`rewind_pruned`, and so on. Optimizers hold the parameters
+    of the layers before; make new ones.
+
     Args:
-        layer: changed in place, except where it is an nn.Linear itself.
-        scores: a function of an nn.Linear (default: :func:`magnitude`), which prunes all of them;
-            or tensors of the weights' shapes by the linears' names (``""`` for the layer itself),
-            which prune those named and leave the others dense. Higher is kept. A linear that has
-            several names needs one of them.
-        sparsity: share of each weight to drop.
-        structure: None, 16, 32 or 64 (whole blocks), or ``"2:4"``.
+        layer: changed in place, except where it is a linear itself.
+        scores: a function of an nn.Linear or, where that is pruned already, a MaskedLinear
+            (default: :func:`magnitude`), which prunes all of them; or tensors of the weights'
+            shapes by the linears' names (``""`` for the layer itself), which prune those named and
+            leave the others as they are. Higher is kept. Scores of weights that an earlier pruning
+            dropped are not read. A linear that has several names needs one of them.
+        sparsity: share of each whole weight that is dropped afterwards, by this pruning and those
+            before.
+        structure: None, 16, 32 or 64 (whole blocks), or ``"2:4"``. Of a layer that is pruned to
+            blocks already, None means its own blocks.
         backend: of the new layers; see :func:`deqcore.masked_linear`.
 
     Returns:
         ``layer``, or the MaskedLinear made of it.
 
     Raises:
-        ValueError: nothing to prune, a name that is no nn.Linear, scores that do not fit, a linear
-            that :meth:`MaskedLinear.from_linear` refuses (parametrized, with hooks), or a parameter
-            that something in ``layer`` shares which stays dense (an embedding, say).
+        ValueError: nothing to prune, a name that is no linear, scores that do not fit, a layer that
+            is sparser than ``sparsity`` already, one that :meth:`MaskedLinear.from_linear` refuses
+            (parametrized, with hooks, a subclass with a forward of its own), or a parameter that
+            something in ``layer`` shares which stays dense (an embedding, say). Nothing is changed
+            then.
     """
     linears = _linears(layer)
     if isinstance(scores, Mapping):
         unknown = sorted(set(scores) - set(linears))
         if unknown:
             raise ValueError(
-                f"scores: no nn.Linear named {', '.join(map(repr, unknown))}; there are "
+                f"scores: no linear named {', '.join(map(repr, unknown))}; there are "
                 f"{', '.join(map(repr, linears)) or 'none'}"
             )
         chosen = {linears[name]: score for name, score in scores.items()}
@@ -69,17 +86,116 @@ def prune_layer(
 
     pruned: dict[nn.Module, MaskedLinear] = {}
     for name, linear in linears.items():
-        if linear not in pruned:
-            refresh_pruned(linear)  # the scores are those of the weight that will be copied
-            score = chosen[linear] if isinstance(scores, Mapping) else scores(linear)
-            if score.shape != linear.weight.shape:
-                raise ValueError(
-                    f"scores of {name!r}: expected the weight's shape "
-                    f"{tuple(linear.weight.shape)}, got {tuple(score.shape)}"
-                )
+        if linear in pruned:
+            continue
+        refuse_other_forward(linear, f"layer: {name!r}" if name else "layer")
+        refresh_pruned(linear)  # the scores are those of the weight that will be copied
+        score = chosen[linear] if isinstance(scores, Mapping) else scores(linear)
+        if score.shape != linear.weight.shape:
+            raise ValueError(
+                f"scores of {name!r}: expected the weight's shape "
+                f"{tuple(linear.weight.shape)}, got {tuple(score.shape)}"
+            )
+        if isinstance(linear, MaskedLinear):
+            pattern = _narrower(name, linear.pattern, score, sparsity, structure)
+            pruned[linear] = _narrowed(linear, pattern, backend)
+        else:
             pattern = SparsityPattern.from_scores(score, sparsity, structure=structure)
             pruned[linear] = MaskedLinear.from_linear(linear, pattern, backend=backend)
     return _replace(layer, {name: pruned[linear] for name, linear in linears.items()})
+
+
+def _narrower(
+    name: str, pattern: SparsityPattern, scores: Tensor, sparsity: float, structure: Structure
+) -> SparsityPattern:
+    """The best-scored part of a pattern."""
+    if structure is None and isinstance(pattern.structure, int):
+        structure = pattern.structure
+    mask = pattern.mask().to(scores.device)
+    scores = scores.detach().double().masked_fill(~mask, -torch.inf)
+    found = SparsityPattern.from_scores(scores, sparsity, structure=structure)
+    if found.kept > pattern.kept and structure != "2:4":
+        raise ValueError(
+            f"sparsity: expected {pattern.sparsity:g} or more for {name!r}, which is pruned to "
+            f"{pattern.sparsity:.1%} already, got {sparsity:g}; what was dropped is not stored: "
+            "prune the dense layer instead, or give scores of the other linears by name"
+        )
+    return SparsityPattern.from_mask(found.mask().to(mask.device) & mask, structure=structure)
+
+
+def _narrowed(old: MaskedLinear, pattern: SparsityPattern, backend: Backend) -> MaskedLinear:
+    """A layer that keeps less of another one."""
+    refuse_hooks(old)
+    values, bias = old.values, old.bias
+    new = MaskedLinear(
+        pattern, bias is not None, backend=backend, device=values.device, dtype=values.dtype
+    )
+    with torch.no_grad():
+        new.values.copy_(new.pattern.from_dense(old.weight))
+        new.values.requires_grad_(values.requires_grad)
+        if new.bias is not None and bias is not None:
+            new.bias.copy_(bias)
+            new.bias.requires_grad_(bias.requires_grad)
+    return new.train(old.training)
+
+
+@torch.no_grad()
+def rewind_pruned(layer: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
+    """Give what ``layer`` has kept the values of an earlier state, and load the rest of it.
+
+    The step of the lottery-ticket protocol that follows a pruning: the kept weights return to what
+    they were at the start (Frankle and Carbin, ICLR 2019), or early in training (Frankle et al.,
+    ICML 2020, arXiv 1912.05671).
+
+    Args:
+        layer: pruned by :func:`prune_layer`; changed in place. Patterns stay as they are.
+        state_dict: of the same layer, when it was dense or had kept at least as much.
+
+    Returns:
+        ``layer``.
+
+    Raises:
+        ValueError: the state has no such weight, one of another shape, or lacks kept entries.
+        RuntimeError: from ``load_state_dict``, of the other parameters.
+    """
+    state = dict(state_dict)
+    modules = layer.named_modules(remove_duplicate=False)
+    for name, module in modules:
+        if isinstance(module, MaskedLinear):
+            prefix = f"{name}." if name else ""
+            weight = _dense_of(state, prefix, module.pattern)
+            state[f"{prefix}values"] = module.pattern.from_dense(weight.to(module.values.device))
+            state[f"{prefix}pattern"] = module.pattern.to_packed()
+    layer.load_state_dict(state)
+    return layer
+
+
+def _dense_of(state: dict[str, Any], prefix: str, pattern: SparsityPattern) -> Tensor:
+    """Take a linear's weight out of a state dict, dense, with all that a pattern keeps."""
+    if f"{prefix}weight" in state:
+        weight: Tensor = state.pop(f"{prefix}weight")
+    elif f"{prefix}values" in state and f"{prefix}pattern" in state:
+        earlier = SparsityPattern.from_packed(state[f"{prefix}pattern"])
+        values = state[f"{prefix}values"]
+        weight = earlier.to(values.device).to_dense(values)
+        lost = int((pattern.mask().cpu() & ~earlier.mask()).sum()) if (
+            earlier.shape == pattern.shape) else 0  # fmt: skip
+        if lost:
+            raise ValueError(
+                f"state_dict: {prefix}values lacks {lost} of the {pattern.kept} entries that the "
+                "layer keeps; rewind to a state from before the layer was pruned so far"
+            )
+    else:
+        raise ValueError(
+            f"state_dict: has neither {prefix}weight nor {prefix}values with {prefix}pattern; "
+            "expected the state_dict() of the same layer, dense or pruned less"
+        )
+    if tuple(weight.shape) != pattern.shape:
+        raise ValueError(
+            f"state_dict: expected {prefix}weight of shape {pattern.shape}, got "
+            f"{tuple(weight.shape)}; is it of another layer?"
+        )
+    return weight
 
 
 def restore_pruned(
@@ -115,6 +231,7 @@ def restore_pruned(
                 f"{'missing' if old is None else type(old).__name__}; build the same layer first"
             )
         if old not in made:
+            refuse_other_forward(old, f"layer: {name!r}" if name else "layer")
             refuse_hooks(old)
             refresh_pruned(old)
             kept = "weight" if isinstance(old, nn.Linear) else "values"
@@ -135,9 +252,9 @@ def restore_pruned(
     return layer
 
 
-def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
+def _linears(layer: nn.Module) -> dict[str, Prunable]:
     modules = layer.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    return {name: module for name, module in modules if isinstance(module, Prunable)}
 
 
 def _replace(layer: nn.Module, replacements: Mapping[str, MaskedLinear]) -> nn.Module:
