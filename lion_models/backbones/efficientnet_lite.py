@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_models.backbones.files import load_weights, package_file, read_state
+from lion_models.backbones.files import load_weights, read_state
 from lion_models.backbones.frozen import FrozenBackbone, normalise
 from lion_models.base.errors import UserError
+from lion_models.base.optional import package_file
 
 __all__ = ["EFFICIENTNET_LITE0", "EfficientNetLite", "load_efficientnet_lite0"]
 

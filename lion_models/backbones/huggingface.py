@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion_models.backbones.files import not_fetched, require
+from lion_models.backbones.files import not_fetched
 from lion_models.backbones.frozen import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.tiny_vit import check_readout
 from lion_models.base.errors import UserError
+from lion_models.base.optional import require
 
 __all__ = ["load_huggingface"]
 
@@ -45,10 +46,11 @@ def load_huggingface(
         UserError: transformers is missing, or neither the hub nor a folder gives the model.
     """
     full = f"hf:{model_name}"
-    transformers = require("transformers", full, "hf")
+    what = f"--backbone {full}"
+    transformers = require("transformers", what, "hf")
     origin = str(Path(model_name if weights is None else weights).expanduser())
     try:
-        mixin = require("transformers.image_processing_base", full, "hf").ImageProcessingMixin
+        mixin = require("transformers.image_processing_base", what, "hf").ImageProcessingMixin
         settings: dict[str, Any] = mixin.get_image_processor_dict(origin)[0]
         network = transformers.AutoModel.from_pretrained(origin)
     except (OSError, ValueError) as error:

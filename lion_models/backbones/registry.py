@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lion_models.backbones.timm_models import load_timm
 from lion_models.backbones.tiny_vit import TINY_VIT, load_tiny_vit, load_vit_file
 from lion_models.backbones.torchvision_models import load_torchvision
 from lion_models.backbones.vit_s14_focus import VIT_S14_FOCUS, load_vit_s14_focus
-from lion_models.base.errors import UserError, choose
+from lion_models.base.errors import UserError, choose, did_you_mean
 
 __all__ = ["load_backbone"]
 
@@ -105,6 +104,5 @@ def _option(base: str, part: str, allowed: Sequence[str]) -> tuple[str, str | in
 def _taken(base: str, key: str, allowed: Sequence[str]) -> str:
     if key in allowed:
         return key
-    near = difflib.get_close_matches(key, allowed, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    hint = did_you_mean(key, allowed)
     raise UserError(f"--backbone {base}: takes {', '.join(allowed)}, not {key}{hint}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lion_models.backbones.files import load_weights, not_fetched, read_state, require
+from lion_models.backbones.files import load_weights, not_fetched, read_state
 from lion_models.backbones.frozen import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.tiny_vit import check_readout
-from lion_models.base.errors import UserError
+from lion_models.base.errors import UserError, did_you_mean
+from lion_models.base.optional import require
 
 __all__ = ["load_timm"]
 
@@ -41,10 +41,9 @@ def load_timm(
         UserError: timm is missing, does not know the name, or has no weights for it here.
     """
     full = f"timm:{model_name}"
-    timm = require("timm", full, "timm")
+    timm = require("timm", f"--backbone {full}", "timm")
     if not timm.is_model(model_name):
-        near = difflib.get_close_matches(model_name, timm.list_models(), n=1)
-        hint = f"; did you mean 'timm:{near[0]}'?" if near else ""
+        hint = did_you_mean(model_name, timm.list_models(), "timm:")
         raise UserError(f"--backbone: timm has no model '{model_name}'{hint}")
     network = _create(timm, full, model_name, image_size, weights)
     settings = network.pretrained_cfg

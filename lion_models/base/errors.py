@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-__all__ = ["UserError", "check_types", "choose"]
+__all__ = ["UserError", "check_types", "choose", "did_you_mean"]
 
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False",
           type(None): "None"}  # fmt: skip
@@ -31,9 +31,20 @@ def choose(option: str, value: str, known: Iterable[str]) -> str:
     names = sorted(known)
     if value in names:
         return value
-    near = difflib.get_close_matches(value, names, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    hint = did_you_mean(value, names)
     raise UserError(f"{option}: expected one of {', '.join(names)}, got '{value}'{hint}")
+
+
+def did_you_mean(value: str, known: Iterable[str], before: str = "") -> str:
+    """The end of a message that names the nearest spelling; empty where none is near.
+
+    Args:
+        value: what the user wrote.
+        known: every value that is allowed.
+        before: stands before the value, `timm:` for instance.
+    """
+    near = difflib.get_close_matches(value, list(known), n=1)
+    return f"; did you mean '{before}{near[0]}'?" if near else ""
 
 
 def check_types(options: Any) -> None:

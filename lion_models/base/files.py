@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +16,23 @@ from lion_models.base.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # Windows
+    from filelock import lock_descriptor
+
+    def _lock(descriptor: int) -> bool:
+        return lock_descriptor(descriptor, blocking=False)
+else:
+
+    def _lock(descriptor: int) -> bool:
+        try:
+            flock(descriptor, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
 
 __all__ = [
     "append_line",
@@ -26,6 +43,7 @@ __all__ = [
     "run_lock",
     "save_figure",
     "write_bytes",
+    "write_cache",
     "write_json",
 ]
 
@@ -82,6 +100,21 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_cache(path: Path, content: bytes, instead: str) -> None:
+    """Write a file of the user's cache, or warn that it could not be: nothing depends on it.
+
+    Args:
+        path: the file; its folder is made.
+        content: of the file.
+        instead: what happens next time without it, for the warning.
+    """
+    try:
+        make_folder(path.parent)
+        write_bytes(path, content)
+    except UserError as error:
+        warnings.warn(f"{path}: not written ({error.__cause__}); {instead}", stacklevel=3)
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a whole JSON file; see `replacing`."""
     write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
@@ -107,13 +140,13 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some file systems cannot; the file's own bytes are safe
-        pass
-    finally:
-        os.close(descriptor)
+    # Windows opens no folders, and some file systems do not sync them; the file's bytes are safe.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
@@ -130,10 +163,11 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 def claim(lock: Path) -> Iterator[bool]:
     """Hold a lock file for as long as the block runs; gives False where another process holds it.
 
-    The lock is the kernel's (flock), so it ends with the process that holds it, however that
-    process ends: a dead process's lock is free at once and a living one's is never taken. It
-    works across machines where the shared file system passes locks on (NFS does). The file stays:
-    removing it would let two processes hold locks on two files of one name.
+    The lock is the kernel's (flock; on Windows LockFileEx, by filelock), so it ends with the
+    process that holds it, however that process ends: a dead process's lock is free at once and a
+    living one's is never taken. It works across machines where the shared file system passes locks
+    on (NFS does). The file stays: removing it would let two processes hold locks on two files of
+    one name.
 
     Args:
         lock: the file; made where missing. It names host and process of its last holder.
@@ -147,22 +181,21 @@ def claim(lock: Path) -> Iterator[bool]:
         raise _cannot_write(lock, error) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+            mine = _lock(descriptor)
         except OSError as error:
             raise UserError(
                 f"{lock}: cannot be locked ({error.strerror}); put the runs on a file system "
                 "with file locks"
             ) from error
-        holder = f"{socket.gethostname()} {os.getpid()}\n".encode()
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, holder, 0)
-        except OSError as error:
-            raise _cannot_write(lock, error) from error
-        yield True
+        if mine:
+            # Windows locks the first byte, which nobody else can then read.
+            holder = f" {socket.gethostname()} {os.getpid()}\n".encode()
+            try:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, holder)
+            except OSError as error:
+                raise _cannot_write(lock, error) from error
+        yield mine
     finally:
         os.close(descriptor)
 
@@ -184,7 +217,9 @@ def holding(folder: Path) -> Iterator[None]:
     lock = run_lock(folder)
     with claim(lock) as mine:
         if not mine:
-            holder = lock.read_text().strip() or "unknown"
+            with lock.open("rb", buffering=0) as file:
+                file.seek(1)
+                holder = file.read().decode().strip() or "unknown"
             raise UserError(
                 f"{folder} is running in another process (host and process: {holder}); wait for "
                 "it, or end it"

@@ -1,17 +1,18 @@
-"""Where prepared data and what was remembered about files lie."""
+"""Where prepared data, copies of weights and what was remembered about files lie."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 __all__ = ["cache_root", "data_root"]
 
 
 def cache_root() -> Path:
-    """The user's cache folder of this package: $XDG_CACHE_HOME/lion, else ~/.cache/lion."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "lion"
+    """The user's cache folder of this package; on Linux $XDG_CACHE_HOME/lion or ~/.cache/lion."""
+    return user_cache_path("lion", appauthor=False)
 
 
 def data_root() -> Path:

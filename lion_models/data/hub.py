@@ -5,8 +5,6 @@ A set's own test and validation parts keep their roles. Images are decoded when 
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import io
 import warnings
@@ -20,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lion_models.base.errors import UserError
+from lion_models.base.errors import UserError, did_you_mean
 from lion_models.base.folders import data_root
+from lion_models.base.optional import require
 from lion_models.data.base import TEST, TRAIN, DecodingSource
 from lion_models.data.folder import SPLITS
 from lion_models.data.images import to_tensor
@@ -84,17 +83,6 @@ def _as_picture(value: Any) -> Image.Image:
     return Image.fromarray(np.asarray(value, dtype=np.uint8))
 
 
-def _import(module: str, distribution: str, extra: str, option: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except (ImportError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"--data {option}: needs the package '{distribution}', in a build that fits torch "
-            f"{torch.__version__}, but importing it fails ({error}); run: pip install "
-            f"'deqcore[{extra}]'"
-        ) from error
-
-
 def torchvision_folder(name: str, root: Path | None = None) -> Path:
     """Where torchvision's files of a data set lie; `root` None is `data_root()`."""
     return (data_root() if root is None else root) / "torchvision" / name
@@ -116,11 +104,10 @@ def open_torchvision(
             labels are not classes.
     """
     option = f"torchvision:{name}"
-    library = _import("torchvision.datasets", "torchvision", "torchvision", option)
+    library = require("torchvision.datasets", f"--data {option}", "torchvision")
     kind: Any = getattr(library, name, None)
     if not inspect.isclass(kind):
-        near = difflib.get_close_matches(name, dir(library), n=1)
-        hint = f"; did you mean torchvision:{near[0]}?" if near else ""
+        hint = did_you_mean(name, dir(library), "torchvision:")
         raise UserError(f"--data {option}: torchvision.datasets has no '{name}'{hint}")
     build: Callable[..., Any] = kind
     known = inspect.signature(kind).parameters
@@ -191,7 +178,7 @@ def is_saved_dataset(folder: Path) -> bool:
 def open_saved_dataset(folder: Path, geometry: Geometry) -> PictureSource:
     """Open a folder that `save_to_disk` wrote; see `open_hugging_face`."""
     option = str(folder)
-    library = _import("datasets", "datasets", "datasets", option)
+    library = require("datasets", f"--data {option}", "datasets")
     try:
         return _open_splits(option, library.load_from_disk(option), geometry)
     except (OSError, RuntimeError, KeyError) as error:
@@ -212,7 +199,7 @@ def open_hugging_face(name: str, geometry: Geometry) -> PictureSource:
             images, or none or several of labels.
     """
     option = f"hf:{name}"
-    library = _import("datasets", "datasets", "datasets", option)
+    library = require("datasets", f"--data {option}", "datasets")
     base, _, configuration = name.partition(":")
     try:
         loaded = library.load_dataset(base, configuration or None)

@@ -6,10 +6,9 @@ wrong path, an empty class or too few images is reported before any work starts.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from lion_models.base.errors import UserError
+from lion_models.base.errors import UserError, did_you_mean
 from lion_models.data.base import ArraySource, FolderSource, Source
 from lion_models.data.folder import find_images, open_folder
 from lion_models.data.hub import (
@@ -88,11 +87,9 @@ def open_source(
             f"--data: '{name}' is a file; expected a folder with one sub-folder of "
             "images per class (for single files use 'lion predict')"
         )
-    near = difflib.get_close_matches(name, list(CATALOGUE), n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
     raise UserError(
         f"--data: '{name}' is neither a folder nor one of {', '.join(sorted(CATALOGUE))}, "
-        f"torchvision:NAME, hf:NAME{hint}"
+        f"torchvision:NAME, hf:NAME{did_you_mean(name, CATALOGUE)}"
     )
 
 

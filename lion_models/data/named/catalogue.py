@@ -6,14 +6,14 @@ None of their files is part of this package. They are read where a package manag
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from lion_models.base.errors import UserError
 from lion_models.base.folders import data_root
+from lion_models.base.optional import package_folder
 
-__all__ = ["CATALOGUE", "DataSet", "files_of", "find_files", "package_of"]
+__all__ = ["CATALOGUE", "DataSet", "files_of", "find_files"]
 
 SYSTEM = Path("/")  # where a package manager installs
 
@@ -122,7 +122,7 @@ def find_files(entry: DataSet, root: Path | None = None) -> tuple[Path, ...] | N
         bare = (root,) if root.is_dir() and entry.is_folder else None
         return _below(entry, root) or _flat(entry, root) or bare
     if entry.python is not None:
-        package = package_of(entry.python[0])
+        package = package_folder(entry.python[0])
         return None if package is None else _below(entry, package)
     return _below(entry, data_root() / entry.name) or _below(entry, SYSTEM)
 
@@ -147,13 +147,6 @@ def files_of(entry: DataSet, root: Path | None = None) -> tuple[Path, ...]:
         f"--data {entry.name}: not on this machine; run: lion data prepare {entry.name} "
         f"(from {entry.source}; licence {entry.licence})"
     )
-
-
-def package_of(module: str) -> Path | None:
-    """The folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(module)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return Path(folders[0]) if folders else None
 
 
 def _below(entry: DataSet, root: Path) -> tuple[Path, ...] | None:
