@@ -1,43 +1,30 @@
 """Implicit vision prompt tuning (LION) on frozen backbones, built on `deqcore`."""
 
-from lion_models.backbones import FrozenBackbone, load_backbone
-from lion_models.base.errors import UserError
-from lion_models.data import make_task, open_source
-from lion_models.methods import (
-    Adapters,
-    FineTune,
-    LinearProbe,
-    LoRA,
-    VPTDeep,
-    VPTPad,
-    VPTShallow,
-)
-from lion_models.methods.base import count_parameters
-from lion_models.methods.lion import Lion
-from lion_models.prompts.cdr import CDR, RobustOptimizer
-from lion_models.prompts.implicit_prompt import ImplicitPrompt
-from lion_models.run import RunConfig, build_model, fit, load_run
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "CDR",
-    "Adapters",
-    "FineTune",
-    "FrozenBackbone",
-    "ImplicitPrompt",
-    "LinearProbe",
-    "Lion",
-    "LoRA",
-    "RobustOptimizer",
-    "RunConfig",
-    "UserError",
-    "VPTDeep",
-    "VPTPad",
-    "VPTShallow",
-    "build_model",
-    "count_parameters",
-    "fit",
-    "load_backbone",
-    "load_run",
-    "make_task",
-    "open_source",
-]
+from lion_models.base.lazy import exports
+
+if TYPE_CHECKING:
+    from lion_models.backbones import FrozenBackbone as FrozenBackbone
+    from lion_models.backbones import load_backbone as load_backbone
+    from lion_models.base.errors import UserError as UserError
+    from lion_models.data import make_task as make_task
+    from lion_models.data import open_source as open_source
+    from lion_models.methods import Adapters as Adapters
+    from lion_models.methods import FineTune as FineTune
+    from lion_models.methods import LinearProbe as LinearProbe
+    from lion_models.methods import LoRA as LoRA
+    from lion_models.methods import VPTDeep as VPTDeep
+    from lion_models.methods import VPTPad as VPTPad
+    from lion_models.methods import VPTShallow as VPTShallow
+    from lion_models.methods.base import count_parameters as count_parameters
+    from lion_models.methods.lion import Lion as Lion
+    from lion_models.prompts.cdr import CDR as CDR
+    from lion_models.prompts.cdr import RobustOptimizer as RobustOptimizer
+    from lion_models.prompts.implicit_prompt import ImplicitPrompt as ImplicitPrompt
+    from lion_models.run import RunConfig as RunConfig
+    from lion_models.run import build_model as build_model
+    from lion_models.run import fit as fit
+    from lion_models.run import load_run as load_run
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)
