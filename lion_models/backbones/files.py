@@ -21,20 +21,20 @@ def read_state(path: Path) -> dict[str, Tensor]:
         UserError: no such file, damaged, or it holds something else than tensors by name.
     """
     if not path.is_file():
-        raise UserError(f"--backbone: weights file {path} does not exist")
+        raise UserError(f"`backbone`: weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises what the damage happens to cause
         raise UserError(
-            f"--backbone: {path} is damaged, or not a file of plain weights ({error}); "
+            f"`backbone`: {path} is damaged, or not a file of plain weights ({error}); "
             "fetch it again, or save its state dict as safetensors"
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"--backbone: {path} holds no state dict; expected tensors by name")
+        raise UserError(f"`backbone`: {path} holds no state dict; expected tensors by name")
     return dict(state)
 
 
@@ -63,7 +63,7 @@ def load_weights(
     ]
     if wrong:
         raise UserError(
-            f"--backbone {backbone}: the weights are another network's: "
+            f"`backbone` {backbone}: the weights are another network's: "
             f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''} do not fit"
         )
     fitting = {
@@ -77,6 +77,6 @@ def load_weights(
 def not_fetched(backbone: str, error: Exception, instead: str) -> UserError:
     """What to say when a hub did not give its weights."""
     return UserError(
-        f"--backbone {backbone}: its weights could not be fetched "
+        f"`backbone` {backbone}: its weights could not be fetched "
         f"({type(error).__name__}: {error}); {instead}"
     )

@@ -46,7 +46,7 @@ def load_huggingface(
         UserError: transformers is missing, or neither the hub nor a folder gives the model.
     """
     full = f"hf:{model_name}"
-    what = f"--backbone {full}"
+    what = f"`backbone` {full}"
     transformers = require("transformers", what, "hf")
     origin = str(Path(model_name if weights is None else weights).expanduser())
     try:
@@ -82,7 +82,7 @@ def load_huggingface(
         setattr(holder, attribute, layers[: check_readout(readout, len(layers))])
         return _vit(network, list(getattr(holder, attribute)), common)
     if readout is not None:
-        raise UserError(f"--backbone {full}: readout: only vision transformers have one")
+        raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
     return _pixels(network, common)
 
 

@@ -30,7 +30,7 @@ def with_normalisation(backbone: FrozenBackbone, name: str) -> FrozenBackbone:
         name: `backbone` (its own), `imagenet` (mean and deviation of each channel; their averages
             for grey) or `half` (mean and deviation 0.5, as Inception).
     """
-    choose("--normalisation", name, NORMALISATIONS)
+    choose("normalisation", name, NORMALISATIONS)
     if name == "backbone":
         return backbone
     if name == "half":

@@ -86,9 +86,9 @@ def _loader(
     if colon and library in _LIBRARIES and model_name not in ("", "NAME"):
         return _LIBRARIES[library], _LIBRARY_OPTIONS, (model_name,)
     known = [*_NAMED, *(f"{library}:NAME" for library in _LIBRARIES)]
-    choose("--backbone", base, known)
+    choose("backbone", base, known)
     if base not in _NAMED:
-        raise UserError(f"--backbone: {base}: put the name of a network for NAME")
+        raise UserError(f"`backbone`: {base}: put the name of a network for NAME")
     return *_NAMED[base], ()
 
 
@@ -97,7 +97,7 @@ def _option(base: str, part: str, allowed: Sequence[str]) -> tuple[str, str | in
     _taken(base, key, allowed)
     if not equals or not text or (key != "weights" and not text.isdigit()):
         kind = "a path" if key == "weights" else "a whole number"
-        raise UserError(f"--backbone: {key}: expected {key}={kind}, got '{part}'")
+        raise UserError(f"`backbone`: {key}: expected {key}={kind}, got '{part}'")
     return key, text if key == "weights" else int(text)
 
 
@@ -105,4 +105,4 @@ def _taken(base: str, key: str, allowed: Sequence[str]) -> str:
     if key in allowed:
         return key
     hint = did_you_mean(key, allowed)
-    raise UserError(f"--backbone {base}: takes {', '.join(allowed)}, not {key}{hint}")
+    raise UserError(f"`backbone` {base}: takes {', '.join(allowed)}, not {key}{hint}")

@@ -41,10 +41,10 @@ def load_timm(
         UserError: timm is missing, does not know the name, or has no weights for it here.
     """
     full = f"timm:{model_name}"
-    timm = require("timm", f"--backbone {full}", "timm")
+    timm = require("timm", f"`backbone` {full}", "timm")
     if not timm.is_model(model_name):
         hint = did_you_mean(model_name, timm.list_models(), "timm:")
-        raise UserError(f"--backbone: timm has no model '{model_name}'{hint}")
+        raise UserError(f"`backbone`: timm has no model '{model_name}'{hint}")
     network = _create(timm, full, model_name, image_size, weights)
     settings = network.pretrained_cfg
     size = settings["input_size"][-1] if image_size is None else image_size
@@ -63,7 +63,7 @@ def load_timm(
         network.blocks = network.blocks[:depth]
         return _vit(network, common)
     if readout is not None:
-        raise UserError(f"--backbone {full}: readout: only vision transformers have one")
+        raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
     if isinstance(network, timm.models.swin_transformer.SwinTransformer):
         return _swin(network, common)
     return FrozenBackbone(

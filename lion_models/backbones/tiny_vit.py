@@ -47,7 +47,7 @@ def read_vit(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     """
     if not path.is_file():
         raise UserError(
-            f"--backbone: {path} does not exist; expected a safetensors file written "
+            f"`backbone`: {path} does not exist; expected a safetensors file written "
             "by 'python tools/pretrain_tiny_vit.py'"
         )
     try:
@@ -58,12 +58,12 @@ def read_vit(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
         model.load_state_dict(state)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"--backbone: {path} is cut off or not a safetensors file ({error}); "
+            f"`backbone`: {path} is cut off or not a safetensors file ({error}); "
             "copy or train it again"
         ) from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--backbone: {path} is not a ViT of lion_models ({error}); expected a "
+            f"`backbone`: {path} is not a ViT of lion_models ({error}); expected a "
             "file written by 'python tools/pretrain_tiny_vit.py'"
         ) from error
     return model, metadata
@@ -116,5 +116,5 @@ def check_readout(readout: int | None, depth: int) -> int:
     if readout is None:
         return depth
     if not 1 <= readout <= depth:
-        raise UserError(f"--backbone: readout: expected 1 to {depth}, got {readout}")
+        raise UserError(f"`backbone`: readout: expected 1 to {depth}, got {readout}")
     return readout

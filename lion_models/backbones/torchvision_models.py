@@ -45,11 +45,11 @@ def load_torchvision(
         UserError: torchvision is missing, does not know the name, or has no weights for it here.
     """
     full = f"torchvision:{model_name}"
-    models = require("torchvision.models", f"--backbone {full}", "torchvision")
+    models = require("torchvision.models", f"`backbone` {full}", "torchvision")
     known = models.list_models(module=models)
     if model_name not in known:
         hint = did_you_mean(model_name, known, "torchvision:")
-        raise UserError(f"--backbone: torchvision has no classifier '{model_name}'{hint}")
+        raise UserError(f"`backbone`: torchvision has no classifier '{model_name}'{hint}")
     default = models.get_model_weights(model_name).DEFAULT
     preset = default.transforms()
     size = preset.crop_size[0] if image_size is None else image_size
@@ -76,7 +76,7 @@ def load_torchvision(
         network.encoder.layers = layers[: check_readout(readout, len(layers))]
         return _vit(network, common)
     if readout is not None:
-        raise UserError(f"--backbone {full}: readout: only vision transformers have one")
+        raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
     if model_name.startswith("swin_"):
         return _swin(network, common)
     return FrozenBackbone(

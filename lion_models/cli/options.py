@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import typing
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -310,6 +311,11 @@ def with_run_options(
         return command
 
     return decorate
+
+
+def dashed(message: str) -> str:
+    """A message with the options that it names, `robust_on`, as the command line spells them."""
+    return re.sub(r"`([a-z]\w*)`", lambda name: f"--{name[1].replace('_', '-')}", message)
 
 
 def set_up(threads: int | None, device: str) -> None:

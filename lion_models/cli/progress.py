@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lion_models.cli.options import dashed
 from lion_models.run import FitState, RunConfig
 from lion_models.study.trial import Cell, Event
 
@@ -100,6 +101,6 @@ class CellBars:
             bar.update(max(0, now - seen[event.index]))
             seen[event.index] = max(now, seen[event.index])
             if event.kind == "failed":
-                bar.write(f"{cells[event.index].folder.name}: {event.message}")
+                bar.write(f"{cells[event.index].folder.name}: {dashed(event.message)}")
 
         return hear

@@ -117,25 +117,25 @@ def _find_parts(folder: Path, folders: Sequence[Path]) -> dict[Path, int]:
     classes = f"or, if these are classes, rename {train[0]}"
     if len(train) > 1:
         raise UserError(
-            f"--data: {train[0].name} and {train[1].name} are both training parts of {folder}; "
+            f"`data`: {train[0].name} and {train[1].name} are both training parts of {folder}; "
             f"put one's files into the other, {classes}"
         )
     odd = [entry for entry in folders if entry not in parts]
     if odd:
         raise UserError(
-            f"--data: {folder} holds the parts of a split ({names}) and beside them "
+            f"`data`: {folder} holds the parts of a split ({names}) and beside them "
             f"'{odd[0].name}', which is none; move it out of {folder}, {classes}"
         )
     for part in parts:
         if not inside[part]:
             raise UserError(
-                f"--data: {part} holds no class folder; expected the same ones in {names}; sort "
+                f"`data`: {part} holds no class folder; expected the same ones in {names}; sort "
                 f"its images into them, move it out of {folder}, {classes}"
             )
         stray = [entry for entry in sorted(part.iterdir()) if _is_image(str(entry))]
         if stray:
             raise UserError(
-                f"--data: {stray[0]} lies beside class folders; expected images inside of them "
+                f"`data`: {stray[0]} lies beside class folders; expected images inside of them "
                 f"alone; move it into one of them or out of {part}, {classes}"
             )
     return parts
@@ -154,7 +154,7 @@ def _open_split(
         extra = [entry for entry in folders if entry.name not in classes]
         if extra:
             raise UserError(
-                f"--data: {extra[0]} is a class that {train} does not have; expected the same "
+                f"`data`: {extra[0]} is a class that {train} does not have; expected the same "
                 "class folders in every part"
             )
         more_paths, more_labels = _collect(folders, classes)
@@ -168,7 +168,7 @@ def _class_names(folder: Path, folders: Sequence[Path]) -> tuple[str, ...]:
     if len(folders) < 2:
         found = f"one class ('{folders[0].name}')" if folders else "no sub-folder"
         raise UserError(
-            f"--data: {folder} holds {found}; expected at least two class sub-folders, "
+            f"`data`: {folder} holds {found}; expected at least two class sub-folders, "
             "such as cats/ and dogs/, with images in each"
         )
     return tuple(entry.name for entry in folders)
@@ -182,7 +182,7 @@ def _collect(folders: Sequence[Path], classes: tuple[str, ...]) -> tuple[list[Pa
         found = find_images(class_folder)
         if not found:
             raise UserError(
-                f"--data: class folder {class_folder} holds no image; put images "
+                f"`data`: class folder {class_folder} holds no image; put images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}) into it or remove it"
             )
         paths += found
@@ -223,7 +223,7 @@ def file_source(
     gone = sorted(before - set(kept_labels.tolist()))
     if gone:
         raise UserError(
-            f"--data: no usable image is left in class '{classes[gone[0]]}' of {name}; "
+            f"`data`: no usable image is left in class '{classes[gone[0]]}' of {name}; "
             "replace its files or remove the class"
         )
     parts = None

@@ -64,7 +64,7 @@ class PictureSource(DecodingSource):
             return _as_picture(self.pictures[part](row))
         except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"--data {self.name}: image {row} of part {part + 1} cannot be decoded ({error}); "
+                f"`data` {self.name}: image {row} of part {part + 1} cannot be decoded ({error}); "
                 "remove the row from the data set or fetch it again"
             ) from error
 
@@ -104,11 +104,11 @@ def open_torchvision(
             labels are not classes.
     """
     option = f"torchvision:{name}"
-    library = require("torchvision.datasets", f"--data {option}", "torchvision")
+    library = require("torchvision.datasets", f"`data` {option}", "torchvision")
     kind: Any = getattr(library, name, None)
     if not inspect.isclass(kind):
         hint = did_you_mean(name, dir(library), "torchvision:")
-        raise UserError(f"--data {option}: torchvision.datasets has no '{name}'{hint}")
+        raise UserError(f"`data` {option}: torchvision.datasets has no '{name}'{hint}")
     build: Callable[..., Any] = kind
     known = inspect.signature(kind).parameters
     shared = {"download": download} if "download" in known else {}
@@ -129,12 +129,12 @@ def open_torchvision(
             # torchvision's answer to a split that the set does not have
             if part == TRAIN:
                 raise UserError(
-                    f"--data {option}: torchvision knows no part 'train' of it; "
+                    f"`data` {option}: torchvision knows no part 'train' of it; "
                     "save the images as a folder with one sub-folder per class instead"
                 ) from None
         except (RuntimeError, OSError, TypeError) as error:
             raise UserError(
-                f"--data {option}: cannot be opened in {folder} ({error}); {advice}"
+                f"`data` {option}: cannot be opened in {folder} ({error}); {advice}"
             ) from error
     first = parts[0][0]
     names = getattr(first, "classes", None) or getattr(first, "categories", None)
@@ -165,7 +165,7 @@ def _torchvision_labels(dataset: Any, option: str) -> list[int]:
         return [int(value) for value in values]
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--data {option}: its labels are not one class to an image ({error}); expected a "
+            f"`data` {option}: its labels are not one class to an image ({error}); expected a "
             "classification data set"
         ) from error
 
@@ -178,12 +178,12 @@ def is_saved_dataset(folder: Path) -> bool:
 def open_saved_dataset(folder: Path, geometry: Geometry) -> PictureSource:
     """Open a folder that `save_to_disk` wrote; see `open_hugging_face`."""
     option = str(folder)
-    library = require("datasets", f"--data {option}", "datasets")
+    library = require("datasets", f"`data` {option}", "datasets")
     try:
         return _open_splits(option, library.load_from_disk(option), geometry)
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"--data: {folder} cannot be read as a saved data set ({error}); save or copy it again"
+            f"`data`: {folder} cannot be read as a saved data set ({error}); save or copy it again"
         ) from error
 
 
@@ -199,13 +199,13 @@ def open_hugging_face(name: str, geometry: Geometry) -> PictureSource:
             images, or none or several of labels.
     """
     option = f"hf:{name}"
-    library = require("datasets", f"--data {option}", "datasets")
+    library = require("datasets", f"`data` {option}", "datasets")
     base, _, configuration = name.partition(":")
     try:
         loaded = library.load_dataset(base, configuration or None)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--data {option}: cannot be loaded ({type(error).__name__}: {error}); check the name "
+            f"`data` {option}: cannot be loaded ({type(error).__name__}: {error}); check the name "
             "and the network, or give a folder that save_to_disk wrote"
         ) from error
     return _open_splits(option, loaded, geometry)
@@ -217,7 +217,7 @@ def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
         splits = {"train": next(iter(splits.values()))}
     elif "train" not in splits:
         raise UserError(
-            f"--data {option}: has the splits {', '.join(splits)}; expected one called 'train'"
+            f"`data` {option}: has the splits {', '.join(splits)}; expected one called 'train'"
         )
     image, label, names = _columns(option, splits["train"].features)
 
@@ -232,14 +232,14 @@ def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
         unlabelled = sum(value < 0 for value in values)
         if unlabelled and unlabelled == len(values) and split == "test":
             warnings.warn(
-                f"--data {option}: its split 'test' has no labels and is left out; the test set is "
+                f"`data` {option}: its split 'test' has no labels and is left out; the test set is "
                 "drawn from the rest",
                 stacklevel=4,
             )
             continue
         if unlabelled:
             raise UserError(
-                f"--data {option}: {unlabelled} of {len(values)} rows of split '{split}' have no "
+                f"`data` {option}: {unlabelled} of {len(values)} rows of split '{split}' have no "
                 f"label in column '{label}'; label or remove them"
             )
         parts.append((pictures(dataset), values, SPLITS[split]))
@@ -256,7 +256,7 @@ def _columns(option: str, features: Mapping[str, Any]) -> tuple[str, str, Sequen
     if len(images) != 1 or not labels:
         shown = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
         raise UserError(
-            f"--data {option}: expected one column of images and one of class labels, or one "
+            f"`data` {option}: expected one column of images and one of class labels, or one "
             f"called 'label'; it has {shown}; rename or remove columns and save it to disk"
         )
     return images[0], labels[0], getattr(features[labels[0]], "names", None)
@@ -275,7 +275,7 @@ def _joined(
     classes = tuple(names) if names else tuple(str(label) for label in range(count))
     if len(classes) < 2 or count > len(classes) or bool((labels < 0).any()):
         raise UserError(
-            f"--data {option}: labels run to {count - 1} for {len(classes)} class names; expected "
+            f"`data` {option}: labels run to {count - 1} for {len(classes)} class names; expected "
             "at least two classes and every label from 0 to one less than their number"
         )
     return PictureSource(

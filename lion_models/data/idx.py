@@ -105,18 +105,18 @@ def open_idx(
     try:
         pairs = [(*read_idx_pair(folder, split), part) for split, part in parts]
     except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"--data: {error}") from error
+        raise UserError(f"`data`: {error}") from error
     shapes = {tuple(images.shape[1:]) for images, _, _ in pairs}
     if len(shapes) > 1:
         raise UserError(
-            f"--data: {folder}: training and test images differ in size ({shapes}); "
+            f"`data`: {folder}: training and test images differ in size ({shapes}); "
             "expected both pairs of one data set"
         )
     labels = torch.cat([labels for _, labels, _ in pairs])
     if classes is None:
         classes = tuple(str(label) for label in range(int(labels.max()) + 1 if len(labels) else 0))
     if len(classes) < 2:
-        raise UserError(f"--data: {folder} holds {len(classes)} classes; expected at least two")
+        raise UserError(f"`data`: {folder} holds {len(classes)} classes; expected at least two")
     official = torch.cat(
         [torch.full((len(labels),), part, dtype=torch.int8) for _, labels, part in pairs]
     )

@@ -1,4 +1,4 @@
-"""What `--data` can name, and how each of it is opened.
+"""What `data` can name, and how each of it is opened.
 
 A source knows the label of every image at once and decodes images only when asked, so that a
 wrong path, an empty class or too few images is reported before any work starts.
@@ -52,7 +52,7 @@ def open_source(
     bad_files: str = "fail",
     verify: str = "full",
 ) -> Source:
-    """Open the data that `--data` names.
+    """Open the data that `data` names.
 
     Args:
         name: a data set by name (`lion data list`), `NAME:FOLDER` for one whose files lie in a
@@ -84,11 +84,11 @@ def open_source(
         return _open_path(path, geometry, checks)
     if path.exists():
         raise UserError(
-            f"--data: '{name}' is a file; expected a folder with one sub-folder of "
+            f"`data`: '{name}' is a file; expected a folder with one sub-folder of "
             "images per class (for single files use 'lion predict')"
         )
     raise UserError(
-        f"--data: '{name}' is neither a folder nor one of {', '.join(sorted(CATALOGUE))}, "
+        f"`data`: '{name}' is neither a folder nor one of {', '.join(sorted(CATALOGUE))}, "
         f"torchvision:NAME, hf:NAME{did_you_mean(name, CATALOGUE)}"
     )
 

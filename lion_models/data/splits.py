@@ -163,7 +163,7 @@ def split_rows(
     Raises:
         UserError: a class has too few images.
     """
-    for option, count in (("--shots", shots), ("--validation-shots", validation_shots)):
+    for option, count in (("`shots`", shots), ("`validation_shots`", validation_shots)):
         if count is not None and count < 1:
             raise UserError(f"{option}: expected 1 or more, got {count}")
     factors = _profile(len(classes), imbalance)
@@ -181,9 +181,9 @@ def split_rows(
         wanted = [int(top * factor + 1e-9) for factor in factors]
         if wanted[-1] < 1 <= wanted[0]:
             raise UserError(
-                f"--imbalance {imbalance:g}: leaves class '{classes[-1]}' no image, because the "
-                f"first class has {wanted[0]}; lower --imbalance to at most {wanted[0]} or raise "
-                "--shots"
+                f"`imbalance` {imbalance:g}: leaves class '{classes[-1]}' no image, because the "
+                f"first class has {wanted[0]}; lower `imbalance` to at most {wanted[0]} or raise "
+                "`shots`"
             )
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for pool, name, count, keep, room in zip(pools, classes, wanted, held, rooms, strict=True):
@@ -239,7 +239,7 @@ def _profile(classes: int, imbalance: float | None) -> list[float]:
     if imbalance is None or classes < 2:
         return [1.0] * classes
     if not imbalance >= 1:
-        raise UserError(f"--imbalance: expected 1 or more, got {imbalance:g}")
+        raise UserError(f"`imbalance`: expected 1 or more, got {imbalance:g}")
     return [imbalance ** (-label / (classes - 1)) for label in range(classes)]
 
 
@@ -269,20 +269,20 @@ def _check_room(
         if held > len(pool.validation):
             raise UserError(
                 f"class '{name}' has {len(pool.validation)} images in the data set's own "
-                f"validation part, {held} were asked for; lower --validation-shots"
+                f"validation part, {held} were asked for; lower `validation_shots`"
             )
         # Small sets of many classes do leave one out of their own training part.
         if wanted <= room and (wanted >= 1 or shots is None):
             return
         raise UserError(
             f"class '{name}' has {len(pool.train)} images in the data set's own training part, "
-            f"{wanted} were asked for; lower --shots or use --shots all"
+            f"{wanted} were asked for; lower `shots` or use `shots` all"
         )
     if wanted < 1 or wanted > room:
         raise UserError(
             f"class '{name}' has {pool.images} images, of which {pool.tested} are kept for the "
             f"test; {max(wanted, 1)} for training and {held} for validation are more than the "
-            f"{len(pool.train)} left; lower --shots or --validation-shots, or add images"
+            f"{len(pool.train)} left; lower `shots` or `validation_shots`, or add images"
         )
 
 

@@ -55,7 +55,7 @@ class Geometry:
     transform: str = "square"
 
     def __post_init__(self) -> None:
-        choose("--transform", self.transform, TRANSFORMS)
+        choose("transform", self.transform, TRANSFORMS)
 
     @property
     def training_size(self) -> int:
@@ -178,7 +178,7 @@ def training_view(transform: str, augment: str, size: int) -> View | None:
     def view(images: Tensor) -> Tensor:
         if tuple(images.shape[2:]) != (side, side):
             raise ValueError(
-                f"--transform {transform}: expected training images of {side} x {side}, got "
+                f"`transform` {transform}: expected training images of {side} x {side}, got "
                 f"{tuple(images.shape)}; take them with Source.load_training"
             )
         if cut is not None:

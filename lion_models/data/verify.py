@@ -46,12 +46,12 @@ class FileChecks:
     verify: str = "full"
 
     def __post_init__(self) -> None:
-        choose("--bad-files", self.bad_files, BAD_FILES)
-        choose("--verify", self.verify, VERIFY)
+        choose("bad_files", self.bad_files, BAD_FILES)
+        choose("verify", self.verify, VERIFY)
 
 
 class BadFilesWarning(UserWarning):
-    """Files that were left out because `--bad-files skip` was asked for; lists every one."""
+    """Files that were left out because `bad_files="skip"` was asked for; lists every one."""
 
 
 class CopiesWarning(UserWarning):
@@ -117,7 +117,7 @@ def _warn_of_copies(digests: Mapping[Path, str], root: Path) -> None:
     more = " and more" if longest > COPIES_SHOWN else ""
     count = sum(len(group) - 1 for group in groups)
     warnings.warn(
-        f"--data: {count} files of {root} are copies of others: {shown}{more}; what is "
+        f"`data`: {count} files of {root} are copies of others: {shown}{more}; what is "
         "both trained and tested on, or has two classes, makes accuracies wrong; keep one of each",
         CopiesWarning,
         stacklevel=4,
@@ -139,15 +139,15 @@ def judge_damaged(problems: Sequence[str], bad_files: str, where: str) -> None:
         return
     if bad_files == "skip":
         lines = "".join(f"\n  {problem}" for problem in problems)
-        text = f"--data: left out {len(problems)} unusable files of {where}:{lines}"
+        text = f"`data`: left out {len(problems)} unusable files of {where}:{lines}"
         warnings.warn(text, BadFilesWarning, stacklevel=3)
         return
     if len(problems) == 1:
-        raise UserError(f"{problems[0]}; --bad-files skip trains without it")
+        raise UserError(f"{problems[0]}; `bad_files` skip trains without it")
     lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
     more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     raise UserError(
-        f"--data: {len(problems)} unusable files in {where}; --bad-files skip trains without "
+        f"`data`: {len(problems)} unusable files in {where}; `bad_files` skip trains without "
         f"them:{lines}{more}"
     )
 

@@ -41,7 +41,7 @@ def open_vtab(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSou
     missing = [name for name in PARTS if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"--data: {folder} looks like VTAB-1k but lacks {', '.join(missing)}; expected "
+            f"`data`: {folder} looks like VTAB-1k but lacks {', '.join(missing)}; expected "
             f"{', '.join(PARTS)} with a line 'path label' for each image"
         )
     lists = {name: _read_list(folder / name) for name in PARTS}
@@ -50,7 +50,7 @@ def open_vtab(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSou
         for path, _ in entries:
             if path in seen:
                 raise UserError(
-                    f"--data: {folder / name} lists {path}, which {seen[path]} lists already; "
+                    f"`data`: {folder / name} lists {path}, which {seen[path]} lists already; "
                     "an image may be in one part only"
                 )
             seen[path] = name
@@ -58,7 +58,7 @@ def open_vtab(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSou
         both = sorted(lists["train800.txt"] + lists["val200.txt"])
         if sorted(_read_list(folder / UNION)) != both:
             raise UserError(
-                f"--data: {folder / UNION} is not train800.txt and val200.txt together; "
+                f"`data`: {folder / UNION} is not train800.txt and val200.txt together; "
                 "fetch the lists again, all from one place"
             )
     paths, labels, official = [], [], []
@@ -69,7 +69,7 @@ def open_vtab(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSou
             official.append(PARTS[name])
     count = max(labels) + 1
     if count < 2:
-        raise UserError(f"--data: {folder} holds one class (label 0); expected at least two")
+        raise UserError(f"`data`: {folder} holds one class (label 0); expected at least two")
     classes = tuple(str(label) for label in range(count))
     return file_source(str(folder), classes, labels, paths, folder, geometry, checks, official)
 
@@ -83,10 +83,10 @@ def _read_list(path: Path) -> list[tuple[str, int]]:
         label = rest[0] if rest else ""
         if not label.isdecimal():
             raise UserError(
-                f"--data: {path}, line {number}: expected 'path label' with a whole number from 0 "
+                f"`data`: {path}, line {number}: expected 'path label' with a whole number from 0 "
                 f"as the label, got '{line.strip()}'; add the label or remove the line"
             )
         entries.append((image, int(label)))
     if not entries:
-        raise UserError(f"--data: {path} lists no image; expected a line 'path label' for each")
+        raise UserError(f"`data`: {path} lists no image; expected a line 'path label' for each")
     return entries

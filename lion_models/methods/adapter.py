@@ -57,9 +57,9 @@ class Adapters(TunedClassifier):
         self, backbone: FrozenBackbone, classes: int, hidden: int = 2, place: str = "both"
     ) -> None:
         super().__init__(backbone, classes)
-        choose("--adapter-place", place, ADAPTER_PLACES)
+        choose("adapter_place", place, ADAPTER_PLACES)
         blocks, self._pool = transformer_parts(
-            backbone, "--method adapter", "use lion, linear, full or vpt-pad"
+            backbone, "`method` adapter", "use lion, linear, full or vpt-pad"
         )
         paths = ("attn.proj", "mlp.fc2") if place == "both" else ("mlp.fc2",)
         self.adapters = nn.ModuleList()

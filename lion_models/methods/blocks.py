@@ -31,7 +31,7 @@ def timm_linear(block: nn.Module, path: str, method: str, backbone: str) -> nn.L
     if not isinstance(linear, nn.Linear):
         found = "nothing" if linear is None else type(linear).__name__
         raise UserError(
-            f"--method {method}: expected blocks with a linear layer '{path}' (timm's names), "
+            f"`method` {method}: expected blocks with a linear layer '{path}' (timm's names), "
             f"found {found} in {type(inner).__name__} of '{backbone}'; use vpt-deep, lion or full"
         )
     return linear

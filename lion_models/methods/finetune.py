@@ -46,7 +46,7 @@ class FineTune(TunedClassifier):
         used = _used(backbone, chosen)
         if not used:
             raise UserError(
-                f"--method {'full' if part == 'all' else 'bias'}: '{backbone.name}' has no "
+                f"`method` {'full' if part == 'all' else 'bias'}: '{backbone.name}' has no "
                 "parameter of this kind; use another method"
             )
         self.weights = _tree(used)

@@ -56,13 +56,13 @@ class Lion(TunedClassifier):
         output_input: str = "pooled",
     ) -> None:
         super().__init__(backbone, classes)
-        choose("--sides", sides, SIDES)
-        choose("--output-input", output_input, OUTPUT_INPUTS)
+        choose("sides", sides, SIDES)
+        choose("output_input", output_input, OUTPUT_INPUTS)
         if space is None:
             space = backbone.space
-        choose("--space", space, SPACES)
+        choose("space", space, SPACES)
         if space == "token" and backbone.space != "token" and sides != "output":
-            raise UserError(f"--space token: '{backbone.name}' has no tokens; use --space pixel")
+            raise UserError(f"`space` token: '{backbone.name}' has no tokens; use `space` pixel")
         if output_input == "embedding" and sides != "input":
             _check_embedding(backbone)
         self.space = space
@@ -143,6 +143,6 @@ def _check_embedding(backbone: FrozenBackbone) -> None:
     if not tokens or backbone.token_dim != backbone.feature_dim:
         width = f"tokens of width {backbone.token_dim}" if tokens else "no tokens"
         raise UserError(
-            f"--output-input embedding: needs tokens as wide as the feature "
-            f"({backbone.feature_dim}), '{backbone.name}' has {width}; use --output-input pooled"
+            f"`output_input` embedding: needs tokens as wide as the feature "
+            f"({backbone.feature_dim}), '{backbone.name}' has {width}; use `output_input` pooled"
         )

@@ -83,7 +83,7 @@ class LoRA(TunedClassifier):
     ) -> None:
         super().__init__(backbone, classes)
         blocks, self._pool = transformer_parts(
-            backbone, "--method lora", "use lion, linear, full or vpt-pad"
+            backbone, "`method` lora", "use lion, linear, full or vpt-pad"
         )
         self.deltas = nn.ModuleList()
         twins = []
@@ -91,7 +91,7 @@ class LoRA(TunedClassifier):
             linear = timm_linear(block, "attn.qkv", "lora", backbone.name)
             if linear.out_features % 3:
                 raise UserError(
-                    f"--method lora: expected 'attn.qkv' of '{backbone.name}' to hold query, key "
+                    f"`method` lora: expected 'attn.qkv' of '{backbone.name}' to hold query, key "
                     f"and value of equal width, got {linear.out_features} outputs; use adapter"
                 )
             scale = float(rank if alpha is None else alpha)

@@ -45,7 +45,7 @@ class VPTDeep(TunedClassifier):
     ) -> None:
         super().__init__(backbone, classes)
         blocks, self._pool = transformer_parts(
-            backbone, "--method vpt-deep", "use vpt-pad, lion or linear"
+            backbone, "`method` vpt-deep", "use vpt-pad, lion or linear"
         )
         shape = (len(blocks), prompts, backbone.token_dim)
         self.prompts = nn.Parameter(_draw_prompts(backbone, shape, patch_pixels))
@@ -87,7 +87,7 @@ class VPTShallow(TunedClassifier):
     ) -> None:
         super().__init__(backbone, classes)
         _, self._pool = transformer_parts(
-            backbone, "--method vpt-shallow", "use vpt-pad, lion or linear"
+            backbone, "`method` vpt-shallow", "use vpt-pad, lion or linear"
         )
         shape = (prompts, backbone.token_dim)
         self.prompts = nn.Parameter(_draw_prompts(backbone, shape, patch_pixels))
@@ -125,7 +125,7 @@ class VPTPad(TunedClassifier):
         size = backbone.image_size
         if 2 * pad >= size:
             raise UserError(
-                f"--pad: expected less than half of the backbone's {size} pixels, got {pad}"
+                f"`pad`: expected less than half of the backbone's {size} pixels, got {pad}"
             )
         self.pad = pad
         inside = F.pad(torch.ones(size - 2 * pad, size - 2 * pad, dtype=torch.bool), [pad] * 4)

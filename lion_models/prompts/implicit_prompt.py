@@ -98,9 +98,9 @@ class ImplicitPrompt(nn.Module):
         space: str = "token",
     ) -> None:
         super().__init__()
-        choose("--space", space, SPACES)
+        choose("space", space, SPACES)
         if hidden < 1:
-            raise UserError(f"--hidden: expected 1 or more, got {hidden}")
+            raise UserError(f"`hidden`: expected 1 or more, got {hidden}")
         solver = deqcore.Anderson() if solver is None else solver
         self.space = space
         self.layer = deqcore.ImplicitLayer(

@@ -29,8 +29,8 @@ def check_prunable(model: TunedClassifier) -> None:
     """
     if not isinstance(model, Lion) or not any(p.space == "token" for p in model.prompts.values()):
         raise UserError(
-            "--sparsity: prunes the linear layers of LION's implicit layers, and this model has "
-            "none (a layer on pixels is made of convolutions); use --sides both or leave it out"
+            "`sparsity`: prunes the linear layers of LION's implicit layers, and this model has "
+            "none (a layer on pixels is made of convolutions); use `sides` both or leave it out"
         )
 
 

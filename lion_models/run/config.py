@@ -84,9 +84,9 @@ ONLY_FOR = {
 }
 
 
-# Options of --robust cdr, which mean nothing without it.
+# Options of `robust` cdr, which mean nothing without it.
 CDR_OPTIONS = ("tau", "robust_set", "robust_scope", "robust_decay", "robust_ramp", "robust_on")
-# Options of the equilibrium's solver, which explicit layers (--iterations) have none of.
+# Options of the equilibrium's solver, which explicit layers (`iterations`) have none of.
 SOLVER_OPTIONS = ("solver", "rtol", "max_steps")
 
 
@@ -232,23 +232,23 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        choose("--method", self.method, METHODS)
-        choose("--optimizer", self.optimizer, OPTIMIZERS)
+        choose("method", self.method, METHODS)
+        choose("optimizer", self.optimizer, OPTIMIZERS)
         if self.augment is not None:
-            choose("--augment", self.augment, AUGMENTATIONS)
-        choose("--transform", self.transform, TRANSFORMS)
-        choose("--normalisation", self.normalisation, NORMALISATIONS)
-        choose("--bad-files", self.bad_files, BAD_FILES)
-        choose("--verify", self.verify, VERIFY)
-        choose("--sides", self.sides, SIDES)
-        choose("--solver", self.solver, SOLVERS)
+            choose("augment", self.augment, AUGMENTATIONS)
+        choose("transform", self.transform, TRANSFORMS)
+        choose("normalisation", self.normalisation, NORMALISATIONS)
+        choose("bad_files", self.bad_files, BAD_FILES)
+        choose("verify", self.verify, VERIFY)
+        choose("sides", self.sides, SIDES)
+        choose("solver", self.solver, SOLVERS)
         if self.space is not None:
-            choose("--space", self.space, SPACES)
-        choose("--output-input", self.output_input, OUTPUT_INPUTS)
+            choose("space", self.space, SPACES)
+        choose("output_input", self.output_input, OUTPUT_INPUTS)
         self._check_robust()
-        choose("--adapter-place", self.adapter_place, ADAPTER_PLACES)
-        choose("--amp", self.amp, AMP)
-        choose("--class-weights", self.class_weights, CLASS_WEIGHTS)
+        choose("adapter_place", self.adapter_place, ADAPTER_PLACES)
+        choose("amp", self.amp, AMP)
+        choose("class_weights", self.class_weights, CLASS_WEIGHTS)
         counts = (
             "shots",
             "validation_shots",
@@ -268,50 +268,46 @@ class RunConfig:
         for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, got {value}")
+                raise UserError(f"`{name}`: expected 1 or more, got {value}")
         for name in ("lr", "rtol", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1000:
-                option = name.replace("_", "-")
-                raise UserError(
-                    f"--{option}: expected a number above 0 and below 1,000, got {value}"
-                )
+                raise UserError(f"`{name}`: expected a number above 0 and below 1,000, got {value}")
         if self.imbalance is not None and not 1 <= self.imbalance < 1e6:
             raise UserError(
-                f"--imbalance: expected 1 or more and below 1,000,000, got {self.imbalance}"
+                f"`imbalance`: expected 1 or more and below 1,000,000, got {self.imbalance}"
             )
         if abs(self.seed) > MOST_SEED:
-            raise UserError(f"--seed: expected a whole number within ±{MOST_SEED}, got {self.seed}")
+            raise UserError(f"`seed`: expected a whole number within ±{MOST_SEED}, got {self.seed}")
         if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
+            raise UserError(f"`weight_decay`: expected 0 or more, got {self.weight_decay}")
         if not math.isfinite(self.strength):
-            raise UserError(f"--strength: expected a number such as 1.0, got {self.strength}")
+            raise UserError(f"`strength`: expected a number such as 1.0, got {self.strength}")
         if not 0 <= self.prompt_dropout < 1:
-            raise UserError(f"--prompt-dropout: expected 0 <= p < 1, got {self.prompt_dropout}")
+            raise UserError(f"`prompt_dropout`: expected 0 <= p < 1, got {self.prompt_dropout}")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"--ema: expected a decay such as 0.999, got {self.ema}")
+            raise UserError(f"`ema`: expected a decay such as 0.999, got {self.ema}")
 
     def _check_robust(self) -> None:
-        choose("--robust", self.robust, ROBUST)
-        choose("--robust-set", self.robust_set, ROBUST_SETS)
-        choose("--robust-scope", self.robust_scope, THRESHOLDS)
-        choose("--robust-on", self.robust_on, ROBUST_ON)
+        choose("robust", self.robust, ROBUST)
+        choose("robust_set", self.robust_set, ROBUST_SETS)
+        choose("robust_scope", self.robust_scope, THRESHOLDS)
+        choose("robust_on", self.robust_on, ROBUST_ON)
         for name in ("tau", "sparsity"):
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise UserError(f"--{name}: expected a share from 0 to below 1, got {value}")
+                raise UserError(f"`{name}`: expected a share from 0 to below 1, got {value}")
         for name in ("robust_decay", "robust_ramp"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option}: expected 0 or more, got {value}")
+                raise UserError(f"`{name}`: expected 0 or more, got {value}")
         if self.prune_at is None:
             return
         if not self.sparsity:
-            raise UserError("--prune-at: says when to prune; say how much with --sparsity, too")
+            raise UserError("`prune_at`: says when to prune; say how much with `sparsity`, too")
         if not 1 <= self.prune_at <= self.epochs:
             raise UserError(
-                f"--prune-at: expected an epoch from 1 to {self.epochs}, got {self.prune_at}"
+                f"`prune_at`: expected an epoch from 1 to {self.epochs}, got {self.prune_at}"
             )
 
     @property

@@ -109,8 +109,8 @@ def data_place(folder: Path, config: RunConfig, moved: str | None = None) -> str
     if written is not None and not written.exists():
         where = f"relative to {Path.cwd()}" if recorded is None else f"it was {recorded}"
         raise UserError(
-            f"--data: the run's data folder '{config.data}' ({where}) is not there; name its new "
-            "place with --moved-data"
+            f"`data`: the run's data folder '{config.data}' ({where}) is not there; name its new "
+            "place with `moved_data`"
         )
     return config.data
 
@@ -133,8 +133,8 @@ def stored_name(folder: Path, stored: RunConfig, data: str, moved: str | None) -
     if written == recorded and prefix == user_folder(stored.data)[0]:
         return stored.data
     raise UserError(
-        f"--resume: {folder} was started on the data in {recorded}, and '{data}' is "
-        f"{written or 'another'}; repeat the former, and if that has moved here, add --moved-data"
+        f"`resume`: {folder} was started on the data in {recorded}, and '{data}' is "
+        f"{written or 'another'}; repeat the former, and if that has moved here, add `moved_data`"
     )
 
 
@@ -184,9 +184,9 @@ def check_unchanged(folder: Path, source: Source, config: RunConfig) -> None:
         what = f"class '{name}' had {before.get(name, 0)} images and has {after.get(name, 0)}"
         what += others
     raise UserError(
-        f"--data: {source.name} has changed since {folder} was trained on it: {what}. Its test "
+        f"`data`: {source.name} has changed since {folder} was trained on it: {what}. Its test "
         "images would be drawn anew, from images that it was trained on, too; put the files back "
-        "as they were, or train again with --overwrite or another --name"
+        "as they were, or train again with `overwrite` or another `name`"
     )
 
 

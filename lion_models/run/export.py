@@ -85,9 +85,9 @@ def export_run(
     Raises:
         UserError: a package is missing, or the model cannot be exported.
     """
-    choose("--format", form, FORMATS)
+    choose("format", form, FORMATS)
     if steps < 1:
-        raise UserError(f"--steps: expected 1 or more, got {steps}")
+        raise UserError(f"`steps`: expected 1 or more, got {steps}")
     if form == "onnx":
         _require_onnx()
     pixels = images.float() / 255
@@ -166,8 +166,8 @@ def _require_onnx() -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"--format onnx: needs the package {package}; run: pip install 'deqcore[export]' "
-                "(onnx, onnxruntime, onnxscript), or use --format torch-export"
+                f"`format` onnx: needs the package {package}; run: pip install 'deqcore[export]' "
+                "(onnx, onnxruntime, onnxscript), or use `format` torch-export"
             )
 
 
@@ -187,7 +187,7 @@ def _onnx(model: TunedClassifier, pixels: Tensor, metadata: dict[str, Any]) -> _
             verbose=False,
         )
     if exported is None:
-        raise UserError("export: torch.onnx gave no program; use --format torch-export")
+        raise UserError("export: torch.onnx gave no program; use `format` torch-export")
     proto = exported.model_proto
 
     def content(metadata: dict[str, Any]) -> bytes:

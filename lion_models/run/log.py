@@ -99,7 +99,7 @@ def read_state(path: Path) -> FitState | None:
     try:
         return FitState(**torch.load(path, weights_only=True, map_location="cpu"))
     except (RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: damaged ({error}); start again with --overwrite") from error
+        raise UserError(f"{path}: damaged ({error}); start again with `overwrite`") from error
 
 
 def _board(folder: Path, first_epoch: int) -> Any:
@@ -107,7 +107,7 @@ def _board(folder: Path, first_epoch: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(
-            f"--tensorboard: needs the package tensorboard ({error}); run: pip install tensorboard"
+            f"`tensorboard`: needs the package tensorboard ({error}); run: pip install tensorboard"
         ) from error
     # What an interrupted run wrote from this epoch on is hidden, not shown twice.
     return SummaryWriter(str(folder), purge_step=first_epoch)

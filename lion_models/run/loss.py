@@ -28,7 +28,7 @@ class TrainingLoss:
     """
 
     def __init__(self, kind: str, labels: Tensor, classes: int) -> None:
-        choose("--class-weights", kind, CLASS_WEIGHTS)
+        choose("class_weights", kind, CLASS_WEIGHTS)
         counts = torch.bincount(labels, minlength=classes).clamp(min=1).float()
         self._weight = len(labels) / (classes * counts) if kind == "balanced" else None
         self._shift = (counts / len(labels)).log() if kind == "balanced-softmax" else None

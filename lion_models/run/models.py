@@ -81,7 +81,7 @@ def build_model(config: RunConfig, backbone: FrozenBackbone, classes: int) -> Tu
     if config.checkpoint_backbone:
         if config.method in ("full", "bias"):
             raise UserError(
-                f"--checkpoint-backbone: saves the activations of frozen blocks; '{config.method}' "
+                f"`checkpoint_backbone`: saves the activations of frozen blocks; '{config.method}' "
                 "trains them; leave the option out"
             )
         backbone = checkpoint_blocks(backbone)
@@ -106,6 +106,6 @@ def check_model(model: TunedClassifier, config: RunConfig, classes: int) -> None
     own = [name for name, method in _METHODS.items() if type(model) is method.kind]
     if own and config.method not in own:
         raise UserError(
-            f"expected a model of --method {config.method}, got a {type(model).__name__}; use "
+            f"expected a model of `method` {config.method}, got a {type(model).__name__}; use "
             f"RunConfig(..., method='{own[0]}'), or build_model"
         )

@@ -27,9 +27,9 @@ class Precision:
     """
 
     def __init__(self, kind: str, device: str, state: dict[str, Any] | None = None) -> None:
-        choose("--amp", kind, AMP)
+        choose("amp", kind, AMP)
         if kind == "fp16" and device != "cuda":
-            raise UserError(f"--amp fp16: needs --device cuda, got {device}; use --amp bf16")
+            raise UserError(f"`amp` fp16: needs `device` cuda, got {device}; use `amp` bf16")
         self._dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[kind]
         self._device = device
         self._scaler = torch.amp.GradScaler(device, enabled=kind == "fp16")

@@ -65,7 +65,7 @@ def predict(
         UnreadableError: a file may not or cannot be read.
         UserError: a file is not an image, with `fail`.
     """
-    choose("--unreadable", unreadable, UNREADABLE)
+    choose("unreadable", unreadable, UNREADABLE)
     backbone = run.model.backbone
     device = run.model.head.weight.device
     shape, chunk = (backbone.channels, backbone.image_size), backbone.evaluation_batch
@@ -79,7 +79,7 @@ def predict(
                 raise
             except UserError as error:
                 if unreadable == "fail":
-                    raise UserError(f"{error}, or leave it out with --unreadable skip") from error
+                    raise UserError(f"{error}, or leave it out with `unreadable` skip") from error
                 errors[path] = str(error)
         rows: Iterator[list[float]] = iter(())
         if pixels:
@@ -158,7 +158,7 @@ def evaluate_on(
 
     Args:
         run: the classifier.
-        data: as for `--data`.
+        data: as for `data`.
         predicted: gets the predicted labels.
         bad_files: `fail` or `skip`; None means as the run was trained.
 
@@ -179,7 +179,7 @@ def evaluate_on(
     )
     if source.classes != run.classes:
         raise UserError(
-            f"--data {data}: has classes {', '.join(source.classes)}; the run was "
+            f"`data` {data}: has classes {', '.join(source.classes)}; the run was "
             f"trained for {', '.join(run.classes)}"
         )
     totals: dict[str, float] = {}

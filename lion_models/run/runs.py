@@ -103,7 +103,7 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
     """
     if is_new(folder):
         if resume:
-            raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+            raise UserError(f"`resume`: {folder} holds no run; leave `resume` out to start one")
         make_folder(folder)
         write_json(folder / "config.json", config.to_dict())
     elif resume:
@@ -114,8 +114,8 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         if differing:
             shown = ", ".join(f"{key}={stored.to_dict()[key]!r}" for key in differing)
             raise UserError(
-                f"--resume: {folder} was started with {shown}; repeat the same options "
-                "or choose another --name or --runs"
+                f"`resume`: {folder} was started with {shown}; repeat the same options "
+                "or choose another `name` or `runs`"
             )
     elif overwrite:
         _remove(folder)
@@ -124,8 +124,8 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
         raise _not_a_run(folder)
     else:
         raise UserError(
-            f"{folder} exists; use --resume to continue it, --overwrite to replace it, "
-            "or another --name or --runs"
+            f"{folder} exists; use `resume` to continue it, `overwrite` to replace it, "
+            "or another `name` or `runs`"
         )
 
 
@@ -142,8 +142,8 @@ def _remove(folder: Path) -> None:
         why = f"holds {', '.join(others[:3])}{more}, which is no file of a run,"
     if others or not _was_written_here(folder):
         raise UserError(
-            f"--overwrite: {folder} {why} and is not replaced; move it away, or use another "
-            "--name or --runs"
+            f"`overwrite`: {folder} {why} and is not replaced; move it away, or use another "
+            "`name` or `runs`"
         )
     aside = folder.parent / ".locks" / f"{folder.name}.replaced"
     make_folder(aside.parent)
@@ -309,7 +309,7 @@ def measure_run(
     """
     stored = read_config(folder)
     if not (folder / "result.json").is_file():
-        raise UserError(f"{folder}: not finished; continue it with 'lion train --resume'")
+        raise UserError(f"{folder}: not finished; continue it with `resume`")
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     test = None
     if (folder / REPORT).exists():

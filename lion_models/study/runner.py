@@ -42,7 +42,7 @@ class CellRunner:
         self, jobs: int = 1, threads: int | None = None, options: CellOptions | None = None
     ) -> None:
         if jobs < 1:
-            raise UserError(f"--jobs: expected 1 or more, got {jobs}")
+            raise UserError(f"`jobs`: expected 1 or more, got {jobs}")
         self._jobs = jobs
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
         self._options = options or CellOptions()

@@ -71,9 +71,9 @@ class Plan:
             felt = any(axis.key in setting for setting in settings)
             if not felt or (axis.key in CDR_OPTIONS and "cdr" not in self.values_of("robust")):
                 raise UserError(
-                    f"--grid {axis.key}: changes no run of {' and '.join(self.methods)}; leave it "
-                    "out, or add what it belongs to (its method to --methods, --robust cdr, "
-                    "--robust-on all)"
+                    f"`grid` {axis.key}: changes no run of {' and '.join(self.methods)}; leave it "
+                    "out, or add what it belongs to (its method to `methods`, `robust` cdr, "
+                    "`robust_on` all)"
                 )
 
     def values_of(self, key: str) -> set[Any]:
@@ -141,7 +141,7 @@ def parse_axis(option: str, text: str) -> Axis:
     kinds = typing.get_type_hints(RunConfig)
     choose(option, key, [field.name for field in fields(RunConfig)])
     if key in ("method", "seed"):
-        raise UserError(f"{option}: {key} has an option of its own, --{key}s")
+        raise UserError(f"{option}: {key} has an option of its own, `{key}s`")
     owners = ONLY_FOR.get(key, METHODS)
     if dot and method not in owners:
         have = "has" if len(owners) == 1 else "have"

@@ -42,10 +42,10 @@ class Cell:
             if read_config(self.folder) == self.config:
                 return None
         except UserError as error:
-            return f"{error}; use --overwrite to replace it, or another --name or --runs"
+            return f"{error}; use `overwrite` to replace it, or another `name` or `runs`"
         return (
-            f"{self.folder} was run with other options; use --overwrite to replace it, "
-            "or another --name or --runs"
+            f"{self.folder} was run with other options; use `overwrite` to replace it, "
+            "or another `name` or `runs`"
         )
 
     def result(self) -> dict[str, Any] | None:
@@ -112,7 +112,7 @@ def check_cells(cells: Sequence[Cell], overwrite: bool = False) -> None:
         if (folder / "config.json").exists():
             raise UserError(
                 f"{folder} holds a run; expected a folder for many, or a new one; use another "
-                "--name or --runs"
+                "`name` or `runs`"
             )
     for cell in cells:
         why = cell.conflict()

@@ -255,7 +255,7 @@ def test_a_convolutional_backbone_trains_and_keeps_its_statistics(method: str):
 @pytest.mark.parametrize("method", ["adapter", "lora", "vpt-shallow", "vpt-deep"])
 def test_methods_inside_blocks_say_that_there_are_none(method: str):
     with pytest.raises(
-        UserError, match=rf"--method {method}: needs a backbone made of transformer"
+        UserError, match=rf"`method` {method}: needs a backbone made of transformer"
     ):
         build(method, convolutional())
 
@@ -280,7 +280,7 @@ def test_bias_needs_biases():
 
 
 def test_a_frame_must_leave_an_image(backbone: FrozenBackbone):
-    with pytest.raises(UserError, match="--pad: expected less than half of the backbone's 12"):
+    with pytest.raises(UserError, match="`pad`: expected less than half of the backbone's 12"):
         VPTPad(backbone, 3, 6)
 
 
@@ -309,5 +309,5 @@ def test_checkpointed_backbone_keeps_fewer_tensors(backbone: FrozenBackbone):
 
 @pytest.mark.parametrize("method", ["full", "bias"])
 def test_checkpointing_is_refused_where_the_blocks_train(method: str, backbone: FrozenBackbone):
-    with pytest.raises(UserError, match="--checkpoint-backbone: saves the activations of frozen"):
+    with pytest.raises(UserError, match="`checkpoint_backbone`: saves the activations of frozen"):
         build(method, backbone, checkpoint_backbone=True)

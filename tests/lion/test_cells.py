@@ -75,7 +75,7 @@ def test_remains_of_a_run_are_no_result_and_are_replaced_when_asked(
     train(cell.folder, replace(config, epochs=1))
     (cell.folder / "config.json").unlink()
     assert cell.result() is None
-    with pytest.raises(UserError, match=r"not a run \(no config\.json\).*use --overwrite"):
+    with pytest.raises(UserError, match=r"not a run \(no config\.json\).*use `overwrite`"):
         check_cells([cell])
     with quick() as runner:
         assert "not a run" in runner.run([cell]).failures[0]

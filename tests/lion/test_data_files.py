@@ -70,7 +70,7 @@ def test_damage_that_pillow_takes_for_a_wrong_value_is_damage(
 
 def test_a_jpeg_whose_data_are_cut_is_found_when_the_folder_is_opened(photos: Path):
     cut(photos / "dog" / "3.jpg")
-    with pytest.raises(UserError, match=r"3\.jpg: damaged image \(.*truncated.*--bad-files skip"):
+    with pytest.raises(UserError, match=r"3\.jpg: damaged image \(.*truncated.*`bad_files` skip"):
         open_source(str(photos), 3, 8)
     assert len(open_source(str(photos), 3, 8, verify="header")) == 16
 
@@ -92,7 +92,7 @@ def test_skipping_lists_every_file_and_keeps_the_rest(photos: Path):
 def test_several_damaged_files_come_with_advice_in_the_plural(photos: Path):
     for index in range(2):
         cut(photos / "dog" / f"{index}.jpg")
-    with pytest.raises(UserError, match="--bad-files skip trains without them"):
+    with pytest.raises(UserError, match="`bad_files` skip trains without them"):
         open_source(str(photos), 3, 8)
 
 
@@ -399,7 +399,7 @@ def test_an_impossible_offset_inside_a_file_is_damage(tmp_path: Path, monkeypatc
 def test_a_picture_that_is_too_large_is_not_damaged(photos: Path, monkeypatch):
     noise(photos / "dog" / "large.png", side=2000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_500_000)
-    message = r"large\.png: larger than 3 megapixels; make it smaller; --bad-files skip trains"
+    message = r"large\.png: larger than 3 megapixels; make it smaller; `bad_files` skip trains"
     with pytest.raises(UserError, match=message):
         open_source(str(photos), 3, 8)
     with pytest.warns(BadFilesWarning, match=r"large\.png: larger than 3 megapixels"):

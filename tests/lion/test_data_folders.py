@@ -50,7 +50,7 @@ def test_folders_that_programs_leave_behind_are_no_classes(photos: Path, name: s
 def test_a_link_to_no_file_is_a_missing_file(lion: Lion, trained: Path, photos: Path, target: str):
     link = photos / "cat" / "9.png"
     link.symlink_to(target)
-    with pytest.raises(UserError, match=r"9\.png: no such file.*--bad-files skip"):
+    with pytest.raises(UserError, match=r"9\.png: no such file.*`bad_files` skip"):
         open_source(str(photos), 3, 8)
     with pytest.warns(BadFilesWarning, match=r"9\.png: no such file"):
         assert len(open_source(str(photos), 3, 8, bad_files="skip")) == 6

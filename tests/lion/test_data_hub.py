@@ -210,7 +210,7 @@ def test_pictures_as_bytes_and_arrays_are_read(monkeypatch):
     hugging_face(monkeypatch, Values([0, 1, 0, 1]))
     source = open_source("hf:x", 3, 6)
     assert source.load(torch.arange(3))[:, 2, 0, 0].tolist() == [7, 9, 11]
-    with pytest.raises(UserError, match="--data hf:x: image 3 of part 1 cannot be decoded"):
+    with pytest.raises(UserError, match="`data` hf:x: image 3 of part 1 cannot be decoded"):
         source.load(torch.tensor([3]))
 
 

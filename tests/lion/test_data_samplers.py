@@ -80,9 +80,9 @@ def test_validation_of_a_long_tail_is_balanced_even_if_the_data_are_not():
 
 def test_a_tail_without_images_and_a_ratio_below_one_are_named():
     labels, names = rows_of(100, 5)
-    with pytest.raises(UserError, match=r"--imbalance 50: leaves class '4' no image.*at most 20"):
+    with pytest.raises(UserError, match=r"`imbalance` 50: leaves class '4' no image.*at most 20"):
         split_rows(labels, names, 0, 20, imbalance=50)
-    with pytest.raises(UserError, match=r"--imbalance: expected 1 or more, got 0\.5"):
+    with pytest.raises(UserError, match=r"`imbalance`: expected 1 or more, got 0\.5"):
         split_rows(labels, names, 0, 20, imbalance=0.5)
 
 

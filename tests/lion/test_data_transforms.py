@@ -162,7 +162,7 @@ def test_imagenet_normalisation_acts_on_each_channel():
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(seen, (images - mean.view(3, 1, 1)) / std.view(3, 1, 1), atol=1e-5)
     assert with_normalisation(colour, "backbone") is colour
-    with pytest.raises(UserError, match="--normalisation: expected one of backbone, half, imagen"):
+    with pytest.raises(UserError, match="`normalisation`: expected one of backbone, half, imagen"):
         with_normalisation(colour, "imagnet")
 
 

@@ -202,9 +202,9 @@ def test_backbone_without_tokens_is_prompted_in_pixels():
     torch.testing.assert_close(model(images), expected)
     expected.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    with pytest.raises(UserError, match="--space token: 'colour' has no tokens"):
+    with pytest.raises(UserError, match="`space` token: 'colour' has no tokens"):
         Lion(backbone, 3, space="token")
-    with pytest.raises(UserError, match="--output-input embedding: needs tokens as wide"):
+    with pytest.raises(UserError, match="`output_input` embedding: needs tokens as wide"):
         Lion(backbone, 3, output_input="embedding")
     traces = model.residual_traces(model.frozen(images), deqcore.Anderson(record_trace=True))
     assert set(traces) == {"input", "output"}

@@ -356,20 +356,20 @@ def test_checkpoint_with_a_pattern_of_another_width_is_named(config: RunConfig, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, "--sparsity: expected a share from 0 to below 1, got 1.0"),
-        ({"tau": -0.1}, "--tau: expected a share from 0 to below 1, got -0.1"),
-        ({"prune_at": 5}, "--prune-at: says when to prune; say how much with --sparsity"),
-        ({"prune_at": 101, "sparsity": 0.5}, "--prune-at: expected an epoch from 1 to 100"),
+        ({"sparsity": 1.0}, "`sparsity`: expected a share from 0 to below 1, got 1.0"),
+        ({"tau": -0.1}, "`tau`: expected a share from 0 to below 1, got -0.1"),
+        ({"prune_at": 5}, "`prune_at`: says when to prune; say how much with `sparsity`"),
+        ({"prune_at": 101, "sparsity": 0.5}, "`prune_at`: expected an epoch from 1 to 100"),
         ({"robust": "cdrr"}, "did you mean 'cdr'"),
-        ({"robust_set": "fix"}, "--robust-set: expected one of fixed, step"),
-        ({"robust_scope": "all"}, "--robust-scope: expected one of global, layer"),
-        ({"robust_decay": -1.0}, "--robust-decay: expected 0 or more"),
-        ({"robust_decay": float("nan")}, "--robust-decay: expected 0 or more"),
-        ({"lora_alpha": 0.0}, "--lora-alpha: expected a number above 0"),
-        ({"pad": 0}, "--pad: expected 1 or more"),
+        ({"robust_set": "fix"}, "`robust_set`: expected one of fixed, step"),
+        ({"robust_scope": "all"}, "`robust_scope`: expected one of global, layer"),
+        ({"robust_decay": -1.0}, "`robust_decay`: expected 0 or more"),
+        ({"robust_decay": float("nan")}, "`robust_decay`: expected 0 or more"),
+        ({"lora_alpha": 0.0}, "`lora_alpha`: expected a number above 0"),
+        ({"pad": 0}, "`pad`: expected 1 or more"),
         ({"space": "pixels"}, "did you mean 'pixel'"),
-        ({"output_input": "tokens"}, "--output-input: expected one of embedding, pooled"),
-        ({"adapter_place": "attn"}, "--adapter-place: expected one of both, mlp"),
+        ({"output_input": "tokens"}, "`output_input`: expected one of embedding, pooled"),
+        ({"adapter_place": "attn"}, "`adapter_place`: expected one of both, mlp"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str):
@@ -379,7 +379,7 @@ def test_bad_options_are_named(options: dict[str, object], message: str):
 
 def test_pixels_alone_cannot_be_pruned(backbone: FrozenBackbone):
     config = RunConfig(data="digits", space="pixel", sides="input", sparsity=0.5)
-    with pytest.raises(UserError, match="--sparsity: prunes the linear layers of LION's"):
+    with pytest.raises(UserError, match="`sparsity`: prunes the linear layers of LION's"):
         build_model(config, backbone, 3)
     model = build_model(replace(config, sides="both"), backbone, 3)
     assert list(prune_model(model, 0.5)) == MATRICES[2:]

@@ -47,12 +47,12 @@ def test_check_of_pixels_costs_a_compiled_model_no_break(backbone: FrozenBackbon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 2.5}, r"--epochs: expected a whole number, got 2\.5"),
-        ({"shots": "all"}, "--shots: expected a whole number or None, got 'all'"),
-        ({"lr": "a"}, "--lr: expected a number or None, got 'a'"),
-        ({"batch": True}, "--batch: expected a whole number, got True"),
-        ({"checkpoint_backbone": 1}, "--checkpoint-backbone: expected True or False, got 1"),
-        ({"method": None}, "--method: expected a text, got None"),
+        ({"epochs": 2.5}, r"`epochs`: expected a whole number, got 2\.5"),
+        ({"shots": "all"}, "`shots`: expected a whole number or None, got 'all'"),
+        ({"lr": "a"}, "`lr`: expected a number or None, got 'a'"),
+        ({"batch": True}, "`batch`: expected a whole number, got True"),
+        ({"checkpoint_backbone": 1}, "`checkpoint_backbone`: expected True or False, got 1"),
+        ({"method": None}, "`method`: expected a text, got None"),
     ],
 )
 def test_value_of_another_type_is_named(options: dict[str, Any], message: str):
@@ -74,7 +74,7 @@ def test_model_needs_a_class(method: str, backbone: FrozenBackbone):
 def test_layer_needs_a_width(backbone: FrozenBackbone):
     for space in ("token", "pixel"):
         for hidden in (0, -1):
-            with pytest.raises(UserError, match=f"--hidden: expected 1 or more, got {hidden}"):
+            with pytest.raises(UserError, match=f"`hidden`: expected 1 or more, got {hidden}"):
                 Lion(backbone, 3, hidden=hidden, space=space)
 
 
@@ -88,7 +88,7 @@ def test_model_is_fitted_to_as_many_classes_as_the_task_has(task: Task, frozen: 
 
 def test_model_is_fitted_as_the_method_that_it_is(task: Task, frozen: FrozenBackbone):
     with pytest.raises(
-        UserError, match=r"expected a model of --method vpt-deep, got a Lion; .* method='lion'"
+        UserError, match=r"expected a model of `method` vpt-deep, got a Lion; .* method='lion'"
     ):
         fit(Lion(frozen, 3), task, RunConfig("digits", method="vpt-deep", epochs=1))
 
@@ -96,7 +96,7 @@ def test_model_is_fitted_as_the_method_that_it_is(task: Task, frozen: FrozenBack
 def test_task_needs_an_image_of_each_class(config: RunConfig):
     source = open_source(config.data, 1, 12)
     for shots in (0, -2):
-        with pytest.raises(UserError, match=f"--shots: expected 1 or more, got {shots}"):
+        with pytest.raises(UserError, match=f"`shots`: expected 1 or more, got {shots}"):
             make_task(source, 42, shots)
-        with pytest.raises(UserError, match=f"--validation-shots: expected 1 or more, got {shots}"):
+        with pytest.raises(UserError, match=f"`validation_shots`: expected 1 or more, got {shots}"):
             make_task(source, 42, 3, shots)

@@ -194,7 +194,7 @@ def test_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     assert told["status"] == 2
     assert f"{named}: cannot be written, no space is left" in told["message"]
     assert "(File too large)" in told["message"]
-    assert "continue with --resume" in told["message"]
+    assert "continue with `resume`" in told["message"]
     assert set(told["files"]) == {"config.json", "data.json", "metrics.jsonl"}
     assert finish(victims.folder / name, config) == victims.whole
 

@@ -143,7 +143,7 @@ def test_processes_share_the_cells_and_a_failed_cell_stops_no_other(
     again = team.run(cells)  # only the failed cell is tried
     assert [result is None for result in outcome.results] == [False, True, False, False]
     assert list(outcome.failures) == [1]
-    assert "lower --shots" in outcome.failures[1]
+    assert "lower `shots`" in outcome.failures[1]
     assert again.failures == outcome.failures
     with quick(1) as runner:
         alone = runner.run([Cell(tmp_path / "alone", cells[2].config)])
@@ -313,7 +313,7 @@ def test_axis_is_read_by_the_type_of_its_option(text: str, axis: Axis):
         ("loin.hidden=4", "did you mean 'lion'"),
         ("hidden=4.5", "hidden expects int, got '4.5'"),
         ("lr=0.1,0.1", "lr has a value twice"),
-        ("seed=1,2", "seed has an option of its own, --seeds"),
+        ("seed=1,2", "seed has an option of its own, `seeds`"),
     ],
 )
 def test_bad_axes_are_named(text: str, message: str):

@@ -185,16 +185,16 @@ def test_damaged_training_state_is_named(config: RunConfig, tmp_path: Path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("method", "loin", r"--method: expected one of .*'loin'; did you mean 'lion'\?"),
+        ("method", "loin", r"`method`: expected one of .*'loin'; did you mean 'lion'\?"),
         ("sides", "booth", "did you mean 'both'"),
         ("solver", "andersen", "did you mean 'anderson'"),
         ("optimizer", "adam", "did you mean 'adamw'"),
-        ("shots", 0, "--shots: expected 1 or more, got 0"),
-        ("epochs", -1, "--epochs: expected 1 or more, got -1"),
-        ("lr", 0.0, "--lr: expected a number above 0 and below 1,000, got 0.0"),
-        ("lr", float("nan"), "--lr: expected a number above 0 and below 1,000, got nan"),
-        ("weight_decay", -1.0, "--weight-decay: expected 0 or more"),
-        ("prompt_dropout", 1.0, "--prompt-dropout: expected 0 <= p < 1"),
+        ("shots", 0, "`shots`: expected 1 or more, got 0"),
+        ("epochs", -1, "`epochs`: expected 1 or more, got -1"),
+        ("lr", 0.0, "`lr`: expected a number above 0 and below 1,000, got 0.0"),
+        ("lr", float("nan"), "`lr`: expected a number above 0 and below 1,000, got nan"),
+        ("weight_decay", -1.0, "`weight_decay`: expected 0 or more"),
+        ("prompt_dropout", 1.0, "`prompt_dropout`: expected 0 <= p < 1"),
     ],
 )
 def test_bad_option_values_are_named(option: str, value: object, message: str):

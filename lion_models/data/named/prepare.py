@@ -54,7 +54,7 @@ def prepare(entry: DataSet, folder: Path | None = None) -> tuple[tuple[Path, ...
         raise UserError(
             f"lion data prepare {entry.name}: needs {', '.join(missing)} (Debian, Ubuntu); "
             f"elsewhere fetch {', '.join(entry.debian)} from packages.debian.org, unpack it and "
-            f"name the folder: --data {entry.name}:FOLDER"
+            f"name the folder: `data` {entry.name}:FOLDER"
         )
     try:
         with _new_folder(target) as part:
@@ -62,7 +62,7 @@ def prepare(entry: DataSet, folder: Path | None = None) -> tuple[tuple[Path, ...
     except OSError as error:
         raise UserError(
             f"lion data prepare {entry.name}: {target.parent} cannot be written "
-            f"({error.strerror or error}); make room there or choose another --folder"
+            f"({error.strerror or error}); make room there or choose another `folder`"
         ) from error
     return files_of(entry, target), True
 

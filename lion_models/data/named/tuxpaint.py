@@ -79,7 +79,7 @@ def open_tuxpaint(name: str, stamps: Path, geometry: Geometry, checks: FileCheck
     empty = [each for label, each in enumerate(CLASSES) if label not in set(labels)]
     if empty:
         raise UserError(
-            f"--data {name}: {stamps} holds no photograph for {', '.join(empty)}; expected the "
+            f"`data` {name}: {stamps} holds no photograph for {', '.join(empty)}; expected the "
             "stamps of Debian's tuxpaint-stamps-default: run lion data prepare tuxpaint"
         )
     return file_source(name, tuple(CLASSES), labels, paths, stamps, geometry, checks)
