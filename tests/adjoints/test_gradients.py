@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import affine, generator
 from torch.autograd import gradcheck, gradgradcheck
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Unrolled
+from tests.support.problems import affine, generator
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-14, "max_steps": 200, "patience": 200}
 SOLVERS = [Picard(**TIGHT), Anderson(**TIGHT), Broyden(**TIGHT)]

@@ -9,12 +9,12 @@ import types
 
 import pytest
 import torch
-from problems import equal, wave, wave_batch
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, _graphs, _kernels
 from deqcore._graphs import CudaGraphs, Parts
 from deqcore.capture import _capture
+from tests.support.problems import equal, wave, wave_batch
 
 SOLVERS = [
     Picard(damping=0.7, max_steps=40),

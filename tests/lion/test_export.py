@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, Lion
 from PIL import Image
 from torch import nn
 
@@ -24,6 +23,7 @@ from lion_models.run.export import export_run, unrolled
 from lion_models.run.memory import kept_bytes
 from lion_models.run.runs import validation_images
 from lion_models.run.workbench import Workbench
+from tests.support.command import CLASSES, Lion
 
 
 @pytest.fixture

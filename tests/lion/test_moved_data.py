@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Lion, call
 
 from lion_models.run.data_record import data_place
 from lion_models.run.runs import read_config
 from lion_models.run.workbench import Workbench
+from tests.support.command import Lion, call
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Counted, affine, equal, halving_damping, rms, wave, wave_batch
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Status, Unrolled
+from tests.support.problems import Counted, affine, equal, halving_damping, rms, wave, wave_batch
 
 SOLVERS = [Picard, Anderson, Broyden]
 ADJOINTS = [Implicit(), Phantom(), Unrolled()]

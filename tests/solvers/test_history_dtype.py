@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import DAMPINGS, affine, equal, generator, wave, wave_batch
 from torch import Tensor
 
 import deqcore
 from deqcore import Broyden, Implicit, Unrolled
 from deqcore.ops._rows import Rows
+from tests.support.problems import DAMPINGS, affine, equal, generator, wave, wave_batch
 
 NARROW = torch.bfloat16
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

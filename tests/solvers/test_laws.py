@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from problems import Counted, affine, equal, rms, solvers, wave, wave_batch
 
 import deqcore
 from deqcore import Anderson, Status
+from tests.support.problems import Counted, affine, equal, rms, solvers, wave, wave_batch
 
 SEEDS = st.integers(0, 10_000)
 BATCHES = st.integers(1, 7)

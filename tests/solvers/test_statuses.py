@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from problems import equal, rms
 
 import deqcore
 from deqcore import Anderson, Broyden, ConvergenceError, Implicit, Phantom, Picard, Status, Unrolled
+from tests.support.problems import equal, rms
 
 KINDS = [Picard, Anderson, Broyden]
 ADJOINTS = [Implicit(), Phantom(), Unrolled()]
