@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lion_models.prompts.cdr import CDR as CDR
     from lion_models.prompts.cdr import RobustOptimizer as RobustOptimizer
     from lion_models.prompts.implicit_prompt import ImplicitPrompt as ImplicitPrompt
+    from lion_models.run import Run as Run
     from lion_models.run import RunConfig as RunConfig
     from lion_models.run import build_model as build_model
     from lion_models.run import fit as fit

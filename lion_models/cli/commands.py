@@ -15,7 +15,6 @@ from typer.core import TyperGroup
 
 import deqcore
 from lion_models.base.errors import UserError, choose
-from lion_models.base.files import holding
 from lion_models.cli import data as cli_data
 from lion_models.cli.options import (
     Accumulate,
@@ -81,11 +80,11 @@ from lion_models.cli.options import (
 from lion_models.cli.progress import CellBars, ProgressBars
 from lion_models.cli.runs import evaluate, export, info, predict_command
 from lion_models.cli.sweep import sweep
-from lion_models.run import RunConfig, prepare_folder, train_run
+from lion_models.run import Run, RunConfig
 from lion_models.run.config import METHODS, SHOWN_METHODS
-from lion_models.run.data_record import data_place, stored_name
+from lion_models.run.data_record import stored_name
+from lion_models.run.folder import read_config
 from lion_models.run.ranks import joined_ranks
-from lion_models.run.runs import check_data, read_config
 from lion_models.run.workbench import Workbench
 from lion_models.study.compare import comparison_table, run_comparison
 from lion_models.study.runner import CellRunner
@@ -216,37 +215,23 @@ def train(
     set_up(threads, device)
     config = config_of(ctx).resolved()
     folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{seed}")
-    place = data
     if moved_data is not None and not resume:
         raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
     if resume and (folder / "config.json").is_file():
         stored = read_config(folder)
-        asked = replace(config, data=stored_name(folder, stored, data, moved_data))
+        asked = replace(config, data=stored_name(folder, stored.data, data, moved_data))
         config = _resumed(ctx, stored, asked)
-        if config.data == stored.data:
-            place = data_place(folder, config, moved_data)
     check_given(ctx, [config.method], lambda key: {getattr(config, key)})
-    bench = Workbench(device)
+    run = Run(folder, config, bench=Workbench(device), moved_data=moved_data)
     with ExitStack() as held, joined_ranks(device) as ranks:
         if ranks.first:
-            check_data(replace(config, data=place), bench)
-            # A lock before a folder is replaced; none is left where a mistake is reported.
-            new = not folder.exists()
-            if not new:
-                held.enter_context(holding(folder))
-            prepare_folder(folder, config, resume, overwrite)
-            if new:
-                held.enter_context(holding(folder))
+            held.enter_context(run.held(resume=resume, overwrite=overwrite))
         with ProgressBars() as bars:
-            result = train_run(
-                folder,
-                config,
+            result = run.train(
                 test=test,
-                bench=bench,
                 on_epoch=lambda state: bars.update(config, state),
                 tensorboard=tensorboard,
                 ranks=ranks,
-                data=moved_data,
             )
     if ranks.first:
         _show_result(folder, result)

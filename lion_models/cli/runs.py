@@ -23,8 +23,7 @@ from lion_models.base.errors import UserError, choose
 from lion_models.base.files import make_folder, replacing, write_json
 from lion_models.cli.options import Backbone, Device, MovedData, Threads, set_up
 from lion_models.data import decode_image
-from lion_models.run import LoadedRun, load_run, measure_run
-from lion_models.run.data_record import training_images_in
+from lion_models.run import LoadedRun, Run, load_run
 from lion_models.run.export import FORMATS, export_run
 from lion_models.run.memory import kept_bytes
 from lion_models.run.predict import (
@@ -36,7 +35,6 @@ from lion_models.run.predict import (
     write_predictions,
 )
 from lion_models.run.report import CONFUSION, REPORT, class_report, read_report
-from lion_models.run.runs import validation_images
 from lion_models.run.workbench import Workbench
 
 __all__ = ["evaluate", "export", "info", "predict_command"]
@@ -94,7 +92,7 @@ def evaluate(
             raise UserError(f"--report-to: a run's own report is written to {run}; add --data")
         if backbone is not None or bad_files is not None:
             raise UserError("--backbone and --bad-files: go with --data; add it")
-        figures = measure_run(run, bench=Workbench(device), data=moved_data)["test"]
+        figures = Run.open(run, bench=Workbench(device), moved_data=moved_data).measure()["test"]
         classes = read_report(run / REPORT) if report else {}
         where = "the run's test set"
     else:
@@ -126,12 +124,13 @@ def evaluate(
 
 
 def _warn_of_training_images(run: Path, loaded: LoadedRun, data: str) -> None:
-    folder = run if run.is_dir() else run.parent
+    own = Run(run if run.is_dir() else run.parent, loaded.config)
+    own.backbone = loaded.model.backbone  # wherever its file lies now
     count = 0
     with suppress(UserError), warnings.catch_warnings():
         # What is wrong with the run's own data is no matter here.
         warnings.simplefilter("ignore")
-        count = training_images_in(data, folder, loaded.config, loaded.model.backbone)
+        count = own.training_images_in(data)
     if count:
         typer.echo(
             f"warning: {count} of these images are training images of the run; its accuracy on "
@@ -255,8 +254,8 @@ def export(
         decoded = [decode_image(path, *shape, loaded.config.transform) for path in paths]
         pixels = torch.stack(decoded * (1 if len(decoded) > 1 else 2))
     else:
-        bench = Workbench()
-        pixels = validation_images(folder, loaded.config, bench, COMPARED_IMAGES, moved_data)
+        own = Run(folder, loaded.config, moved_data=moved_data)
+        pixels = own.validation_images(COMPARED_IMAGES)
     written = export_run(loaded, pixels, output, form, steps)
     figures = written.metadata
     size = written.path.stat().st_size

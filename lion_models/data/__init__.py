@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lion_models.data.splits import make_task as make_task
     from lion_models.data.splits import split_rows as split_rows
     from lion_models.data.splits import split_source as split_source
+    from lion_models.data.splits import take_task as take_task
     from lion_models.data.transforms import Geometry as Geometry
     from lion_models.data.transforms import training_view as training_view
     from lion_models.data.verify import BadFilesWarning as BadFilesWarning

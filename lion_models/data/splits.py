@@ -31,6 +31,7 @@ __all__ = [
     "make_task",
     "split_rows",
     "split_source",
+    "take_task",
 ]
 
 TEST_SHARE = 0.3
@@ -319,11 +320,16 @@ def make_task(
     test_cap: int | None = None,
     imbalance: float | None = None,
 ) -> Task:
-    """Split a source and take its training and validation images; see `split_rows`.
+    """Split a source and take its training and validation images; see `split_rows`."""
+    split = split_source(source, seed, shots, validation_shots, test_cap, imbalance)
+    return take_task(source, split)
+
+
+def take_task(source: Source, split: Split) -> Task:
+    """The training and validation images of a split.
 
     They are decoded at once where they fit into `DECODED_LIMIT_BYTES`, else batch by batch.
     """
-    split = split_source(source, seed, shots, validation_shots, test_cap, imbalance)
     return Task(
         classes=source.classes,
         train_images=decoded_or_lazy(source.load_training, split.train),

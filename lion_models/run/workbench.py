@@ -9,14 +9,25 @@ import torch
 from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone, load_backbone
-from lion_models.data import Source
+from lion_models.data import Source, open_source
 from lion_models.run.config import RunConfig
-from lion_models.run.data_record import open_data
 from lion_models.run.features import FeatureCache
 
-__all__ = ["Workbench"]
+__all__ = ["Workbench", "open_data"]
 
 DECODED_LIMIT_BYTES = 2**30
+
+
+def open_data(config: RunConfig, backbone: FrozenBackbone) -> Source:
+    """Open `config.data` for a backbone; see `open_source`."""
+    return open_source(
+        config.data,
+        backbone.channels,
+        backbone.image_size,
+        transform=config.transform,
+        bad_files=config.bad_files,
+        verify=config.verify,
+    )
 
 
 class Workbench:

@@ -14,7 +14,8 @@ from rich.table import Table
 from lion_models.base.errors import UserError
 from lion_models.base.files import make_folder, write_json
 from lion_models.run.config import RunConfig
-from lion_models.run.runs import check_data, read_config
+from lion_models.run.folder import read_config
+from lion_models.run.run import Run
 from lion_models.study.runner import CellRunner
 from lion_models.study.trial import Cell, OnEvent, check_cells
 
@@ -67,7 +68,8 @@ def run_comparison(
 
     if any(not (folder / f"{methods[0]}-s{seed}").exists() for seed in seeds):
         for method in methods:  # fail on what does not go together before anything has run
-            check_data(replace(base, method=method, seed=seeds[0]), runner.bench)
+            config = replace(base, method=method, seed=seeds[0])
+            Run(folder / method, config, bench=runner.bench).check(anew=True)
     groups = []
     for seed in seeds:
         for method in methods:

@@ -14,7 +14,7 @@ from typing import Any
 from lion_models.base.errors import UserError, choose
 from lion_models.base.files import make_folder, write_json
 from lion_models.run.config import CDR_OPTIONS, METHODS, ONLY_FOR, RunConfig
-from lion_models.run.runs import check_data
+from lion_models.run.run import Run
 from lion_models.study.runner import CellRunner
 from lion_models.study.trial import Cell, OnEvent, check_cells
 
@@ -207,7 +207,7 @@ def run_sweep(
         new = [r for r in rows if r.condition == options and not r.cells[0].folder.exists()]
         for method in dict.fromkeys(row.method for row in new):  # before anything has run
             base = replace(plan.base, method=method, seed=plan.seeds[0], **options)
-            check_data(base, runner.bench)
+            Run(folder / method, base, bench=runner.bench).check(anew=True)
     make_folder(folder)  # where nothing can be written, nothing is trained
     outcome = runner.run(cells, on_cells(cells))
     results = dict(zip((cell.folder for cell in cells), outcome.results, strict=True))

@@ -11,9 +11,9 @@ from typing import Any
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import claim, holding, run_lock
-from lion_models.run import RunConfig, prepare_folder, train_run
+from lion_models.run import Run, RunConfig
+from lion_models.run.folder import is_new, prepare_folder, read_config
 from lion_models.run.log import STATE_SECONDS
-from lion_models.run.runs import is_new, measure_run, read_config
 from lion_models.run.trainer import FitState
 from lion_models.run.workbench import Workbench
 
@@ -153,19 +153,15 @@ def _run_cell(
         row = state.history[-1]
         tell(Event(index, "epoch", row["epoch"], row["validation_accuracy"], state=state))
 
+    run = Run(cell.folder, cell.config, bench=bench)
     if not (cell.folder / "result.json").is_file():
-        if is_new(cell.folder):
-            prepare_folder(cell.folder, cell.config, resume=False, overwrite=False)
-        train_run(
-            cell.folder,
-            cell.config,
+        run.train(
             test=False,
-            bench=bench,
             on_epoch=on_epoch,
             plot=options.plot and not cell.test,
             state_seconds=options.state_seconds,
         )
     if cell.test:
-        measure_run(cell.folder, bench=bench, plot=options.plot)
+        run.measure(plot=options.plot)
     result = cell.result() or {}
     return Event(index, "done", result.get("epochs", 0), result["validation_accuracy"])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import emulation
 import pytest
-
-from tools import emulation
 
 
 def _built(flavour: str) -> Path:

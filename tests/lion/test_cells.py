@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import Lion
 
 from lion_models.base.errors import UserError
-from lion_models.run import RunConfig, prepare_folder, train_run
+from lion_models.run import Run, RunConfig
 from lion_models.run.trainer import FitState
 from lion_models.study.runner import CellRunner
 from lion_models.study.trial import Cell, CellOptions, Event, check_cells
-from tests.support.command import Lion
 
 
 @pytest.fixture
@@ -28,8 +28,7 @@ def quick() -> CellRunner:
 
 
 def train(folder: Path, config: RunConfig) -> Path:
-    prepare_folder(folder, config, resume=False, overwrite=False)
-    train_run(folder, config, test=False, plot=False)
+    Run(folder, config).train(test=False, plot=False)
     return folder
 
 
@@ -41,8 +40,9 @@ def test_run_of_other_options_is_not_taken_for_ones_own(config: RunConfig, tmp_p
         if event.kind == "epoch" and event.epoch == 1 and event.index == 0:
             train(tmp_path / "before", replace(config, epochs=1))
         if event.kind == "done":
-            prepare_folder(tmp_path / "first", replace(config, epochs=1), False, overwrite=True)
-            train_run(tmp_path / "first", replace(config, epochs=1), test=False, plot=False)
+            first = Run(tmp_path / "first", replace(config, epochs=1))
+            first.prepare(overwrite=True)
+            first.train(test=False, plot=False)
 
     with quick() as runner:
         outcome = runner.run(cells[:2], meddle)
@@ -57,9 +57,8 @@ def test_interrupted_run_of_other_options_is_not_continued(config: RunConfig, tm
         raise KeyboardInterrupt
 
     other = replace(config, lr=0.5)
-    prepare_folder(tmp_path / "a", other, resume=False, overwrite=False)
     with pytest.raises(KeyboardInterrupt):
-        train_run(tmp_path / "a", other, on_epoch=stop, plot=False, state_seconds=0)
+        Run(tmp_path / "a", other).train(on_epoch=stop, plot=False, state_seconds=0)
     state = (tmp_path / "a" / "training_state.pt").read_bytes()
     with quick() as runner:
         outcome = runner.run([Cell(tmp_path / "a", config)])
@@ -100,11 +99,11 @@ def test_kill_while_a_run_is_replaced_leaves_no_half_of_it(
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        prepare_folder(folder, replace(config, epochs=1), resume=False, overwrite=True)
+        Run(folder, replace(config, epochs=1)).prepare(overwrite=True)
     assert not folder.exists()
     monkeypatch.setattr(shutil, "rmtree", real)
     train(folder, config)
-    prepare_folder(folder, replace(config, epochs=1), resume=False, overwrite=True)
+    Run(folder, replace(config, epochs=1)).prepare(overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert not list((tmp_path / ".locks").iterdir())
 
@@ -133,14 +132,14 @@ def test_any_error_of_a_cell_is_its_own(
     cells = [Cell(tmp_path / str(seed), replace(config, seed=seed)) for seed in range(7)]
     errors: list[Exception] = [ValueError("a"), TypeError("b"), AttributeError("c"), KeyError("d"),
                                ImportError("e"), json.JSONDecodeError("f", "", 0)]  # fmt: skip
-    real = train_run
+    real = Run.train
 
-    def failing(folder: Path, config: RunConfig, **options: object) -> object:
-        if config.seed < len(errors):
-            raise errors[config.seed]
-        return real(folder, config, **options)
+    def failing(run: Run, **options: object) -> object:
+        if run.config.seed < len(errors):
+            raise errors[run.config.seed]
+        return real(run, **options)
 
-    monkeypatch.setattr("lion_models.study.trial.train_run", failing)
+    monkeypatch.setattr(Run, "train", failing)
     with quick() as runner:
         outcome = runner.run(cells)
     assert outcome.results[-1] is not None

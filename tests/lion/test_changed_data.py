@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Lion
 from PIL import Image
 
 from lion_models.base.errors import UserError
-from lion_models.data import ArraySource, Source, open_source
-from lion_models.run import RunConfig, measure_run, prepare_folder, train_run
+from lion_models.data import ArraySource, Source, Split, open_source, split_source
+from lion_models.run import Run, RunConfig
 from lion_models.run.data_record import check_unchanged, record_data
 from lion_models.run.trainer import FitState
 from lion_models.run.workbench import Workbench
-from tests.support.command import Lion
 
 
 @pytest.fixture
@@ -33,8 +33,7 @@ def config(photos: Path, backbone_file: Path) -> RunConfig:
 
 
 def train(folder: Path, config: RunConfig) -> Path:
-    prepare_folder(folder, config, resume=False, overwrite=False)
-    train_run(folder, config, test=False, plot=False)
+    Run(folder, config).train(test=False, plot=False)
     return folder
 
 
@@ -65,24 +64,26 @@ def test_file_that_is_skipped_later_is_a_change_and_a_new_name_is_one(
         pytest.warns(UserWarning, match="left out 1 unusable"),
         pytest.raises(UserError, match="class 'light' had 12 images and has 11"),
     ):
-        measure_run(run, plot=False)
+        Run.open(run).measure(plot=False)
     (photos / "light" / "0.png").write_bytes(whole)
     (photos / "light" / "0.png").rename(photos / "light" / "zz.png")
     with pytest.raises(UserError, match="as many images as then, but they are others"):
-        measure_run(run, plot=False)
+        Run.open(run).measure(plot=False)
 
 
 def test_moved_data_is_the_same_data_and_older_runs_are_measured(config: RunConfig, photos: Path):
     source = open_source(str(photos), 1, 12)
-    record_data(photos.parent, source, config)
+    split = split_source(source, 42, 3, 2)
+    record_data(photos.parent, str(photos), source, split)
     moved = Path(shutil.move(photos, photos.parent / "elsewhere"))
-    check_unchanged(photos.parent, open_source(str(moved), 1, 12), config)
+    again = open_source(str(moved), 1, 12)
+    check_unchanged(photos.parent, again, split_source(again, 42, 3, 2))
     with pytest.raises(UserError, match="has changed since"):
-        check_unchanged(photos.parent, source, replace(config, seed=7))
+        check_unchanged(photos.parent, source, split_source(source, 7, 3, 2))
     old = train(photos.parent / "old", replace(config, data=str(moved)))
     (old / "data.json").unlink()
     shutil.copy(moved / "dark" / "0.png", moved / "dark" / "extra.png")
-    assert measure_run(old, plot=False)["test"]["images"] == 12
+    assert Run.open(old).measure(plot=False)["test"]["images"] == 12
 
 
 def test_interrupted_run_goes_on_with_the_data_it_began_with_alone(
@@ -95,32 +96,34 @@ def test_interrupted_run_goes_on_with_the_data_it_began_with_alone(
         raise Stop
 
     run = tmp_path / "run"
-    prepare_folder(run, config, resume=False, overwrite=False)
     with pytest.raises(Stop):
-        train_run(run, config, on_epoch=stop, plot=False, state_seconds=0)
+        Run(run, config).train(on_epoch=stop, plot=False, state_seconds=0)
     record = json.loads((run / "data.json").read_text())
     Image.new("L", (16, 16)).save(photos / "middle" / "extra.png")
     with pytest.raises(UserError, match="class 'middle' had 12 images and has 13"):
-        train_run(run, config, plot=False)
+        Run(run, config).train(plot=False)
     assert json.loads((run / "data.json").read_text()) == record
     # Without a state nothing has been learnt, and training begins with the data of today.
     (run / "training_state.pt").unlink()
-    assert train_run(run, config, plot=False)["test"]["images"] > 0
+    assert Run(run, config).train(plot=False)["test"]["images"] > 0
 
 
-def test_every_part_of_a_split_belongs_to_what_is_remembered(config: RunConfig, tmp_path: Path):
+def test_every_part_of_a_split_belongs_to_what_is_remembered(tmp_path: Path):
     labels = torch.arange(2).repeat(12)
     images = torch.zeros(24, 1, 12, 12, dtype=torch.uint8)
 
     def source(labels: torch.Tensor, official: torch.Tensor | None = None) -> Source:
         return ArraySource("arrays", ("a", "b"), labels, images, official=official)
 
-    record_data(tmp_path, source(labels), config)
-    check_unchanged(tmp_path, source(labels.clone()), config)
+    def split(source: Source) -> Split:
+        return split_source(source, 42, 3, 2)
+
+    record_data(tmp_path, "digits", source(labels), split(source(labels)))
+    check_unchanged(tmp_path, source(labels.clone()), split(source(labels)))
     others = [source(labels.flip(0)), source(labels, (labels * 0).to(torch.int8))]
     for other in others:
         with pytest.raises(UserError, match="but they are others or in other parts"):
-            check_unchanged(tmp_path, other, config)
+            check_unchanged(tmp_path, other, split(other))
 
 
 def test_source_that_remembers_images_passes_names_on(config: RunConfig, photos: Path):

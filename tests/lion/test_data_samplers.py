@@ -6,19 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Lion
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError
-from lion_models.data import ArraySource, class_counts, make_task, split_rows, split_source
+from lion_models.data import (
+    ArraySource,
+    class_counts,
+    make_task,
+    open_source,
+    split_rows,
+    split_source,
+)
 from lion_models.data.base import TEST, TRAIN, VALIDATION
 from lion_models.data.lazy import LazyImages, decoded_or_lazy
 from lion_models.run import RunConfig, build_model
-from lion_models.run.data_record import open_data, take_task
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import fit
-from tests.support.command import Lion
 
 
 def rows_of(count: int, classes: int) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -160,10 +166,10 @@ def test_training_on_lazy_images_gives_the_same_weights(
     image_folder: Path, backbone: FrozenBackbone, monkeypatch
 ):
     config = RunConfig(str(image_folder), "linear", shots=3, epochs=2, augment="affine")
-    source, weights = open_data(config, backbone), []
+    source, weights = open_source(config.data, 1, 12), []
     for limit in (2**20, 0):
         monkeypatch.setattr(decoded_or_lazy, "__defaults__", (limit,))
-        task = take_task(source, config, backbone)
+        task = make_task(source, config.seed, config.shots)
         assert isinstance(task.train_images, LazyImages) == (limit == 0)
         seed_all(0)
         model = build_model(config, backbone, 3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CLASSES, Lion
 from PIL import Image
 from torch import nn
 
@@ -17,18 +18,14 @@ from lion_models import VPTDeep
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError
 from lion_models.data import decode_image
-from lion_models.run import load_run
-from lion_models.run.data_record import split_data
+from lion_models.run import Run, load_run
 from lion_models.run.export import export_run, unrolled
 from lion_models.run.memory import kept_bytes
-from lion_models.run.runs import validation_images
-from lion_models.run.workbench import Workbench
-from tests.support.command import CLASSES, Lion
 
 
 @pytest.fixture
 def images(trained: Path) -> torch.Tensor:
-    return validation_images(trained, load_run(trained).config, Workbench(), 5)
+    return Run.open(trained).validation_images(5)
 
 
 def test_torch_export_gives_the_models_logits_and_says_how_near(
@@ -43,7 +40,7 @@ def test_torch_export_gives_the_models_logits_and_says_how_near(
     assert metadata["steps"] == 6
     assert metadata["compared_images"] == 9  # all validation images
     model = load_run(trained).model
-    pixels = validation_images(trained, load_run(trained).config, Workbench(), 64).float() / 255
+    pixels = Run.open(trained).validation_images(64).float() / 255
     with torch.no_grad():
         difference = (program(pixels) - model(pixels)).abs().max().item()
     assert difference == pytest.approx(metadata["difference"], abs=1e-6)
@@ -142,12 +139,10 @@ def test_model_that_cannot_be_traced_is_named(trained: Path, images: torch.Tenso
 
 
 def test_compared_images_are_validation_images(trained: Path):
-    config = load_run(trained).config
-    bench = Workbench()
-    rows = split_data(bench.source(config), config).validation
-    everything = bench.source(config).load(rows)
-    assert torch.equal(validation_images(trained, config, bench, 100), everything)
-    some = validation_images(trained, config, bench, 3)
+    run = Run.open(trained)
+    everything = run.source.load(run.split.validation)
+    assert torch.equal(run.validation_images(100), everything)
+    some = run.validation_images(3)
     assert torch.equal(some, everything[[0, 4, 8]])
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import Lion, call
 
-from lion_models.run.data_record import data_place
-from lion_models.run.runs import read_config
+from lion_models.run import Run
 from lion_models.run.workbench import Workbench
-from tests.support.command import Lion, call
 
 
 @pytest.fixture
@@ -50,10 +48,10 @@ def test_run_is_measured_exported_and_resumed_from_another_directory(
 
 def test_data_that_lies_where_it_lay_is_opened_once(home: Path):
     folder = home / "runs" / "untested"
-    config = read_config(folder)
-    assert data_place(folder, config) == "photos"
     bench = Workbench()
-    assert bench.source(config) is bench.source(replace(config, data=data_place(folder, config)))
+    run = Run.open(folder, bench=bench)
+    assert run.place == "photos"
+    assert run.source is Run(folder.parent / "another", run.config, bench=bench).source
 
 
 def test_measured_run_is_shown_without_its_data_and_backbone(lion: Lion, home: Path):

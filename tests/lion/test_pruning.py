@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Lion as Command
 from safetensors.torch import load_file
+from small import SMALL, small_vit
 from torch import nn
 
 import deqcore
@@ -22,18 +24,15 @@ from lion_models.prompts.cdr import RobustOptimizer
 from lion_models.prompts.pruning import prune_and_rebuild, prune_model
 from lion_models.run import (
     FitState,
+    Run,
     RunConfig,
     build_model,
     fit,
     load_run,
-    prepare_folder,
-    train_run,
 )
 from lion_models.run.checkpoint import read_checkpoint, save_checkpoint
 from lion_models.run.optimizer import make_optimizer
 from lion_models.run.seeding import seed_all
-from tests.support.command import Lion as Command
-from tests.support.small import SMALL, small_vit
 
 D, H = SMALL.dim, 4
 MATRICES = [
@@ -327,8 +326,7 @@ def test_run_of_a_pruned_model_can_be_loaded_and_tells_what_it_kept(
     config: RunConfig, tmp_path: Path
 ):
     folder = tmp_path / "run"
-    prepare_folder(folder, config, resume=False, overwrite=False)
-    result = train_run(folder, config)
+    result = Run(folder, config).train()
     counts = result["parameters"]
     assert counts["trained"] - counts["kept"] == 4 * D * H * 3 // 4
     assert counts["without_head"] - counts["kept_without_head"] == 4 * D * H * 3 // 4
@@ -342,8 +340,7 @@ def test_run_of_a_pruned_model_can_be_loaded_and_tells_what_it_kept(
 
 def test_checkpoint_with_a_pattern_of_another_width_is_named(config: RunConfig, tmp_path: Path):
     folder = tmp_path / "run"
-    prepare_folder(folder, config, resume=False, overwrite=False)
-    train_run(folder, config, test=False)
+    Run(folder, config).train(test=False)
     weights, metadata = read_checkpoint(folder / "checkpoint.safetensors")
     backbone = load_backbone(config.backbone)
     other = replace(config, hidden=H + 1)

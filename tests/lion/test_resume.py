@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lion_models.base.errors import UserError
-from lion_models.run import RunConfig, prepare_folder, train_run
+from lion_models.run import Run, RunConfig
 from lion_models.run.log import STATE, read_state
 
 # Trains as `lion train` does, with a state every epoch, in a process for each moment: "epoch n"
@@ -27,7 +27,7 @@ import json, os, resource, signal, sys
 from pathlib import Path
 import torch
 from lion_models.base.errors import UserError
-from lion_models.run import RunConfig, train_run
+from lion_models.run import Run, RunConfig
 from lion_models.run.log import STATE, read_state
 
 torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def train(folder, moment, count):
     if moment == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
     config = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    train_run(folder, config, test=False, plot=False, state_seconds=0, on_epoch=on_epoch)
+    Run(folder, config).train(test=False, plot=False, state_seconds=0, on_epoch=on_epoch)
 
 told = []
 for folder, moment, count in json.loads(sys.argv[1]):
@@ -140,7 +140,7 @@ def victims(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Vict
     """Runs that were killed or ran out of room, and the checkpoint of one that was not."""
     folder = tmp_path_factory.mktemp("victims")
     for name in {name for name, _, _ in MOMENTS} | {"whole"}:
-        prepare_folder(folder / name, config, resume=False, overwrite=False)
+        Run(folder / name, config).prepare()
     asked = json.dumps([(str(folder / name), moment, count) for name, moment, count in MOMENTS])
     done = subprocess.run(
         [sys.executable, "-c", VICTIMS, asked], capture_output=True, text=True, timeout=300,
@@ -152,7 +152,7 @@ def victims(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Vict
 
 
 def finish(folder: Path, config: RunConfig) -> bytes:
-    train_run(folder, config, test=False, plot=False)
+    Run(folder, config).train(test=False, plot=False)
     return (folder / "checkpoint.safetensors").read_bytes()
 
 
@@ -211,23 +211,20 @@ def test_state_of_every_method_continues_bit_for_bit(
             raise Stop
 
     config = replace(config, method=method, prompts=2, amp="none")
-    for name in ("whole", "run"):
-        prepare_folder(tmp_path / name, config, resume=False, overwrite=False)
     with pytest.raises(Stop):
-        train_run(tmp_path / "run", config, test=False, on_epoch=stop, state_seconds=0)
+        Run(tmp_path / "run", config).train(test=False, on_epoch=stop, state_seconds=0)
     assert finish(tmp_path / "run", config) == finish(tmp_path / "whole", config)
 
 
 def test_run_that_had_stopped_early_does_not_go_on(config: RunConfig, tmp_path: Path):
     config = replace(config, patience=1, epochs=50, lr=1e-6, ema=None)
-    prepare_folder(tmp_path / "run", config, resume=False, overwrite=False)
-    result = train_run(tmp_path / "run", config, test=False, plot=False, state_seconds=0)
+    result = Run(tmp_path / "run", config).train(test=False, plot=False, state_seconds=0)
     assert result["epochs"] < 50
     assert result["epochs"] == result["best_epoch"] + 1
     # Killed between its last state and its checkpoint.
     (tmp_path / "run" / "result.json").unlink()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    again = train_run(tmp_path / "run", config, test=False, plot=False, state_seconds=0)
+    again = Run(tmp_path / "run", config).train(test=False, plot=False, state_seconds=0)
     assert again["epochs"] == result["epochs"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(
         lines.splitlines()

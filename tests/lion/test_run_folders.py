@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import Lion
 
 from lion_models.base.errors import UserError
 from lion_models.cli.options import short_name
-from lion_models.run import RunConfig, prepare_folder
-from tests.support.command import Lion
+from lion_models.run import Run, RunConfig
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_overwrite_spares_a_folder_whose_configuration_is_of_something_else(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps({"model_type": "vit", "hidden_size": 8}))
     with pytest.raises(UserError, match=message):
-        prepare_folder(folder, RunConfig("digits"), resume=False, overwrite=True)
+        Run(folder, RunConfig("digits")).prepare(overwrite=True)
     assert all((folder / name).is_file() for name in files)
 
 
@@ -42,11 +42,11 @@ def test_overwrite_spares_a_run_that_holds_a_file_of_the_users(trained: Path):
     (trained / "thesis.txt").write_text("years of work")
     config = RunConfig("digits", epochs=1)
     with pytest.raises(UserError, match=r"holds thesis\.txt, which is no file of a run"):
-        prepare_folder(trained, config, resume=False, overwrite=True)
+        Run(trained, config).prepare(overwrite=True)
     assert (trained / "thesis.txt").exists()
     assert (trained / "checkpoint.safetensors").exists()
     (trained / "thesis.txt").unlink()
-    prepare_folder(trained, config, resume=False, overwrite=True)
+    Run(trained, config).prepare(overwrite=True)
     assert [path.name for path in trained.iterdir()] == ["config.json"]
 
 
@@ -92,8 +92,7 @@ def test_folder_of_runs_that_is_a_file_is_named(
 ):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text("{}")
-    monkeypatch.setattr("lion_models.study.trial.train_run", None)
-    monkeypatch.setattr("lion_models.cli.commands.train_run", None)
+    monkeypatch.setattr(Run, "train", None)
     real = os.mkdir
 
     def refuse(path: Path, *arguments: object) -> None:

@@ -15,17 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import Lion
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import claim, holding, run_lock
 from lion_models.cli.progress import CellBars
-from lion_models.run import RunConfig
-from lion_models.run.runs import prepare_folder
+from lion_models.run import Run, RunConfig
 from lion_models.study.compare import run_comparison
 from lion_models.study.runner import CellRunner
 from lion_models.study.sweep import Axis, Plan, parse_axis, run_sweep
 from lion_models.study.trial import Cell, CellOptions, Event
-from tests.support.command import Lion
 
 
 @pytest.fixture
@@ -256,7 +255,7 @@ def test_cell_of_another_command_is_waited_for(base: RunConfig, tmp_path: Path):
             held.append(event.kind)
             if held != ["held"]:
                 return
-            prepare_folder(cell.folder, cell.config, resume=False, overwrite=False)
+            Run(cell.folder, cell.config).prepare()
             (cell.folder / "result.json").write_text('{"validation_accuracy": 0.5}')
 
         outcome = runner.run([cell], hear)

@@ -17,12 +17,11 @@ from lion_models.data import Task
 from lion_models.methods.base import trained_state
 from lion_models.run import (
     FitState,
+    Run,
     RunConfig,
     build_model,
     fit,
     load_run,
-    prepare_folder,
-    train_run,
 )
 from lion_models.run.checkpoint import read_checkpoint
 from lion_models.run.config import METHODS, SHOWN_METHODS
@@ -110,13 +109,10 @@ def test_resumed_run_gives_the_same_weights_bit_for_bit(
             raise KilledError
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    prepare_folder(whole, config, resume=False, overwrite=False)
-    expected = train_run(whole, config)
-    prepare_folder(broken, config, resume=False, overwrite=False)
+    expected = Run(whole, config).train()
     with pytest.raises(KilledError):
-        train_run(broken, config, on_epoch=die)
-    prepare_folder(broken, config, resume=True, overwrite=False)
-    result = train_run(broken, config)
+        Run(broken, config).train(on_epoch=die)
+    result = Run(broken, config).train()
     first, second = (load_file(f / "checkpoint.safetensors") for f in (whole, broken))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -141,8 +137,7 @@ def test_checkpoint_holds_what_was_trained_and_nothing_else(trained: Path):
 def test_loaded_run_predicts_like_the_trained_one(
     config: RunConfig, frozen: FrozenBackbone, task: Task, tmp_path: Path
 ):
-    prepare_folder(tmp_path / "run", config, resume=False, overwrite=False)
-    train_run(tmp_path / "run", config, test=False)
+    Run(tmp_path / "run", config).train(test=False)
     seed_all(config.seed)
     model = build_model(config, frozen, 3)
     fit(model, task, config)
@@ -176,10 +171,10 @@ def test_other_safetensors_file_is_named(tmp_path: Path):
 
 
 def test_damaged_training_state_is_named(config: RunConfig, tmp_path: Path):
-    prepare_folder(tmp_path / "run", config, resume=False, overwrite=False)
+    Run(tmp_path / "run", config).prepare()
     (tmp_path / "run" / "training_state.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(UserError, match=r"training_state\.pt: damaged"):
-        train_run(tmp_path / "run", config)
+        Run(tmp_path / "run", config).train()
 
 
 @pytest.mark.parametrize(
