@@ -2,15 +2,16 @@
 
 from deqcore import _kernels
 from deqcore._build_info import build_info
+from deqcore._loop import Problem, Solved
 from deqcore._solution import ConvergenceError, Solution, SolveReport
 from deqcore._status import Status
 from deqcore._version import __version__
-from deqcore.adjoints import Implicit, Phantom, Unrolled
+from deqcore.adjoints import Adjoint, Implicit, Phantom, Unrolled
 from deqcore.capture import CapturedSolver, capture
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
 from deqcore.regularizers import jacobian_penalty, spectral_radius
-from deqcore.solvers import Anderson, Broyden, Picard
+from deqcore.solvers import Anderson, Broyden, Picard, Solver, StepInfo
 from deqcore.sparse import (
     MaskedLinear,
     SparsityPattern,
@@ -23,6 +24,7 @@ from deqcore.sparse import (
 _kernels.load()
 
 __all__ = [
+    "Adjoint",
     "Anderson",
     "Broyden",
     "CapturedSolver",
@@ -32,10 +34,14 @@ __all__ = [
     "MaskedLinear",
     "Phantom",
     "Picard",
+    "Problem",
     "Solution",
     "SolveReport",
+    "Solved",
+    "Solver",
     "SparsityPattern",
     "Status",
+    "StepInfo",
     "Unrolled",
     "__version__",
     "build_info",

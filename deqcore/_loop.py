@@ -16,12 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from deqcore._packing import Packing
 from deqcore._transforms import refuse_mapped
 from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
-from deqcore.solvers import SolverOptions
-from deqcore.solvers._options import StepContext, counting_changes
+from deqcore.solvers import Solver
+from deqcore.solvers._buffers import counting_changes
+from deqcore.solvers.base import StepContext
 
 
 class Problem:
-    """f on packed states, counting its calls.
+    """f as solvers and adjoints see it: on matrices [B, D] of one dtype, counting its calls.
+
+    ``problem(z)`` is f(z), with a graph in grad mode; :meth:`solve` finds z = f(z) without one.
 
     Attributes:
         calls: evaluations so far.
@@ -59,6 +62,27 @@ class Problem:
             self.f_dtypes += tuple(leaf.dtype for leaf in leaves) + _autocast_dtypes(self.packing)
         return packed
 
+    def solve(self, z0: Tensor, solver: Solver, frozen: Tensor | None = None) -> Solved:
+        """Iterate from ``z0`` [B, D] without a graph.
+
+        Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps.
+        """
+        with torch.no_grad():
+            run = _Run(self, z0, solver, frozen)
+            watch = _EndWatch(run.rows, solver.check_every)
+            for step in range(1, solver.max_steps + 1):
+                if watch.all_ended():
+                    break
+                f = self(run.z)
+                if step == 1:
+                    _refuse_forward_mode(f)
+                    refuse_mapped(run.x, f)
+                    context = run.context()
+                run.state, run.x, z = solver.take_step(run.state, run.x, f, step, context)
+                run.seen(z)
+                del f, z  # no iterate but the current one is alive while f runs
+        return run.solved()
+
 
 def _autocast_dtypes(packing: Packing) -> tuple[torch.dtype, ...]:
     """What autocast turns float32 into where f runs; it leaves float64 as it is."""
@@ -70,12 +94,25 @@ def _autocast_dtypes(packing: Packing) -> tuple[torch.dtype, ...]:
 
 @dataclass
 class Solved:
-    """The end of a loop: the packed value in the state's dtype, and how each row got there."""
+    """The end of a loop: a value, and how each row got there.
 
-    value: Tensor  # [B, D]
+    Attributes:
+        value: [B, D] in the state's dtype, without a graph.
+        rows: status, counters and residuals.
+        trace: [B, n] residuals, or None.
+        state: the solver's history; an adjoint that does not need it sets it to None, so that its
+            memory is free while f's graph is built.
+    """
+
+    value: Tensor
     rows: Rows
     trace: Tensor | None
     state: Any
+
+    def with_gradient_of(self, source: Tensor) -> Tensor:
+        """``value``, whose gradient goes to ``source`` [B, D] as it is."""
+        value: Tensor = _ValueWithGradientOf.apply(source, self)
+        return value
 
     def report(self, problem: Problem) -> dict[str, Any]:
         """The fields of a :class:`SolveReport`."""
@@ -89,39 +126,29 @@ class Solved:
         }
 
 
-def solve(
-    problem: Problem, z0: Tensor, solver: SolverOptions, frozen: Tensor | None = None
-) -> Solved:
-    """Iterate from the packed ``z0`` [B, D] without a graph.
+class _ValueWithGradientOf(torch.autograd.Function):
+    """``solved.value`` in forward; in backward the gradient goes to ``source`` instead.
 
-    Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps.
+    The value is not an input, so that what is returned is no view and may be changed in place.
     """
-    with torch.no_grad():
-        run = _Run(problem, z0, solver, frozen)
-        watch = _EndWatch(run.rows, solver.check_every)
-        for step in range(1, solver.max_steps + 1):
-            if watch.all_ended():
-                break
-            f = problem(run.z)
-            if step == 1:
-                _refuse_forward_mode(f)
-                refuse_mapped(run.x, f)
-                context = run.context()
-            run.state, run.x, z = solver.step(run.state, run.x, f, step, context)
-            run.seen(z)
-            del f, z  # no iterate but the current one is alive while f runs
-    return run.solved()
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, solved: Solved) -> Tensor:
+        return solved.value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def differentiable_solve(
-    problem: Problem, z0: Tensor, solver: SolverOptions, checkpoint_every: int | None
+    problem: Problem, z0: Tensor, solver: Solver, checkpoint_every: int | None
 ) -> Solved:
     """The same iteration out of functional steps, so that autograd can follow it.
 
     ``checkpoint_every`` steps at a time are recomputed in backward instead of stored.
     """
-    run = _Run(problem, z0, solver, None)
-    run.state = _finite(run.state)
+    run = _Run(problem, z0, solver, None, differentiable=True)
     for first in range(1, solver.max_steps + 1, checkpoint_every or solver.max_steps):
         last = min(first + (checkpoint_every or solver.max_steps), solver.max_steps + 1)
         if checkpoint_every and torch.is_grad_enabled():
@@ -161,12 +188,6 @@ def _checkpointed_steps(run: _Run, steps: range) -> None:
     run.x, run.z, run.state, run.traces = pytree.tree_unflatten(list(out), out_specs[0])
 
 
-def _finite(state: Any) -> Any:
-    """Rings without uninitialised memory: autograd multiplies even what `where` leaves out."""
-    zeros = {name: torch.zeros_like(t) for name, t in state._asdict().items() if name != "rows"}
-    return state._replace(**zeros)
-
-
 def _refuse_forward_mode(f: Tensor) -> None:
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(f).tangent is not None:
         raise RuntimeError(
@@ -178,7 +199,12 @@ class _Run:
     """The mutable part of one solve."""
 
     def __init__(
-        self, problem: Problem, z0: Tensor, solver: SolverOptions, frozen: Tensor | None
+        self,
+        problem: Problem,
+        z0: Tensor,
+        solver: Solver,
+        frozen: Tensor | None,
+        differentiable: bool = False,
     ) -> None:
         packing = problem.packing
         self.problem, self.solver, self.packing = problem, solver, packing
@@ -189,7 +215,7 @@ class _Run:
                 self.x = self.x.clone()
             self.z = packing.cast(self.x)  # the same as f sees it
         rows = Rows.start(len(z0), z0.device, frozen)
-        self.state = solver.init(self.x, rows)
+        self.state = solver.initial_state(self.x, rows, differentiable=differentiable)
         self.traces: list[Tensor] = []
 
     @property

@@ -23,8 +23,8 @@ from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, Solution, SolveReport
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.adjoints.implicit import _binary_exponent, _power_of_two, graph_leaves
-from deqcore.ops._rows import ACTIVE, BEST, STEPS, Rows
-from deqcore.solvers import Anderson, SolverOptions
+from deqcore.ops._rows import BEST, STEPS, Rows
+from deqcore.solvers import Anderson, Solver
 
 WARM_UP_STEPS = 2  # the first one writes what later ones read
 
@@ -33,7 +33,7 @@ def capture(
     f: Callable[..., Any],
     z0: Any,
     *args: Any,
-    solver: SolverOptions = Anderson(),  # noqa: B008  (frozen)
+    solver: Solver = Anderson(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
 ) -> CapturedSolver:
     """Record ``fixed_point(f, z0, *args)`` as a CUDA graph, to be replayed with new inputs.
@@ -69,7 +69,7 @@ def _capture(
     f: Callable[..., Any],
     z0: Any,
     args: tuple[Any, ...],
-    solver: SolverOptions,
+    solver: Solver,
     adjoint: Adjoint,
     recorder: Any,
 ) -> CapturedSolver:
@@ -117,7 +117,7 @@ class CapturedSolver:
         z0: Any,
         args: tuple[Any, ...],
         packing: Packing,
-        solver: SolverOptions,
+        solver: Solver,
         adjoint: Adjoint,
         recorder: Any,
     ) -> None:
@@ -228,7 +228,7 @@ class CapturedSolver:
 class _StaticSolve:
     """The buffers of a solve, and its parts as functions that change them."""
 
-    def __init__(self, problem: Problem, solver: SolverOptions, frozen: Tensor | None = None):
+    def __init__(self, problem: Problem, solver: Solver, frozen: Tensor | None = None):
         packing = problem.packing
         self.problem, self.solver, self.packing, self.frozen = problem, solver, packing, frozen
         size, device = (packing.batch, packing.dim), packing.device
@@ -236,7 +236,8 @@ class _StaticSolve:
         self.x = torch.zeros(size, dtype=packing.compute_dtype, device=device)
         self.same = packing.dtype == packing.compute_dtype
         self.z = self.x if self.same else torch.zeros_like(self.z0)  # the iterate as f sees it
-        self.state = solver.with_all_room(solver.init(self.x, Rows.start(size[0], device)))
+        rows = Rows.start(size[0], device)
+        self.state = solver.with_all_room(solver.initial_state(self.x, rows))
         self.context: Any = None
 
     @property
@@ -256,14 +257,8 @@ class _StaticSolve:
         self.x.copy_(self.z0)
         if not self.same or not self.packing.uniform:
             self._see(self.packing.cast(self.x))
-        rows = self.rows
-        rows.status.fill_(ACTIVE)
-        rows.counters.zero_()
-        rows.residuals.fill_(torch.inf)
-        if self.frozen is not None:
-            rows.status.masked_fill_(self.frozen, 0)
-            rows.residuals.masked_fill_(self.frozen[:, None], 0.0)
-        rows.remaining.copy_((rows.status == ACTIVE).sum(dtype=torch.int32).reshape(1))
+        self.rows.restart(self.frozen)
+        self.solver.reset(self.state, self.x)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -294,7 +289,7 @@ class _StaticBackward:
         self.unit = torch.zeros_like(forward.z0)  # each row of it at unit size
         self.exponent = torch.zeros(len(self.grad), 1, device=self.grad.device)
 
-    def make_linear(self, solver: SolverOptions) -> None:
+    def make_linear(self, solver: Solver) -> None:
         zero = torch.zeros(len(self.unit), dtype=torch.bool, device=self.unit.device)
         packing, dtypes = Packing.of(self.unit), self.problem.f_dtypes
         problem = Problem(lambda u: self.unit + self._vjp(u), (), packing, dtypes)

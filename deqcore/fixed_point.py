@@ -12,7 +12,7 @@ from deqcore._loop import Problem
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, Solution
 from deqcore.adjoints import Adjoint, Implicit
-from deqcore.solvers import Anderson, SolverOptions
+from deqcore.solvers import Anderson, Solver
 
 
 # A solve takes as many steps as its values need: there is nothing to trace. Without this the tracer
@@ -22,7 +22,7 @@ def fixed_point(
     f: Callable[..., Any],
     z0: Any,
     *args: Any,
-    solver: SolverOptions = Anderson(),  # noqa: B008  (frozen)
+    solver: Solver = Anderson(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
 ) -> Solution:
     """Solve z = f(z, *args) for each row of a batch, with gradients.
@@ -37,7 +37,7 @@ def fixed_point(
             dim 0. Any strides; float64, float32, bfloat16 or float16. It is not changed. A 0-dim
             tensor is one row.
         *args: passed on to f; gradients reach them.
-        solver: ``Picard``, ``Anderson`` or ``Broyden``, with their options.
+        solver: ``Picard``, ``Anderson``, ``Broyden`` or a :class:`deqcore.Solver` of your own.
         adjoint: how gradients are computed, when grad mode is on: ``Implicit`` (default),
             ``Phantom`` or ``Unrolled``.
 
@@ -56,7 +56,7 @@ def fixed_point(
     """
     if not callable(f):
         raise TypeError(f"f: expected a callable, got {type(f).__name__}")
-    if not isinstance(solver, SolverOptions):
+    if not isinstance(solver, Solver):
         raise TypeError(f"solver: expected e.g. deqcore.Anderson(), got {solver!r}")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint: expected e.g. deqcore.Implicit(), got {adjoint!r}")
@@ -78,7 +78,7 @@ def root(
     g: Callable[..., Any],
     z0: Any,
     *args: Any,
-    solver: SolverOptions = Anderson(),  # noqa: B008  (frozen)
+    solver: Solver = Anderson(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
 ) -> Solution:
     """Solve g(z, *args) = 0, as the fixed point of f(z) = z + g(z).

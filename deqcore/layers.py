@@ -12,7 +12,7 @@ from deqcore._packing import Packing
 from deqcore._solution import SolveReport
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.fixed_point import fixed_point
-from deqcore.solvers import Anderson, SolverOptions
+from deqcore.solvers import Anderson, Solver
 
 
 class ImplicitLayer(nn.Module):
@@ -35,13 +35,13 @@ class ImplicitLayer(nn.Module):
     def __init__(
         self,
         cell: nn.Module,
-        solver: SolverOptions = Anderson(),  # noqa: B008  (frozen)
+        solver: Solver = Anderson(),  # noqa: B008  (frozen)
         adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
         if not callable(cell):
             raise TypeError(f"cell: expected a module or callable, got {type(cell).__name__}")
-        if not isinstance(solver, SolverOptions):
+        if not isinstance(solver, Solver):
             raise TypeError(f"solver: expected e.g. deqcore.Anderson(), got {solver!r}")
         if not isinstance(adjoint, Adjoint):
             raise TypeError(f"adjoint: expected e.g. deqcore.Implicit(), got {adjoint!r}")

@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from problems import Counted, affine
 from torch import nn
 
 from deqcore.compat.torchdeq import KNOWN, get_deq
+from tests.support.problems import Counted, affine
 
 F64 = torch.float64
 SOLVERS = ["fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import generator
 from torch import nn
 
 import deqcore
 from deqcore.normalization import remove_normalization, spectral_normalize, weight_normalize
+from tests.support.problems import generator
 
 
 class Cell(nn.Module):

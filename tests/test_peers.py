@@ -10,11 +10,11 @@ import pickle
 
 import pytest
 import torch
-from problems import Counted, affine, equal, rms
 from torch import nn
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Status, Unrolled
+from tests.support.problems import Counted, affine, equal, rms
 
 ADJOINTS = [Implicit(), Phantom(), Unrolled()]
 KINDS = [Picard, Anderson, Broyden]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import affine, generator, wave, wave_batch
 from torch import nn
 
 import deqcore
 from deqcore import jacobian_penalty, spectral_radius
 from deqcore.regularizers import _Linearization
+from tests.support.problems import affine, generator, wave, wave_batch
 
 SEEDS = st.integers(0, 2**31)
 F64 = torch.float64

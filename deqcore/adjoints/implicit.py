@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from deqcore._loop import Problem, Solved, solve
+from deqcore._loop import Problem, Solved
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, SolveReport
 from deqcore._transforms import refuse_mapped, refuse_transforms
-from deqcore.adjoints._base import Adjoint
 from deqcore.adjoints._saved import SavedOnce
+from deqcore.adjoints.base import Adjoint
 from deqcore.ops import _rows
-from deqcore.solvers import Anderson, Broyden, SolverOptions
+from deqcore.solvers import Anderson, Broyden, Solver
 from deqcore.solvers._options import options, require_bool
 
 
@@ -41,18 +41,18 @@ class Implicit(Adjoint):
         RuntimeError: in backward, if f's parameters or inputs were changed in place since forward.
     """
 
-    solver: SolverOptions = Anderson()
+    solver: Solver = Anderson()
     reuse_forward: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, SolverOptions):
+        if not isinstance(self.solver, Solver):
             raise ValueError(
                 f"Implicit: solver must be a solver such as deqcore.Anderson(), got {self.solver!r}"
             )
         require_bool(self, "reuse_forward")
 
     def solve(
-        self, problem: Problem, z0: Tensor, solver: SolverOptions, record: BackwardRecord
+        self, problem: Problem, z0: Tensor, solver: Solver, record: BackwardRecord
     ) -> tuple[Tensor, Solved]:
         if self.reuse_forward and not isinstance(solver, Broyden):
             raise ValueError(
@@ -61,7 +61,7 @@ class Implicit(Adjoint):
             )
         if torch.is_grad_enabled():
             refuse_transforms(self)
-        solved = solve(problem, z0, solver)
+        solved = problem.solve(z0, solver)
         if not torch.is_grad_enabled():
             return solved.value, solved
         guess = None
@@ -86,7 +86,7 @@ class _LinearProblem:
     f: Tensor  # [B, D] f(z), with its graph
     saved: SavedOnce  # by that graph
     f_dtypes: tuple[torch.dtype, ...]  # the vector-Jacobian products are as coarse as f
-    solver: SolverOptions
+    solver: Solver
     guess: Callable[[Tensor], Tensor] | None  # g -> first u
     record: BackwardRecord
 
@@ -98,7 +98,7 @@ class _LinearProblem:
         zero = (grad == 0).all(1)
         problem = Problem(lambda u: unit + self._vjp(u), (), Packing.of(unit), self.f_dtypes)
         u0 = unit if self.guess is None else self.guess(unit)
-        solved = solve(problem, u0, self.solver, frozen=zero)
+        solved = problem.solve(u0, self.solver, frozen=zero)
         self.record.report = SolveReport(**solved.report(problem))
         return (solved.value.double() * _power_of_two(exponent)).to(grad.dtype)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deqcore._loop import Problem, Solved, solve
+from deqcore._loop import Problem, Solved
 from deqcore._solution import BackwardRecord
 from deqcore._transforms import refuse_transforms
-from deqcore.adjoints._base import Adjoint, ValueWithGradientOf
-from deqcore.solvers import SolverOptions
+from deqcore.adjoints.base import Adjoint
+from deqcore.solvers import Solver
 from deqcore.solvers._options import options, require_int, require_number
 
 
@@ -36,14 +36,14 @@ class Phantom(Adjoint):
         require_number(self, "damping", 0.0, 1.0, above=True)
 
     def solve(
-        self, problem: Problem, z0: Tensor, solver: SolverOptions, record: BackwardRecord
+        self, problem: Problem, z0: Tensor, solver: Solver, record: BackwardRecord
     ) -> tuple[Tensor, Solved]:
         if torch.is_grad_enabled():
             refuse_transforms(self)
-        solved = solve(problem, z0, solver)
+        solved = problem.solve(z0, solver)
         if not torch.is_grad_enabled():
             return solved.value, solved
         z = solved.value.clone()  # the caller may change the value in place
         for _ in range(self.steps):
             z = torch.lerp(z, problem(z), self.damping) if self.damping < 1 else problem(z)
-        return ValueWithGradientOf.apply(z, solved), solved
+        return solved.with_gradient_of(z), solved

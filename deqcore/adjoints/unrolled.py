@@ -6,8 +6,8 @@ from torch import Tensor
 
 from deqcore._loop import Problem, Solved, differentiable_solve
 from deqcore._solution import BackwardRecord
-from deqcore.adjoints._base import Adjoint
-from deqcore.solvers import SolverOptions
+from deqcore.adjoints.base import Adjoint
+from deqcore.solvers import Solver
 from deqcore.solvers._options import options, require_int
 
 
@@ -32,7 +32,7 @@ class Unrolled(Adjoint):
             require_int(self, "checkpoint_every", 1)
 
     def solve(
-        self, problem: Problem, z0: Tensor, solver: SolverOptions, record: BackwardRecord
+        self, problem: Problem, z0: Tensor, solver: Solver, record: BackwardRecord
     ) -> tuple[Tensor, Solved]:
         solved = differentiable_solve(problem, z0, solver, self.checkpoint_every)
         return solved.value, solved

@@ -55,7 +55,7 @@ from deqcore._solution import Solution, SolveReport
 from deqcore.adjoints import Adjoint, Implicit, Phantom
 from deqcore.fixed_point import fixed_point
 from deqcore.regularizers import spectral_radius
-from deqcore.solvers import Anderson, Broyden, Picard, SolverOptions
+from deqcore.solvers import Anderson, Broyden, Picard, Solver
 from deqcore.solvers._options import options, require_bool, require_int, require_number
 
 _STATES = "use core='sliced' with n_states, or one deqcore.fixed_point(...) per state"
@@ -87,7 +87,7 @@ _SOLVER_ELSEWHERE: dict[str, tuple[Any, str]] = {
 
 
 # torchdeq's names of solvers, and of the options that a call may pass to each.
-_METHODS: dict[str, tuple[Callable[..., SolverOptions], dict[str, str]]] = {
+_METHODS: dict[str, tuple[Callable[..., Solver], dict[str, str]]] = {
     "fixed_point_iter": (Picard, {"tau": "damping"}),
     "simple_fixed_point_iter": (Picard, {"tau": "damping"}),
     "anderson": (Anderson, {"tau": "damping", "m": "memory"}),
@@ -166,7 +166,7 @@ class Options:
 
     def solver(
         self, which: str, max_steps: int, dim: int = 1, given: Mapping[str, Any] | None = None
-    ) -> SolverOptions:
+    ) -> Solver:
         """``which`` is "f" or "b"; the norm of a row is sqrt(dim) times its rms."""
         name, tol = getattr(self, f"{which}_solver"), getattr(self, f"{which}_tol")
         method, allowed = _METHODS[name]

@@ -36,19 +36,29 @@ class Rows(NamedTuple):
     @classmethod
     def start(cls, batch: int, device: torch.device, frozen: Tensor | None = None) -> Rows:
         """All rows active, except those of ``frozen`` (bool [B]), which count as converged."""
-        status = torch.full((batch,), ACTIVE, dtype=torch.int8, device=device)
-        residuals = torch.full((batch, 3), torch.inf, dtype=torch.float64, device=device)
-        counters = torch.zeros(batch, 5, dtype=torch.int32, device=device)
-        if frozen is None:
-            remaining = torch.full((1,), batch, dtype=torch.int32, device=device)
-        else:
-            status.masked_fill_(frozen, int(Status.CONVERGED))
-            residuals.masked_fill_(frozen[:, None], 0.0)
-            remaining = _count_active(status)
-        return cls(status, counters, residuals, remaining)
+        rows = cls(
+            status=torch.empty(batch, dtype=torch.int8, device=device),
+            counters=torch.empty(batch, 5, dtype=torch.int32, device=device),
+            residuals=torch.empty(batch, 3, dtype=torch.float64, device=device),
+            remaining=torch.empty(1, dtype=torch.int32, device=device),
+        )
+        rows.restart(frozen)
+        return rows
+
+    def restart(self, frozen: Tensor | None = None) -> None:
+        """Set all to what :meth:`start` makes, in place."""
+        self.status.fill_(ACTIVE)
+        self.counters.zero_()
+        self.residuals.fill_(torch.inf)
+        self.remaining.fill_(len(self.status))
+        if frozen is not None:
+            self.status.masked_fill_(frozen, int(Status.CONVERGED))
+            self.residuals.masked_fill_(frozen[:, None], 0.0)
+            self.remaining.copy_(count_active(self.status))
 
 
-def _count_active(status: Tensor) -> Tensor:
+def count_active(status: Tensor) -> Tensor:
+    """int32 [1], the rows that go on."""
     return (status == ACTIVE).sum(dtype=torch.int32).reshape(1)
 
 
@@ -79,6 +89,29 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
 
 def rms(sum_of_squares: Tensor, dim: int) -> Tensor:
     return (sum_of_squares / max(dim, 1)).sqrt()
+
+
+def judge(
+    rows: Rows,
+    x: Tensor,
+    f: Tensor,
+    rtol: float,
+    atol: float,
+    patience: int,
+    max_steps: int,
+) -> tuple[Rows, Outcome, Tensor, Tensor]:
+    """Count one evaluation of f at x [B, D] as cast to f's dtype.
+
+    Returns:
+        (rows, what it means for each, f and the residual g = f - x in x's dtype).
+    """
+    z = x.to(f.dtype).to(x.dtype)
+    f = f.to(x.dtype)
+    g = f - z
+    residual = rms(row_dot(g.detach(), g.detach()), x.shape[1])
+    scale = rms(row_dot(f.detach(), f.detach()), x.shape[1])
+    rows, outcome = advance(rows, residual, scale, rtol, atol, patience, max_steps)
+    return rows, outcome, f, g
 
 
 def advance(
@@ -115,4 +148,4 @@ def advance(
     going_on = status == ACTIVE
     outcome = Outcome(active, going_on, improved, active & ~going_on & ~converged)
     residuals = torch.stack([latest, best, first], dim=1)
-    return Rows(status, counters, residuals, _count_active(status)), outcome
+    return Rows(status, counters, residuals, count_active(status)), outcome

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deqcore.ops import _rows
 from deqcore.ops._library import call_step, define_step, numbers
-from deqcore.ops._rows import BEST, BEST_STEP, FALLBACK_STEP, HISTORY, MIXED, STEPS, Rows
+from deqcore.ops._rows import BEST, BEST_STEP, FALLBACK_STEP, HISTORY, LATEST, MIXED, STEPS, Rows
 
 MAX_MEMORY = 64
 # A squared difference below this share of the two squared residuals is rounding.
@@ -113,13 +113,9 @@ def functional(
     max_weight: float,
 ) -> tuple[AndersonState, Tensor]:
     """The same step without mutation: differentiable in x, f and the history."""
-    memory, dim = state.g_ring.shape[1], x.shape[1]
-    z = x.to(f.dtype).to(x.dtype)
-    f = f.to(x.dtype)
-    g = f - z
-    residual = _rows.rms(_rows.row_dot(g.detach(), g.detach()), dim)
-    scale = _rows.rms(_rows.row_dot(f.detach(), f.detach()), dim)
-    rows, outcome = _rows.advance(state.rows, residual, scale, rtol, atol, patience, max_steps)
+    memory = state.g_ring.shape[1]
+    limits = (rtol, atol, patience, max_steps)
+    rows, outcome, f, g = _rows.judge(state.rows, x, f, *limits)
     steps = rows.counters[:, STEPS]
 
     # Push. A slot's age is the number of steps since it was written.
@@ -140,7 +136,7 @@ def functional(
     if restart:
         fresh = fresh | ((steps - 1) % restart == 0)
     history = torch.where(fresh, 1, history).clamp_max(memory)
-    fallback = _falls_back(rows, outcome, residual, safeguard)
+    fallback = _falls_back(rows, outcome, safeguard)
     alpha = _weights(gram, age, history, ridge, max_weight)  # float64 [B, M]
 
     # `where` and not a zero weight: an unused slot may hold NaN.
@@ -193,11 +189,11 @@ def _new_gram(g: Tensor, g_ring: Tensor, gram: Tensor, active: Tensor, slot: Ten
     return torch.where((active[:, None] & at)[:, None, :], dots[:, :, None], gram)
 
 
-def _falls_back(rows: Rows, outcome: _rows.Outcome, residual: Tensor, limit: float) -> Tensor:
+def _falls_back(rows: Rows, outcome: _rows.Outcome, limit: float) -> Tensor:
     """Rows whose mixed step made things worse: back to the best iterate, once for each best."""
     mixed = rows.counters[:, MIXED] >= 2
     again = rows.counters[:, FALLBACK_STEP] == rows.counters[:, BEST_STEP]
-    worse = residual > limit * rows.residuals[:, BEST]
+    worse = rows.residuals[:, LATEST] > limit * rows.residuals[:, BEST]
     return outcome.going_on & mixed & worse & ~again
 
 

@@ -114,12 +114,9 @@ def functional(
     ``state.s_ring`` has x's dtype here, and steps are rounded to ``history_dtype``, by default that
     one; gradients pass through the rounding as if it were not there, in x's dtype.
     """
-    capacity, dim = state.s_ring.shape[1:]
-    f_dtype, f = f.dtype, f.to(x.dtype)
-    g = f - x.to(f_dtype).to(x.dtype)
-    residual = _rows.rms(_rows.row_dot(g.detach(), g.detach()), dim)
-    scale = _rows.rms(_rows.row_dot(f.detach(), f.detach()), dim)
-    rows, outcome = _rows.advance(state.rows, residual, scale, rtol, atol, patience, max_steps)
+    capacity = state.s_ring.shape[1]
+    limits = (rtol, atol, patience, max_steps)
+    rows, outcome, _, g = _rows.judge(state.rows, x, f, *limits)
     going_on = outcome.going_on
     best = torch.where((outcome.improved & going_on)[:, None], x, state.best)
     count = torch.where(going_on, state.rows.counters[:, HISTORY], 0)

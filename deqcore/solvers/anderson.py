@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -10,28 +11,27 @@ from torch import Tensor
 from deqcore.ops import anderson_step as op
 from deqcore.ops._rows import Rows
 from deqcore.ops.anderson_step import AndersonState
+from deqcore.solvers._fused import FusedSolver
 from deqcore.solvers._options import (
     Damping,
-    SolverOptions,
-    StepContext,
     options,
     require_damping,
     require_int,
     require_number,
-    step_outputs,
 )
+from deqcore.solvers.base import StepContext
 
 LARGE = 1 << 17  # elements of a state
 
 
-class MixingSolver(SolverOptions):
+class MixingSolver(FusedSolver):
     """The steps that Anderson and Picard share: one op, with or without mixing."""
 
+    @abc.abstractmethod
     def ring_size(self) -> int:
         """Stored residuals."""
-        raise TypeError(f"{type(self).__name__} is not a solver: use Picard or Anderson")
 
-    def init(self, x: Tensor, rows: Rows) -> AndersonState:
+    def new_state(self, x: Tensor, rows: Rows) -> AndersonState:
         batch, dim = x.shape
         memory = self.ring_size()
         return AndersonState(
@@ -42,13 +42,17 @@ class MixingSolver(SolverOptions):
             rows=rows,
         )
 
-    def step(
-        self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
-    ) -> tuple[AndersonState, Tensor, Tensor]:
-        state = _with_room_for_best(state, step)
-        x_next, z_next = step_outputs(x, context)
-        self.advance(state, x, f, context, x_next, z_next)
-        return state, x_next, x_next if context.dtype == x.dtype else z_next
+    def with_room(self, state: AndersonState, step: int) -> AndersonState:
+        """With room for best iterates that leave the ring: rarely needed, so made when it is."""
+        memory = state.g_ring.shape[1]
+        if step <= memory or state.best.shape[1]:
+            return state
+        # Looking is worth it for large states; on a GPU it would wait for the device.
+        batch, _, dim = state.g_ring.shape
+        large = batch * dim > LARGE and state.g_ring.device.type == "cpu"
+        if large and not op.evicts_best(state):
+            return state
+        return state._replace(best=state.g_ring.new_empty(batch, dim))
 
     def with_all_room(self, state: AndersonState) -> AndersonState:
         if self.max_steps <= self.ring_size():
@@ -69,7 +73,7 @@ class MixingSolver(SolverOptions):
     def differentiable_step(
         self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[AndersonState, Tensor]:
-        state = _with_room_for_best(state, step)
+        state = self.with_room(state, step)
         return op.functional(x, f, context.damping, state, *context.numbers)
 
 
@@ -93,7 +97,7 @@ class Anderson(MixingSolver):
             inf: off.
         max_weight: larger mixing weights mean a degenerate history: the row then mixes only its
             last two iterates, or takes a plain step.
-        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`SolverOptions`.
+        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`deqcore.Solver`.
 
     Raises:
         TypeError: an unknown option.
@@ -126,16 +130,3 @@ class Anderson(MixingSolver):
 
     def own_options(self) -> tuple[Any, ...]:
         return self.ridge, self.start, self.restart or 0, self.safeguard, self.max_weight
-
-
-def _with_room_for_best(state: AndersonState, step: int) -> AndersonState:
-    """Make room for best iterates that leave the ring: rarely needed, so not made until then."""
-    memory = state.g_ring.shape[1]
-    if step <= memory or state.best.shape[1]:
-        return state
-    # Looking is worth it for large states; on a GPU it would wait for the device.
-    batch, _, dim = state.g_ring.shape
-    large = batch * dim > LARGE and state.g_ring.device.type == "cpu"
-    if large and not op.evicts_best(state):
-        return state
-    return state._replace(best=state.g_ring.new_empty(batch, dim))

@@ -10,23 +10,22 @@ from torch import Tensor
 from deqcore.ops import broyden_step as op
 from deqcore.ops._rows import HISTORY, STEPS, Rows
 from deqcore.ops.broyden_step import BroydenState
+from deqcore.solvers._fused import FusedSolver
 from deqcore.solvers._options import (
     Damping,
-    SolverOptions,
-    StepContext,
     options,
     require_damping,
     require_history_dtype,
     require_int,
-    step_outputs,
     storage_dtype,
 )
+from deqcore.solvers.base import StepContext
 
 FIRST_CAPACITY = 8
 
 
 @options
-class Broyden(SolverOptions):
+class Broyden(FusedSolver):
     """Good Broyden method on g(x) = f(x) - x, started from the inverse -I, row by row.
 
     Args:
@@ -37,7 +36,7 @@ class Broyden(SolverOptions):
             ``torch.bfloat16`` halves the memory and the traffic of the history of a float32,
             bfloat16 or float16 state; each step is rounded before it is taken, and the iterate
             stays in float32. float16 is refused: its range would end the independence of scale.
-        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`SolverOptions`.
+        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`deqcore.Solver`.
 
     Raises:
         TypeError: an unknown option.
@@ -59,7 +58,7 @@ class Broyden(SolverOptions):
     def own_options(self) -> tuple[Any, ...]:
         return (self.memory,)
 
-    def init(self, x: Tensor, rows: Rows) -> BroydenState:
+    def new_state(self, x: Tensor, rows: Rows) -> BroydenState:
         batch, dim = x.shape
         size = (batch, min(FIRST_CAPACITY, self.memory), dim)
         return BroydenState(
@@ -69,13 +68,9 @@ class Broyden(SolverOptions):
             rows=rows,
         )
 
-    def step(
-        self, state: BroydenState, x: Tensor, f: Tensor, step: int, context: StepContext
-    ) -> tuple[BroydenState, Tensor, Tensor]:
-        state = self._with_room(state, step)
-        x_next, z_next = step_outputs(x, context)
-        self.advance(state, x, f, context, x_next, z_next)
-        return state, x_next, x_next if context.dtype == x.dtype else z_next
+    def begin(self, x: Tensor) -> Any:
+        history = super().begin(x)
+        return history._replace(s_ring=history.s_ring.to(x.dtype))  # see differentiable_step
 
     def with_all_room(self, state: BroydenState) -> BroydenState:
         batch, _, dim = state.s_ring.shape
@@ -96,14 +91,11 @@ class Broyden(SolverOptions):
     def differentiable_step(
         self, state: BroydenState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[BroydenState, Tensor]:
-        # Rounded as in `step`, but kept in x's dtype: gradients then are not rounded as well.
-        history_dtype = storage_dtype(self, x)
-        state = self._with_room(state._replace(s_ring=state.s_ring.to(x.dtype)), step)
-        return op.functional(
-            x, f, context.damping, state, *context.numbers, history_dtype=history_dtype
-        )
+        # Rounded as in `advance`, but kept in x's dtype: gradients then are not rounded as well.
+        state, dtype = self.with_room(state, step), storage_dtype(self, x)
+        return op.functional(x, f, context.damping, state, *context.numbers, history_dtype=dtype)
 
-    def _with_room(self, state: BroydenState, step: int) -> BroydenState:
+    def with_room(self, state: BroydenState, step: int) -> BroydenState:
         """Grow the ring so that no row can run out: a row stores at most one step per step."""
         capacity = state.s_ring.shape[1]
         if min(step, self.memory) <= capacity:

@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import affine, generator
 from torch.autograd import gradcheck, gradgradcheck
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Unrolled
+from examples.own_solver import Aitken
+from tests.support.problems import affine, generator
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-14, "max_steps": 200, "patience": 200}
-SOLVERS = [Picard(**TIGHT), Anderson(**TIGHT), Broyden(**TIGHT)]
+SOLVERS = [Picard(**TIGHT), Anderson(**TIGHT), Broyden(**TIGHT), Aitken(**TIGHT)]
 EXACT_ADJOINTS = [
     Implicit(solver=Picard(**TIGHT)),
     Implicit(solver=Anderson(**TIGHT)),
@@ -106,7 +107,7 @@ def test_gradcheck_of_every_input(adjoint):
     assert gradcheck(solve, inputs, atol=1e-6, rtol=1e-6, nondet_tol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [Picard, Anderson, Broyden])
+@pytest.mark.parametrize("solver", [Picard, Anderson, Broyden, Aitken])
 @pytest.mark.parametrize("checkpoint_every", [None, 1, 3])
 def test_unrolled_gradient_of_few_steps_is_exact(solver, checkpoint_every):
     """Far from the solution too: it is the gradient of the iterate that was computed."""
@@ -124,7 +125,8 @@ def test_unrolled_gradient_of_few_steps_is_exact(solver, checkpoint_every):
 def test_unrolled_is_differentiable_twice():
     x, weight, bias = tanh_problem(1, 2, seed=6)
     z0 = torch.zeros(1, 2, dtype=torch.float64)
-    for solver in (Picard(max_steps=3), Anderson(max_steps=4), Broyden(max_steps=4)):
+    kinds = (Anderson, Broyden, Aitken)
+    for solver in (Picard(max_steps=3), *(kind(max_steps=4) for kind in kinds)):
 
         def solve(x, weight, bias, solver=solver):
             return deqcore.fixed_point(

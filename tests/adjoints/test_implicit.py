@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Counted, equal, generator, wave_batch
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Status, Unrolled
+from tests.support.problems import Counted, equal, generator, wave_batch
 
 SEEDS = st.integers(0, 10_000)
 BACKWARD = st.sampled_from(

@@ -7,10 +7,10 @@ import weakref
 
 import pytest
 import torch
-from problems import equal
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Unrolled
+from tests.support.problems import equal
 
 DIM = 1000
 ROW_BYTES = 4 * 2 * DIM  # of one float32 state [2, DIM]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Counted, equal
 from torch.utils.checkpoint import checkpoint
 
 import deqcore
 from deqcore import Implicit, Phantom
+from tests.support.problems import Counted, equal
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import equal, wave_batch
 from torch.utils.checkpoint import checkpoint
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Unrolled
+from tests.support.problems import equal, wave_batch
 
 ADJOINTS = [
     Implicit(), Phantom(), Phantom(steps=3, damping=0.5), Unrolled(), Unrolled(checkpoint_every=2),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import ROOT, Environment, build_wheel
+from tests.support.environments import ROOT, Environment, build_wheel
 
 ISAS = ("portable", "avx2", "avx512")
 CPU_FLAGS = {"portable": set(), "avx2": {"avx2", "fma", "f16c"}}

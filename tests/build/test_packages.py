@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, Environment, build_wheel, run
+from tests.support.environments import ROOT, Environment, build_wheel, run
 
 BACKEND = f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r}); import backend;"
 

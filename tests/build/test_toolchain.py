@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from tests.support.environments import ROOT
 
 sys.path.insert(0, str(ROOT / "build_backend"))
 import toolchain

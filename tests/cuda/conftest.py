@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import emulation
 import pytest
+
+from tools import emulation
 
 
 def _built(flavour: str) -> Path:

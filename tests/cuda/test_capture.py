@@ -9,12 +9,13 @@ import types
 
 import pytest
 import torch
-from problems import equal, wave, wave_batch
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, _graphs, _kernels
 from deqcore._graphs import CudaGraphs, Parts
 from deqcore.capture import _capture
+from examples.own_solver import Aitken
+from tests.support.problems import equal, wave, wave_batch
 
 SOLVERS = [
     Picard(damping=0.7, max_steps=40),
@@ -22,6 +23,7 @@ SOLVERS = [
     Anderson(max_steps=3),
     Broyden(memory=5, max_steps=40),
     Broyden(memory=30, max_steps=9, damping=0.8),
+    Aitken(max_steps=40),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,15 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from emulation import PATHS
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import equal
-from step_cases import StepCase, broyden_case
-from step_checks import check_kernel_against_float64
-from test_traffic import full_rows
 
 from deqcore.ops._rows import ACTIVE, MIXED
+from tests.support.problems import equal
+from tests.support.step_cases import StepCase, broyden_case, full_rows
+from tests.support.step_checks import check_kernel_against_float64
+from tools.emulation import PATHS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

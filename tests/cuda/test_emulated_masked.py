@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from emulation import MASKED_PATHS, Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_cases import DTYPES, Case, arguments, check_result, make
 from torch import Tensor
+
+from tests.support.masked_cases import DTYPES, Case, arguments, check_result, make
+from tools.emulation import MASKED_PATHS, Emulator
 
 ORDERS = st.integers(0, 99)
 LINEAR = ("forward", "input gradient")

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from emulation import PATHS, Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import equal
-from step_cases import StepCase, anderson_case, broyden_case
-from step_checks import check_kernel_against_float64
 
 from deqcore.ops._rows import ACTIVE
+from tests.support.problems import equal
+from tests.support.step_cases import StepCase, anderson_case, broyden_case
+from tests.support.step_checks import check_kernel_against_float64
+from tools.emulation import PATHS, Emulator
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

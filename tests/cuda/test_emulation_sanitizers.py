@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import emulation
 import pytest
 import torch
-from defects import Defect
-from emulation import ROOT, EmulationError, Emulator
-from problems import equal
-from step_cases import StepCase, anderson_case, broyden_case
+
+from tests.support.defects import Defect
+from tests.support.problems import equal
+from tests.support.step_cases import StepCase, anderson_case, broyden_case
+from tools import emulation
+from tools.emulation import ROOT, EmulationError, Emulator
 
 SEEDS = {"address_program": range(4), "thread_program": range(2)}
 NARROW = torch.bfloat16

@@ -6,11 +6,20 @@ from functools import partial
 
 import pytest
 import torch
-from masked_cases import DTYPES, NAMES, Case, arguments, check_result, make, run_op, run_op_on
-from step_checks import require_kernels
 from torch.nn import functional as F
 
 from deqcore import SparsityPattern, masked_linear
+from tests.support.masked_cases import (
+    DTYPES,
+    NAMES,
+    Case,
+    arguments,
+    check_result,
+    make,
+    run_op,
+    run_op_on,
+)
+from tests.support.step_checks import require_kernels
 
 SHAPES = [  # rows, columns, tokens, sparsity, structure
     (1, 1, 1, 0.0, None), (0, 5, 3, 0.5, None), (5, 0, 3, 0.5, None), (5, 6, 0, 0.5, None),

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from problems import equal, wave, wave_batch
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Unrolled
+from tests.support.problems import equal, wave, wave_batch
 
 SOLVERS = [Picard(damping=0.7), Anderson(), Anderson(memory=12, restart=9), Broyden(memory=6)]
 ADJOINTS = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import equal, generator
-from step_cases import StepCase, anderson_case, broyden_case
-from step_checks import check_kernel_against_float64, require_kernels
 
 from deqcore.ops._rows import ACTIVE
+from tests.support.problems import equal, generator
+from tests.support.step_cases import StepCase, anderson_case, broyden_case
+from tests.support.step_checks import check_kernel_against_float64, require_kernels
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DIMS = [0, 1, 3, 31, 33, 128, 511, 512, 513, 1024, 4095, 4096, 8192, 8193, 12_289, 65_536]

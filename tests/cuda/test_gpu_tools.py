@@ -7,8 +7,6 @@ import sys
 import time
 import types
 
-import cuda_build
-import gpu_check
 import pytest
 import torch
 
@@ -17,6 +15,7 @@ from benchmarks import gpu_solvers
 from benchmarks.gpu_bench import Bench
 from benchmarks.harness import Report
 from deqcore import _kernels
+from tools import cuda_build, gpu_check
 
 PTXAS = """
 ptxas info    : Compiling entry function '_ZN7deqcore4cuda4goodEi' for 'sm_90'

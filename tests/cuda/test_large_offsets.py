@@ -7,11 +7,11 @@ import mmap
 import numpy as np
 import pytest
 import torch
-from problems import equal
-from step_cases import StepCase, anderson_case, broyden_case
 from torch import Tensor
 
 from deqcore.ops._rows import ACTIVE
+from tests.support.problems import equal
+from tests.support.step_cases import StepCase, anderson_case, broyden_case
 
 DIM, MEMORY = 4096, 64
 BATCH = 2**31 // (DIM * MEMORY) + 2  # its last row begins beyond 2^31 elements

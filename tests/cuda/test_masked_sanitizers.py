@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 
-import emulation
 import pytest
 import torch
-from defects import Defect
-from emulation import ROOT, EmulationError, Emulator
-from masked_cases import arguments, make
+
+from tests.support.defects import Defect
+from tests.support.masked_cases import arguments, make
+from tools import emulation
+from tools.emulation import ROOT, EmulationError, Emulator
 
 SEEDS = {"address_program": range(2), "thread_program": range(1, 2)}
 CASES = {  # what, path, rows, columns, tokens, sparsity, structure, dtype

@@ -6,9 +6,10 @@ import mmap
 
 import pytest
 import torch
-from emulation import MASKED_PATHS, TYPES, Emulator
-from masked_cases import arguments, make
 from torch import Tensor
+
+from tests.support.masked_cases import arguments, make
+from tools.emulation import MASKED_PATHS, TYPES, Emulator
 
 # Path -> tokens of a tile, rows of a tile.
 TILES = {"large": (128, 256), "medium": (128, 32), "few": (32, 32)}

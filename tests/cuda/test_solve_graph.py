@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import emulation
 import pytest
+
+from tools import emulation
 
 HERE = Path(__file__).parent
 SANITIZERS = "-fsanitize=address,undefined"

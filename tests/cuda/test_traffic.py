@@ -4,32 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulation import PATHS
-from step_cases import StepCase, anderson_case, broyden_case
 
-from deqcore.ops._rows import ACTIVE, BEST, BEST_STEP, HISTORY, MIXED, STEPS
-
-
-def full_rows(case: StepCase, history: int) -> StepCase:
-    """All rows active, with `history` slots in use, and none that ends or evicts its best."""
-    tensors = {n: t.clone() for n, t in case.tensors.items()}
-    tensors["status"].fill_(ACTIVE)
-    tensors["remaining"].fill_(len(tensors["status"]))
-    tensors["residuals"].fill_(100.0)
-    tensors["residuals"][:, BEST] = 90.0
-    counters = tensors["counters"]
-    counters[:, STEPS] = counters[:, BEST_STEP] = 3 * 64  # the best is the newest
-    counters[:, HISTORY], counters[:, MIXED] = history, 1
-    x = torch.randn_like(tensors["x"])
-    tensors["x"], tensors["f"] = x, (x + torch.randn_like(x)).to(tensors["f"].dtype)
-    for ring in ("g_ring", "h_ring", "s_ring"):
-        if ring in tensors:
-            tensors[ring] = torch.randn_like(tensors[ring])
-    steps = tensors["g_ring" if "g_ring" in tensors else "s_ring"].double()
-    tensors["gram"].zero_()
-    size = steps.shape[1]
-    tensors["gram"][:, :size, :size] = steps @ steps.mT
-    return case.with_tensors(**tensors)
+from tests.support.step_cases import anderson_case, broyden_case, full_rows
+from tools.emulation import PATHS
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from small import small_vit
-from typer.testing import CliRunner
 
 from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
 from lion_models.backbones.tiny_vit import save_vit
-from lion_models.base.folders import data_root
-from lion_models.cli import app
 from lion_models.data import Task, make_task, open_source
 from lion_models.run import RunConfig
-
-CLASSES = ("dark", "light", "middle")
-PREPARED = data_root()  # what the machine's user has prepared, before the tests look elsewhere
+from tests.support.command import CLASSES, Lion, call
+from tests.support.small import small_vit
 
 
 @pytest.fixture(autouse=True)
@@ -56,24 +49,6 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             suffix = ("png", "jpg", "bmp")[index % 3]
             image.convert(("L", "RGB")[index % 2]).save(folder / name / f"{index}.{suffix}")
     return folder
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Lion = Callable[..., Outcome]
-
-
-def call(*arguments: object) -> Outcome:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    # The console wraps lines; messages are compared as running text.
-    return Outcome(result.exit_code, result.output, " ".join(result.stderr.split()))
 
 
 @pytest.fixture

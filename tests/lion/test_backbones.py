@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SMALL, small_vit
 
 from lion_models.backbones import (
     FrozenBackbone,
@@ -20,6 +19,7 @@ from lion_models.backbones import (
 from lion_models.backbones.vit import VisionTransformer, ViTConfig
 from lion_models.base.errors import UserError
 from lion_models.data import open_source, split_rows
+from tests.support.small import SMALL, small_vit
 
 # timm.create_model("vit_tiny_patch16_224").state_dict(), without the block's number.
 TIMM_NAMES = {

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Lion
-from small import small_vit
 
 from lion_models.backbones import FrozenBackbone, freeze_vit
 from lion_models.cli import commands as cli
 from lion_models.methods import LinearProbe
 from lion_models.run.trainer import freeze_images, score
+from tests.support.command import Lion
+from tests.support.small import small_vit
 
 
 def test_info_names_a_backbones_size_fingerprint_licence_and_source(

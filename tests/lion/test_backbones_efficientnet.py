@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backbones_libraries import package
 
 from lion_models.backbones import efficientnet_lite, load_backbone
 from lion_models.backbones.efficientnet_lite import EfficientNetLite, SameConv2d
@@ -15,6 +14,7 @@ from lion_models.backbones.files import read_state
 from lion_models.base.errors import UserError
 from lion_models.base.optional import package_file
 from lion_models.methods.lion import Lion
+from tests.support.libraries import package
 
 INSIDE = "models/efficientnet-lite0-57934424.pth"
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small import SMALL, small_vit
 from torch import nn
 
 from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
@@ -18,6 +17,7 @@ from lion_models.methods.base import TunedClassifier, count_parameters, trained_
 from lion_models.methods.lion import Lion
 from lion_models.run import RunConfig, build_model
 from lion_models.run.config import METHODS
+from tests.support.small import SMALL, small_vit
 
 D, DEPTH = SMALL.dim, SMALL.depth
 BACKBONE = sum(p.numel() for p in small_vit().parameters()) - 3 * D - 3

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Lion
 
 from lion_models.base.errors import UserError
 from lion_models.run import Run, RunConfig
 from lion_models.run.trainer import FitState
 from lion_models.study.runner import CellRunner
 from lion_models.study.trial import Cell, CellOptions, Event, check_cells
+from tests.support.command import Lion
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Lion
 from PIL import Image
 
 from lion_models.base.errors import UserError
@@ -18,6 +17,7 @@ from lion_models.run import Run, RunConfig
 from lion_models.run.data_record import check_unchanged, record_data
 from lion_models.run.trainer import FitState
 from lion_models.run.workbench import Workbench
+from tests.support.command import Lion
 
 
 @pytest.fixture

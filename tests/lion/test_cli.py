@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Lion
 from PIL import Image
 from safetensors.torch import save_file
-from small import small_vit
 
 import deqcore
 from lion_models.backbones.tiny_vit import save_vit
 from lion_models.data import BadFilesWarning
 from lion_models.run.checkpoint import read_checkpoint
+from tests.support.command import Lion
+from tests.support.small import small_vit
 
 QUICK = ("--shots", 3, "--validation-shots", 2, "--epochs", 2)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from lion_models.data import SealedTest, decode_image, make_task, open_source, s
 from lion_models.data.augment import jitter
 from lion_models.data.idx import read_idx, read_idx_pair
 from lion_models.data.sources import ArraySource
+from tests.support.small import idx_bytes
 
 
 def gradient_image(mode: str) -> Image.Image:
@@ -209,11 +209,6 @@ def test_test_set_is_read_once(tmp_path: Path):
     with pytest.raises(UserError, match="test set was read with other weights already"):
         sealed.measure(ledger, "weights-b", score)
     assert calls == [4, 4, 2]
-
-
-def idx_bytes(values: np.ndarray) -> bytes:
-    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-    return header + values.astype(np.uint8).tobytes()
 
 
 def test_idx_files_are_read_plain_and_compressed(tmp_path: Path):

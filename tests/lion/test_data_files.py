@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Lion
 from PIL import Image, ImageFile
-from small import cats_and_dogs, noise
 
 from lion_models.base.errors import UserError
 from lion_models.base.folders import cache_root
@@ -29,6 +27,8 @@ from lion_models.data import (
     verify,
 )
 from lion_models.data.images import decode_image
+from tests.support.command import Lion
+from tests.support.small import cats_and_dogs, noise
 
 
 def cut(path: Path) -> Path:

@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import Lion
-from small import cats_and_dogs, noise
 
 from lion_models.base.errors import UserError
 from lion_models.data import BadFilesWarning, CopiesWarning, find_images, open_source
 from lion_models.data.base import TEST, TRAIN, VALIDATION
+from tests.support.command import Lion
+from tests.support.small import cats_and_dogs, noise
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Lion
 from PIL import Image
 
 from lion_models.base.errors import UserError
 from lion_models.data import open_source, split_source
 from lion_models.data.base import TEST, TRAIN, VALIDATION
+from tests.support.command import Lion
 
 GREY = [Image.new("L", (6, 6), 10 * index) for index in range(20)]
 

@@ -10,9 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import PREPARED, Lion
 from PIL import Image
-from test_data import idx_bytes
 
 from lion_models.base.errors import UserError
 from lion_models.data import CATALOGUE, open_source, split_source
@@ -20,6 +18,8 @@ from lion_models.data.named import catalogue
 from lion_models.data.named.catalogue import find_files
 from lion_models.data.named.emoji import GROUPS, EmojiSource, read_groups
 from lion_models.data.named.tuxpaint import CLASSES
+from tests.support.command import PREPARED, Lion
+from tests.support.small import idx_bytes
 
 FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Lion
 
 from lion_models.data.named import catalogue
+from tests.support.command import Lion
 
 COPYRIGHT = "./usr/share/doc/fonts-noto-color-emoji/copyright"
 FONT = "./usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"

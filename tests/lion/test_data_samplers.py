@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Lion
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from lion_models.data.lazy import LazyImages, decoded_or_lazy
 from lion_models.run import RunConfig, build_model
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import fit
+from tests.support.command import Lion
 
 
 def rows_of(count: int, classes: int) -> tuple[torch.Tensor, tuple[str, ...]]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Lion
 from PIL import Image
 
 from lion_models.backbones import FrozenBackbone
@@ -16,6 +15,7 @@ from lion_models.data import ArraySource, Geometry, decode_image, training_view
 from lion_models.data.images import to_tensor
 from lion_models.data.transforms import random_crop, random_flip, random_resized_crop
 from lion_models.run import RunConfig
+from tests.support.command import Lion
 
 
 def stripes(width: int, height: int) -> Image.Image:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Lion
 from safetensors.torch import load_file
 
 from lion_models.run.ranks import ALONE, Ranks
+from tests.support.command import Lion
 
 # Nine training images in batches of five: the parts are uneven, the last batch too.
 OPTIONS = ("--shots", 3, "--validation-shots", 3, "--epochs", 3, "--batch", 5, "--hidden", 4,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, Lion
 from PIL import Image
 from torch import nn
 
@@ -21,6 +20,7 @@ from lion_models.data import decode_image
 from lion_models.run import Run, load_run
 from lion_models.run.export import export_run, unrolled
 from lion_models.run.memory import kept_bytes
+from tests.support.command import CLASSES, Lion
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Lion
 
 from lion_models.base.errors import UserError
 from lion_models.run import RunConfig
 from lion_models.study.sweep import Axis, Plan, parse_axis
+from tests.support.command import Lion
 
 LION = ("--method", "lion", "--sides")
 

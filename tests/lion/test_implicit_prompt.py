@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import SMALL, small_vit
 
 import deqcore
 import lion_models
@@ -19,6 +18,7 @@ from lion_models.methods import LinearProbe, VPTDeep
 from lion_models.methods.base import count_parameters
 from lion_models.methods.lion import SIDES, Lion
 from lion_models.prompts.implicit_prompt import BottleneckCell, ImplicitPrompt
+from tests.support.small import SMALL, small_vit
 
 EXACT = deqcore.Anderson(rtol=1e-13, atol=1e-14, max_steps=200)
 

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Lion, call
 
 from lion_models.run import Run
 from lion_models.run.workbench import Workbench
+from tests.support.command import Lion, call
 
 
 @pytest.fixture

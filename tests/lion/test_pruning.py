@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Lion as Command
 from safetensors.torch import load_file
-from small import SMALL, small_vit
 from torch import nn
 
 import deqcore
@@ -33,6 +31,8 @@ from lion_models.run import (
 from lion_models.run.checkpoint import read_checkpoint, save_checkpoint
 from lion_models.run.optimizer import make_optimizer
 from lion_models.run.seeding import seed_all
+from tests.support.command import Lion as Command
+from tests.support.small import SMALL, small_vit
 
 D, H = SMALL.dim, 4
 MATRICES = [

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, Lion
 from PIL import Image
 
 from lion_models.backbones import FrozenBackbone
@@ -29,6 +28,7 @@ from lion_models.run.report import class_report
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import score
 from lion_models.run.workbench import Workbench
+from tests.support.command import CLASSES, Lion
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Lion
 
 from lion_models.base.errors import UserError
 from lion_models.data import open_source, splits
 from lion_models.methods.base import TunedClassifier
 from lion_models.run import Run, RunConfig
 from lion_models.run.trainer import FitState
+from tests.support.command import Lion
 
 
 @pytest.fixture

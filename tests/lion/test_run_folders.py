@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import Lion
 
 from lion_models.base.errors import UserError
 from lion_models.cli.options import short_name
 from lion_models.run import Run, RunConfig
+from tests.support.command import Lion
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Lion
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import claim, holding, run_lock
@@ -25,6 +24,7 @@ from lion_models.study.compare import run_comparison
 from lion_models.study.runner import CellRunner
 from lion_models.study.sweep import Axis, Plan, parse_axis, run_sweep
 from lion_models.study.trial import Cell, CellOptions, Event
+from tests.support.command import Lion
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from masked_cases import DTYPES, Case, check, make, operations
 
 from deqcore import SparsityPattern
+from tests.support.masked_cases import DTYPES, Case, check, make, operations
 
 NAMES = list(operations())
 # On both sides of the widths that kernels take at a time: 4, 8, 16, 32, 48, 64, 96 tokens.

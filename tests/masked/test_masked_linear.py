@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from masked_cases import DTYPES, Case, make
 from torch import Tensor
 from torch.nn import functional as F
 
 from deqcore import SparsityPattern, masked_linear
 from deqcore.sparse import choice
+from tests.support.masked_cases import DTYPES, Case, make
 
 BACKENDS = ("auto", "sparse", "dense")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from masked_cases import Case, make
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from deqcore import masked_linear
+from tests.support.masked_cases import Case, make
 
 BACKENDS = ("auto", "sparse", "dense")
 SPARSITIES = (0.5, 0.95)  # of the two ways of filling a dense weight, and both sides of "auto"

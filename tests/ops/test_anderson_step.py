@@ -6,18 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import equal, generator
-from step_cases import StepCase, anderson_case, ring_steps
-from step_checks import (
+
+from deqcore import _kernels
+from deqcore.ops._rows import ACTIVE, BEST_STEP, HISTORY, MIXED, STEPS, Rows
+from tests.support.problems import equal, generator
+from tests.support.step_cases import StepCase, anderson_case, ring_steps
+from tests.support.step_checks import (
     check_frozen_rows_untouched,
     check_kernel_against_float64,
     check_opcheck,
     check_refuses_autograd,
     require_kernels,
 )
-
-from deqcore import _kernels
-from deqcore.ops._rows import ACTIVE, BEST_STEP, HISTORY, MIXED, STEPS, Rows
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

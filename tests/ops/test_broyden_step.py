@@ -6,19 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Counted, affine, generator
-from step_cases import broyden_case
-from step_checks import (
+
+import deqcore
+from deqcore import _kernels
+from deqcore.ops._rows import ACTIVE, HISTORY, MIXED
+from tests.support.problems import Counted, affine, generator
+from tests.support.step_cases import broyden_case
+from tests.support.step_checks import (
     check_frozen_rows_untouched,
     check_kernel_against_float64,
     check_opcheck,
     check_refuses_autograd,
     require_kernels,
 )
-
-import deqcore
-from deqcore import _kernels
-from deqcore.ops._rows import ACTIVE, HISTORY, MIXED
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

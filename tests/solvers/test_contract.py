@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Counted, affine, equal, halving_damping, rms, wave, wave_batch
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Status, Unrolled
+from examples.own_solver import Aitken
+from tests.support.problems import Counted, affine, equal, halving_damping, rms, wave, wave_batch
 
-SOLVERS = [Picard, Anderson, Broyden]
+SOLVERS = [Picard, Anderson, Broyden, Aitken]
 ADJOINTS = [Implicit(), Phantom(), Unrolled()]
 
 
@@ -262,7 +263,10 @@ def test_plain_start_and_restart_delay_mixing():
 def test_root_finds_where_g_vanishes(kind):
     A, b = affine(6, 0.5)
     solution = deqcore.root(
-        lambda z, b: b - z + z @ A.T, torch.zeros(3, 6, dtype=A.dtype), b, solver=kind(rtol=1e-9)
+        lambda z, b: b - z + z @ A.T,
+        torch.zeros(3, 6, dtype=A.dtype),
+        b,
+        solver=kind(rtol=1e-9, atol=1e-9),
     )
     solution.raise_for_status()
     exact = torch.linalg.solve(torch.eye(6, dtype=A.dtype) - A, b)

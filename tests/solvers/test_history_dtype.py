@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import DAMPINGS, affine, equal, generator, wave, wave_batch
 from torch import Tensor
 
 import deqcore
 from deqcore import Broyden, Implicit, Unrolled
 from deqcore.ops._rows import Rows
+from tests.support.problems import DAMPINGS, affine, equal, generator, wave, wave_batch
 
 NARROW = torch.bfloat16
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -137,16 +137,16 @@ def test_a_float64_state_is_refused():
             )
 
 
-@pytest.mark.parametrize("room", ["init", "with_all_room", "grown"])
+@pytest.mark.parametrize("room", ["new_state", "with_all_room", "grown"])
 def test_the_history_takes_half_the_memory(room):
     def state_bytes(history_dtype: torch.dtype | None) -> int:
         solver = Broyden(history_dtype=history_dtype)
         x = torch.zeros(2, 100)
-        state = solver.init(x, Rows.start(2, x.device))
+        state = solver.new_state(x, Rows.start(2, x.device))
         if room == "with_all_room":
             state = solver.with_all_room(state)
         elif room == "grown":
-            state = solver._with_room(state, 20)
+            state = solver.with_room(state, 20)
         return state.s_ring.untyped_storage().nbytes()
 
     assert 2 * state_bytes(NARROW) == state_bytes(None)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from problems import Counted, affine, equal, rms, solvers, wave, wave_batch
 
 import deqcore
 from deqcore import Anderson, Status
+from examples.own_solver import Aitken
+from tests.support.problems import Counted, affine, equal, rms, solvers, wave, wave_batch
 
 SEEDS = st.integers(0, 10_000)
 BATCHES = st.integers(1, 7)
@@ -87,7 +88,7 @@ def test_permuting_the_batch_permutes_the_solution(batch, dim, seed, dtype, solv
 
 @pytest.mark.parametrize("dim", [4097, 20_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", [Anderson, deqcore.Broyden, deqcore.Picard])
+@pytest.mark.parametrize("kind", [Anderson, deqcore.Broyden, deqcore.Picard, Aitken])
 def test_long_ragged_rows_do_not_depend_on_batch_or_threads(dim, dtype, kind):
     solver = kind(max_steps=9)
     problem = wave_batch(5, dim, 1, dtype)

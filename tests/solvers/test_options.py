@@ -10,10 +10,10 @@ import pickle
 
 import pytest
 import torch
-from problems import halving_damping
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Unrolled
+from tests.support.problems import halving_damping
 
 SOLVERS = [Picard, Anderson, Broyden]
 OPTION_CLASSES = [*SOLVERS, Implicit, Phantom, Unrolled]

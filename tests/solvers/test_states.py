@@ -6,12 +6,13 @@ import collections
 
 import pytest
 import torch
-from problems import equal, rms
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, Phantom, Picard, Status, Unrolled
+from examples.own_solver import Aitken
+from tests.support.problems import equal, rms
 
-KINDS = [Picard, Anderson, Broyden]
+KINDS = [Picard, Anderson, Broyden, Aitken]
 ADJOINTS = [Implicit(), Phantom(), Unrolled(), Unrolled(checkpoint_every=2)]
 
 

@@ -6,12 +6,13 @@ import pickle
 
 import pytest
 import torch
-from problems import equal, rms
 
 import deqcore
 from deqcore import Anderson, Broyden, ConvergenceError, Implicit, Phantom, Picard, Status, Unrolled
+from examples.own_solver import Aitken
+from tests.support.problems import equal, rms
 
-KINDS = [Picard, Anderson, Broyden]
+KINDS = [Picard, Anderson, Broyden, Aitken]
 ADJOINTS = [Implicit(), Phantom(), Unrolled()]
 
 

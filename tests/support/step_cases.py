@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from problems import generator
 from torch import Tensor
 
 from deqcore.ops import anderson_step, broyden_step
@@ -27,6 +26,7 @@ from deqcore.ops._rows import (
     STEPS,
     Rows,
 )
+from tests.support.problems import generator
 
 NAN = float("nan")
 ROW_FIELDS = ("status", "counters", "residuals", "remaining")
@@ -241,3 +241,25 @@ def broyden_case(
         tensors=dict(zip(BROYDEN, (*tensors, *outputs(x, f).values()), strict=True)),
         options={**defaults, **options, "memory": memory},
     )
+
+
+def full_rows(case: StepCase, history: int) -> StepCase:
+    """All rows active, with `history` slots in use, and none that ends or evicts its best."""
+    tensors = {n: t.clone() for n, t in case.tensors.items()}
+    tensors["status"].fill_(ACTIVE)
+    tensors["remaining"].fill_(len(tensors["status"]))
+    tensors["residuals"].fill_(100.0)
+    tensors["residuals"][:, BEST] = 90.0
+    counters = tensors["counters"]
+    counters[:, STEPS] = counters[:, BEST_STEP] = 3 * 64  # the best is the newest
+    counters[:, HISTORY], counters[:, MIXED] = history, 1
+    x = torch.randn_like(tensors["x"])
+    tensors["x"], tensors["f"] = x, (x + torch.randn_like(x)).to(tensors["f"].dtype)
+    for ring in ("g_ring", "h_ring", "s_ring"):
+        if ring in tensors:
+            tensors[ring] = torch.randn_like(tensors[ring])
+    steps = tensors["g_ring" if "g_ring" in tensors else "s_ring"].double()
+    tensors["gram"].zero_()
+    size = steps.shape[1]
+    tensors["gram"][:, :size, :size] = steps @ steps.mT
+    return case.with_tensors(**tensors)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deqcore import Anderson, Broyden, Picard
+from examples.own_solver import Aitken
 
 
 def generator(seed: int) -> torch.Generator:
@@ -93,9 +94,16 @@ def broydens(**fixed: Any) -> st.SearchStrategy[Broyden]:
     return st.builds(Broyden, **{**drawn, **_constants(fixed)})
 
 
+def aitkens(**fixed: Any) -> st.SearchStrategy[Aitken]:
+    """The solver of examples/own_solver.py: the laws hold for what users write, too."""
+    drawn = {"damping": DAMPINGS, "bound": st.sampled_from([10.0, 1.0, float("inf")])}
+    return st.builds(Aitken, **{**drawn, **_constants(fixed)})
+
+
 def solvers(**fixed: Any) -> st.SearchStrategy[Any]:
     """Any solver, with any options; ``fixed`` are those that all share."""
-    return st.one_of(picards(**fixed), andersons(**fixed), broydens(**fixed))
+    kinds = (picards, andersons, broydens, aitkens)
+    return st.one_of(*(kind(**fixed) for kind in kinds))
 
 
 def _constants(options: dict[str, Any]) -> dict[str, Any]:

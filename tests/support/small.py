@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +36,9 @@ def cats_and_dogs(folder: Path, images: int, suffix: str) -> Path:
         for index in range(images):
             noise(folder / name / f"{index}{suffix}", seed=10 * seed + index)
     return folder
+
+
+def idx_bytes(values: np.ndarray) -> bytes:
+    """A file of Yann LeCun's IDX format, of unsigned bytes."""
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    return header + values.astype(np.uint8).tobytes()

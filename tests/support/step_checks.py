@@ -6,12 +6,12 @@ import os
 
 import pytest
 import torch
-from problems import equal, generator
-from step_cases import StepCase
 from torch import Tensor
 
 from deqcore import _kernels
 from deqcore.ops._rows import ACTIVE, HISTORY
+from tests.support.problems import equal, generator
+from tests.support.step_cases import StepCase
 
 # A kernel's error may be twice that of the reference in the same dtype, and this many units in the
 # last place of the row's largest number on top (its sums are taken in another order).

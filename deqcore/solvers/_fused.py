@@ -1,0 +1,76 @@
+"""Solvers whose op does the loop's part of a step too: counts, statuses, the best iterate."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqcore.ops._rows import Rows, count_active
+from deqcore.solvers._buffers import step_outputs
+from deqcore.solvers.base import Solver, StepContext, StepInfo
+
+
+class FusedSolver(Solver):
+    """``Picard``, ``Anderson`` and ``Broyden``: the loop calls their ops instead of ``step``."""
+
+    @abc.abstractmethod
+    def new_state(self, x: Tensor, rows: Rows) -> Any:
+        """The op's state for iterates like ``x``; memory that it writes first may hold anything."""
+
+    @abc.abstractmethod
+    def with_room(self, state: Any, step: int) -> Any:
+        """``state`` with the memory that this step could need."""
+
+    @abc.abstractmethod
+    def with_all_room(self, state: Any) -> Any: ...
+
+    @abc.abstractmethod
+    def advance(
+        self, state: Any, x: Tensor, f: Tensor, context: StepContext, x_next: Tensor, z_next: Tensor
+    ) -> None: ...
+
+    @abc.abstractmethod
+    def differentiable_step(
+        self, state: Any, x: Tensor, f: Tensor, step: int, context: StepContext
+    ) -> tuple[Any, Tensor]: ...
+
+    def initial_state(self, x: Tensor, rows: Rows, *, differentiable: bool = False) -> Any:
+        state = self.new_state(x, rows)
+        return _finite(state) if differentiable else state
+
+    def reset(self, state: Any, x: Tensor) -> None:
+        """Nothing: an op reads no more of a history than its rows have counted."""
+
+    def take_step(
+        self, state: Any, x: Tensor, f: Tensor, step: int, context: StepContext
+    ) -> tuple[Any, Tensor, Tensor]:
+        state = self.with_room(state, step)
+        x_next, z_next = step_outputs(x, context)
+        self.advance(state, x, f, context, x_next, z_next)
+        return state, x_next, x_next if context.dtype == x.dtype else z_next
+
+    def begin(self, x: Tensor) -> Any:
+        """All that the op keeps of each row, for a solver that is made of this one."""
+        rows = Rows.start(len(x), x.device)
+        state = _finite(self.with_all_room(self.new_state(x, rows)))
+        return state._replace(rows=rows[:-1])  # without `remaining`, which is no row's
+
+    def step(self, history: Any, x: Tensor, f: Tensor, info: StepInfo) -> tuple[Any, Tensor]:
+        """One step of the op's oracle, with the tolerances and limits of ``info``."""
+        status, counters, residuals = history.rows
+        rows = Rows(status, counters, residuals, count_active(status))
+        context = info.context._replace(
+            damping=self.damping_table(x.device),
+            numbers=(*info.context.numbers[:4], *self.own_options()),
+        )
+        state, x_next = self.differentiable_step(history._replace(rows=rows), x, f, 1, context)
+        return state._replace(rows=state.rows[:-1]), x_next
+
+
+def _finite(state: Any) -> Any:
+    """Without uninitialised memory: autograd multiplies even what `where` leaves out."""
+    zeros = {name: torch.zeros_like(t) for name, t in state._asdict().items() if name != "rows"}
+    return state._replace(**zeros)

@@ -1,0 +1,1 @@
+"""What several files of tests share: problems, cases of the kernels, and a way to call `lion`."""
