@@ -11,7 +11,7 @@ from deqcore.capture import CapturedSolver, capture
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
 from deqcore.regularizers import jacobian_penalty, spectral_radius
-from deqcore.solvers import Anderson, Broyden, Picard, Solver, StepInfo
+from deqcore.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solver, StepInfo
 from deqcore.sparse import (
     MaskedLinear,
     SparsityPattern,
@@ -32,6 +32,7 @@ __all__ = [
     "Implicit",
     "ImplicitLayer",
     "MaskedLinear",
+    "NewtonKrylov",
     "Phantom",
     "Picard",
     "Problem",

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deqcore import Anderson, Broyden, Picard
+from deqcore import Anderson, Broyden, NewtonKrylov, Picard
 from examples.own_solver import Aitken
 
 
@@ -100,9 +100,14 @@ def aitkens(**fixed: Any) -> st.SearchStrategy[Aitken]:
     return st.builds(Aitken, **{**drawn, **_constants(fixed)})
 
 
+def newton_krylovs(**fixed: Any) -> st.SearchStrategy[NewtonKrylov]:
+    drawn = {"memory": st.sampled_from([1, 2, 5, 20]), "damping": DAMPINGS}
+    return st.builds(NewtonKrylov, **{**drawn, **_constants(fixed)})
+
+
 def solvers(**fixed: Any) -> st.SearchStrategy[Any]:
     """Any solver, with any options; ``fixed`` are those that all share."""
-    kinds = (picards, andersons, broydens, aitkens)
+    kinds = (picards, andersons, broydens, newton_krylovs, aitkens)
     return st.one_of(*(kind(**fixed) for kind in kinds))
 
 
