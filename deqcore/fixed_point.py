@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from deqcore._compile import never_traced
 from deqcore._loop import Problem
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, Solution
@@ -17,7 +18,7 @@ from deqcore.solvers import Anderson, Solver
 
 # A solve takes as many steps as its values need: there is nothing to trace. Without this the tracer
 # would find that out call by call, in some twenty graphs that together are slower than none.
-@torch.compiler.disable(reason="a solve takes as many steps as values need; compile f instead")
+@never_traced(reason="a solve takes as many steps as values need; compile f instead")
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,

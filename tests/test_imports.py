@@ -86,7 +86,8 @@ def test_deqcore_imports_only_what_it_declares(path):
 )
 def test_ops_know_tensors_alone(path):
     modules = {module for module, _ in imports(path) if module.split(".")[0] == "deqcore"}
-    assert all(module.startswith(("deqcore.ops", "deqcore._status")) for module in modules), modules
+    below = ("deqcore.ops", "deqcore._status", "deqcore._compile")
+    assert all(module.startswith(below) for module in modules), modules
 
 
 @pytest.mark.parametrize(
@@ -121,3 +122,34 @@ def test_importing_deqcore_loads_no_optional_dependency():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""
+
+
+USES = {
+    "import": "",
+    "solve": """
+f = lambda z, x: 0.5 * z + x
+x = torch.ones(2, 3, requires_grad=True)
+deqcore.fixed_point(f, torch.ones(2, 3), x).value.sum().backward()
+""",
+    "sparse": """
+pattern = deqcore.SparsityPattern.from_mask(torch.rand(8, 8) > 0.5)
+deqcore.MaskedLinear(pattern)(torch.ones(2, 8)).sum().backward()
+""",
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_tracer_of_torch_compile_is_not_loaded_before_something_is_compiled(use):
+    """torch._dynamo takes as long to import as torch itself."""
+    slow = ["torch._dynamo", "torch._inductor"]
+    if use == "import":  # torch's own backward pass imports it
+        slow.append("sympy")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import deqcore
+{USES[use]}
+print([name for name in {slow} if name in set(sys.modules) - before])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -222,6 +222,7 @@ def test_a_compiled_model_breaks_its_graph_at_the_solve_alone():
     torch._dynamo.reset()
     explained = torch._dynamo.explain(model)(torch.randn(3, 4))
     assert explained.graph_break_count <= 1, explained.break_reasons
+    assert "a solve takes as many steps as values need" in explained.break_reasons[0].reason
     compiled = torch.compile(model, backend="eager")
     for batch in (3, 5, 8):
         x = torch.randn(batch, 4)
@@ -231,6 +232,33 @@ def test_a_compiled_model_breaks_its_graph_at_the_solve_alone():
         for a, b in zip(*(torch.autograd.grad(y.sum(), [*model.parameters()])
                           for y in (found, expected)), strict=True):  # fmt: skip
             assert torch.equal(a, b)
+
+
+def test_nothing_inside_of_a_solve_is_traced_but_what_the_caller_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch.compiler.reset()
+    before = dict(torch._dynamo.utils.counters["frames"])
+
+    @torch.compile(backend=backend)
+    def plain(x):
+        return deqcore.fixed_point(lambda z: 0.5 * torch.cos(z), x + 1).value * 2
+
+    x = torch.randn(3, 4)
+    plain(x)
+    assert len(graphs) == 1  # that of x + 1
+    assert torch.cos not in graphs[0]
+    # The function up to the solve, and the rest of it: no frame of the solve's.
+    assert torch._dynamo.utils.counters["frames"]["total"] - before.get("total", 0) == 2
+
+    graphs.clear()
+    f = torch.compile(lambda z: 0.5 * torch.cos(z), backend=backend)
+    deqcore.fixed_point(f, x)
+    assert [torch.cos in graph for graph in graphs] == [True, True]  # without and with gradients
 
 
 # 12. Empty batches, 0-dim states, mutated options, typos, copies, stale residuals.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from deqcore._compile import constant_when_traced
 from deqcore.ops._library import LIBRARY, define_pure
 from deqcore.ops.masked_dense import to_dense_reference
 
@@ -38,7 +39,7 @@ def fits(x: Tensor, rows: int, columns: int) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _has_sparse_tensor_cores(index: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deqcore import _kernels
+from deqcore._compile import constant_when_traced
 from deqcore.sparse.crossovers import CROSSOVERS
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _least_sparsity(line: Line, tokens: int | None) -> float:
     return least
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _gpu_line(index: int, name: str) -> Line | None:
     """What was measured on a GPU; None if nothing was."""
     if index not in _GPU_LINES:  # at the first product, since it wakes the driver
@@ -159,7 +160,7 @@ def _counts_on_sparse(
     return enough and pattern.sparsity >= _COUNTED_SPARSITY
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _multiplies_in_tf32() -> bool:
     """Whether a dense float32 product may use tensor cores, which the kernels here do not."""
     precision = torch.backends.cuda.matmul.fp32_precision
