@@ -32,6 +32,7 @@ from lion_models.cli.options import (
     Ema,
     Epochs,
     Hidden,
+    ImageCache,
     Imbalance,
     Iterations,
     Jobs,
@@ -66,6 +67,7 @@ from lion_models.cli.options import (
     Transform,
     ValidationShots,
     Verify,
+    Workers,
     check_given,
     config_of,
     dashed,
@@ -80,6 +82,7 @@ from lion_models.cli.options import (
 from lion_models.cli.progress import CellBars, ProgressBars
 from lion_models.cli.runs import evaluate, export, info, predict_command
 from lion_models.cli.sweep import sweep
+from lion_models.data.loader import IMAGE_CACHE
 from lion_models.run import Run, RunConfig
 from lion_models.run.config import METHODS, SHOWN_METHODS
 from lion_models.run.data_record import stored_name
@@ -209,6 +212,8 @@ def train(
         bool, typer.Option("--tensorboard", help="Write scalars to RUNS/NAME/tensorboard.")
     ] = False,
     threads: Threads = None,
+    workers: Workers = None,
+    image_cache: ImageCache = IMAGE_CACHE,
     device: Device = "cpu",
 ) -> None:
     """Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
@@ -222,7 +227,12 @@ def train(
         asked = replace(config, data=stored_name(folder, stored.data, data, moved_data))
         config = _resumed(ctx, stored, asked)
     check_given(ctx, [config.method], lambda key: {getattr(config, key)})
-    run = Run(folder, config, bench=Workbench(device), moved_data=moved_data)
+    run = Run(
+        folder,
+        config,
+        bench=Workbench(device, workers, image_cache),
+        moved_data=moved_data,
+    )
     with ExitStack() as held, joined_ranks(device) as ranks:
         if ranks.first:
             held.enter_context(run.held(resume=resume, overwrite=overwrite))
@@ -282,6 +292,8 @@ def compare(
     overwrite: Overwrite = False,
     jobs: Jobs = 1,
     threads: Threads = None,
+    workers: Workers = None,
+    image_cache: ImageCache = IMAGE_CACHE,
     device: Device = "cpu",
 ) -> None:
     """Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
@@ -299,9 +311,8 @@ def compare(
         distinct("--seeds", numbers("--seeds", seeds, int)),
         rates,
         overwrite,
-        device,
+        CellRunner(jobs, threads, CellOptions(device, workers=workers, image_cache=image_cache)),
         jobs,
-        threads,
     )
 
 
@@ -317,13 +328,16 @@ def demo(
     ] = None,
     overwrite: Overwrite = False,
     threads: Threads = None,
+    workers: Workers = None,
+    image_cache: ImageCache = IMAGE_CACHE,
 ) -> None:
     """Linear probe, VPT-deep and LION on few images: MNIST on the embedded tiny ViT, or --vit."""
     set_up(threads, "cpu")
     base = VIT_DEMO if vit else RunConfig(data="mnist5k", shots=20, epochs=100)
     base = base if data is None else replace(base, data=data)
     folder = runs / ("demo-vit" if vit else "demo")
-    _compare(folder, base, list(SHOWN_METHODS), [42], [], overwrite, "cpu")
+    options = CellOptions(workers=workers, image_cache=image_cache)
+    _compare(folder, base, list(SHOWN_METHODS), [42], [], overwrite, CellRunner(options=options))
 
 
 def _compare(
@@ -333,11 +347,9 @@ def _compare(
     seeds: list[int],
     rates: list[float],
     overwrite: bool,
-    device: str,
+    runner: CellRunner,
     jobs: int = 1,
-    threads: int | None = None,
 ) -> None:
-    runner = CellRunner(jobs, threads, CellOptions(device))
     with CellBars(jobs) as bars, runner:
         result = run_comparison(
             folder,

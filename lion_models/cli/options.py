@@ -183,6 +183,16 @@ Jobs = Annotated[int, typer.Option(help="Processes that share the runs.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes that decode images ahead of their use.",
+        show_default="none on the CPU, else as many as threads, 8 at most",
+    ),
+]
+ImageCache = Annotated[
+    float, typer.Option(help="GiB of decoded images to keep in memory; of each job.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lion_models.backbones import TINY_VIT, load_backbone, read_vit, tiny_vit_path
 from lion_models.base.errors import UserError, choose
 from lion_models.base.files import make_folder, replacing, write_json
-from lion_models.cli.options import Backbone, Device, MovedData, Threads, set_up
+from lion_models.cli.options import Backbone, Device, MovedData, Threads, Workers, set_up
 from lion_models.data import decode_image
 from lion_models.run import LoadedRun, Run, load_run
 from lion_models.run.export import FORMATS, export_run
@@ -80,10 +80,12 @@ def evaluate(
     backbone: Moved = None,
     moved_data: MovedData = None,
     threads: Threads = None,
+    workers: Workers = None,
     device: Device = "cpu",
 ) -> None:
     """Accuracy of a run: on its own test set (measured once, then remembered) or on other data."""
     set_up(threads, device)
+    bench = Workbench(device, workers, image_cache=0)  # every image is read once
     if data is None:
         if not run.is_dir():
             load_run(run)
@@ -92,7 +94,7 @@ def evaluate(
             raise UserError(f"--report-to: a run's own report is written to {run}; add --data")
         if backbone is not None or bad_files is not None:
             raise UserError("--backbone and --bad-files: go with --data; add it")
-        figures = Run.open(run, bench=Workbench(device), moved_data=moved_data).measure()["test"]
+        figures = Run.open(run, bench=bench, moved_data=moved_data).measure()["test"]
         classes = read_report(run / REPORT) if report else {}
         where = "the run's test set"
     else:
@@ -103,7 +105,7 @@ def evaluate(
         loaded = _load(run, backbone)
         loaded.model.to(device)
         predicted: list[Tensor] = []
-        figures, truth = evaluate_on(loaded, data, predicted, bad_files)
+        figures, truth = evaluate_on(loaded, data, predicted, bad_files, bench.images)
         _warn_of_training_images(run, loaded, data)
         classes = class_report(loaded.classes, truth, torch.cat(predicted)) if (
             report or report_to) else {}  # fmt: skip

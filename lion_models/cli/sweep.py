@@ -12,11 +12,13 @@ from lion_models.base.errors import UserError, choose
 from lion_models.cli.options import (
     Data,
     Device,
+    ImageCache,
     Jobs,
     Overwrite,
     Runs,
     Shots,
     Threads,
+    Workers,
     check_given,
     config_of,
     distinct,
@@ -26,6 +28,7 @@ from lion_models.cli.options import (
     short_name,
 )
 from lion_models.cli.progress import CellBars
+from lion_models.data.loader import IMAGE_CACHE
 from lion_models.run.config import METHODS, SHOWN_METHODS
 from lion_models.study.report import sweep_tables
 from lion_models.study.runner import CellRunner
@@ -65,6 +68,8 @@ def sweep(
     overwrite: Overwrite = False,
     jobs: Jobs = 1,
     threads: Threads = None,
+    workers: Workers = None,
+    image_cache: ImageCache = IMAGE_CACHE,
     device: Device = "cpu",
 ) -> None:
     """A grid of options, chosen on validation data: sweep.json, sweep.png. Continues by itself.
@@ -90,7 +95,7 @@ def sweep(
     )
     check_given(ctx, plan.methods, plan.values_of)
     folder = folder_in(runs, name, f"sweep-{short_name(data)}")
-    options = CellOptions(device, plot=False)
+    options = CellOptions(device, plot=False, workers=workers, image_cache=image_cache)
     with CellBars(jobs) as bars, CellRunner(jobs, threads, options) as runner:
         content = run_sweep(
             folder,

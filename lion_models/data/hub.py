@@ -38,12 +38,19 @@ __all__ = [
 
 @dataclass
 class PictureSource(DecodingSource):
-    """Pictures that another library hands out by number."""
+    """Pictures that another library hands out by number.
+
+    Attributes:
+        parts: data sets of that library, one behind the other.
+        key: where the picture is in one of their rows.
+        lengths: rows of each part.
+    """
 
     name: str
     classes: tuple[str, ...]
     labels: Tensor
-    pictures: tuple[Callable[[int], Any], ...]
+    parts: tuple[Any, ...]
+    key: int | str
     lengths: tuple[int, ...]
     geometry: Geometry
     official: Tensor | None = None
@@ -61,7 +68,7 @@ class PictureSource(DecodingSource):
             row -= self.lengths[part]
             part += 1
         try:
-            return _as_picture(self.pictures[part](row))
+            return _as_picture(self.parts[part][row][self.key])
         except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"`data` {self.name}: image {row} of part {part + 1} cannot be decoded ({error}); "
@@ -139,19 +146,8 @@ def open_torchvision(
     first = parts[0][0]
     names = getattr(first, "classes", None) or getattr(first, "categories", None)
     labels = [_torchvision_labels(dataset, option) for dataset, _ in parts]
-
-    def pictures(dataset: Any) -> Callable[[int], Any]:
-        return lambda row: dataset[row][0]
-
-    return _joined(
-        option,
-        names,
-        [
-            (pictures(dataset), each, part)
-            for (dataset, part), each in zip(parts, labels, strict=True)
-        ],
-        geometry,
-    )
+    joined = [(dataset, each, part) for (dataset, part), each in zip(parts, labels, strict=True)]
+    return _joined(option, names, joined, 0, geometry)
 
 
 def _torchvision_labels(dataset: Any, option: str) -> list[int]:
@@ -220,10 +216,6 @@ def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
             f"`data` {option}: has the splits {', '.join(splits)}; expected one called 'train'"
         )
     image, label, names = _columns(option, splits["train"].features)
-
-    def pictures(dataset: Any) -> Callable[[int], Any]:
-        return lambda row: dataset[row][image]
-
     parts = []
     for split, dataset in splits.items():
         if split not in SPLITS:
@@ -242,8 +234,8 @@ def _open_splits(option: str, loaded: Any, geometry: Geometry) -> PictureSource:
                 f"`data` {option}: {unlabelled} of {len(values)} rows of split '{split}' have no "
                 f"label in column '{label}'; label or remove them"
             )
-        parts.append((pictures(dataset), values, SPLITS[split]))
-    return _joined(option, names, parts, geometry)
+        parts.append((dataset, values, SPLITS[split]))
+    return _joined(option, names, parts, image, geometry)
 
 
 def _columns(option: str, features: Mapping[str, Any]) -> tuple[str, str, Sequence[str] | None]:
@@ -265,10 +257,11 @@ def _columns(option: str, features: Mapping[str, Any]) -> tuple[str, str, Sequen
 def _joined(
     option: str,
     names: Sequence[str] | None,
-    parts: Sequence[tuple[Callable[[int], Any], list[int], int]],
+    parts: Sequence[tuple[Any, list[int], int]],
+    key: int | str,
     geometry: Geometry,
 ) -> PictureSource:
-    """One source of several parts, each with its pictures, its labels and its role."""
+    """One source of several parts, each with its data set, its labels and its role."""
     labels = torch.tensor([label for _, each, _ in parts for label in each], dtype=torch.int64)
     official = torch.tensor([part for _, each, part in parts for _ in each], dtype=torch.int8)
     count = int(labels.max()) + 1 if len(labels) else 0
@@ -282,7 +275,8 @@ def _joined(
         option,
         classes,
         labels,
-        tuple(pictures for pictures, _, _ in parts),
+        tuple(dataset for dataset, _, _ in parts),
+        key,
         tuple(len(each) for _, each, _ in parts),
         geometry,
         official if len(parts) > 1 else None,

@@ -20,7 +20,7 @@ from torch import Tensor
 from lion_models.base.errors import UserError
 from lion_models.base.files import write_json
 from lion_models.data.base import TEST, TRAIN, VALIDATION, Source
-from lion_models.data.lazy import Images, decoded_or_lazy
+from lion_models.data.loader import ImageCache, Images
 
 __all__ = [
     "SealedTest",
@@ -65,17 +65,22 @@ class Task:
 class SealedTest:
     """The test images, which only `measure` may touch.
 
+    Args:
+        source: where they are.
+        rows: int64 (n,), which they are.
+        cache: decodes them; None keeps none.
+
     The result is written to a ledger beside the run with the fingerprint of the weights that were
     measured. A second reading with other weights is refused: whatever was changed after the test
     score was known could have been chosen by it.
     """
 
-    def __init__(self, source: Source, rows: Tensor) -> None:
-        self._source = source
-        self._rows = rows
+    def __init__(self, source: Source, rows: Tensor, cache: ImageCache | None = None) -> None:
+        self._images = (cache or ImageCache(limit=0)).images(source, rows)
+        self._labels = source.labels[rows]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._labels)
 
     def measure(
         self,
@@ -106,8 +111,9 @@ class SealedTest:
         if earlier is not None and not again:
             return earlier
         totals: dict[str, float] = {}
-        for rows in self._rows.split(chunk):
-            for key, value in score(self._source.load(rows), self._source.labels[rows]).items():
+        labels = self._labels.split(chunk)
+        for images, truth in zip(self._images.split(chunk), labels, strict=True):
+            for key, value in score(images, truth).items():
                 totals[key] = totals.get(key, 0.0) + value
         result: dict[str, Any] = {key: value / len(self) for key, value in totals.items()}
         result |= {"images": len(self), "weights": weights}
@@ -325,16 +331,25 @@ def make_task(
     return take_task(source, split)
 
 
-def take_task(source: Source, split: Split) -> Task:
+def take_task(source: Source, split: Split, cache: ImageCache | None = None) -> Task:
     """The training and validation images of a split.
 
-    They are decoded at once where they fit into `DECODED_LIMIT_BYTES`, else batch by batch.
+    Args:
+        source, split: which images.
+        cache: decodes them when they are used. None decodes them now, to tensors, where all of
+            them fit into a cache's usual limit.
     """
+    keeper = ImageCache() if cache is None else cache
+    train = keeper.images(source, split.train, training=True)
+    validation = keeper.images(source, split.validation)
+    fits = cache is None and keeper.limit >= sum(
+        images[:1].nbytes * len(images) for images in (train, validation)
+    )
     return Task(
         classes=source.classes,
-        train_images=decoded_or_lazy(source.load_training, split.train),
+        train_images=train[:] if fits else train,
         train_labels=source.labels[split.train],
-        validation_images=decoded_or_lazy(source.load, split.validation),
+        validation_images=validation[:] if fits else validation,
         validation_labels=source.labels[split.validation],
     )
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lion_models.data.lazy import Images
+from lion_models.data.loader import Images, in_batches
 from lion_models.data.transforms import View
 from lion_models.methods.base import TunedClassifier
 
@@ -38,7 +39,7 @@ class FeatureCache:
         self._limit = limit
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
-    def outputs(self, model: TunedClassifier, images: Tensor) -> Tensor:
+    def outputs(self, model: TunedClassifier, images: Images) -> Tensor:
         """`freeze_images(model, images)`, computed or remembered.
 
         Args:
@@ -50,8 +51,8 @@ class FeatureCache:
         noise = torch.randint(256, images[:1].shape, generator=generator, dtype=torch.uint8)
         answer = freeze_images(model, noise)
         digest = hashlib.sha256(f"{model.backbone.fingerprint} {answer.shape}".encode())
-        for tensor in (images, answer):
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(_content(images) if isinstance(images, Tensor) else images.key)
+        digest.update(_content(answer))
         key = digest.hexdigest()
         if key not in self._kept:
             self._kept[key] = freeze_images(model, images)
@@ -91,7 +92,7 @@ class Inputs:
         first = freeze_images(model, images[:1])
         if _bytes(first) * len(images) > CACHE_LIMIT_BYTES:
             return
-        if features is None or not isinstance(images, Tensor):
+        if features is None:
             self._cache = freeze_images(model, images)
         else:
             self._cache = features.outputs(model, images)
@@ -100,18 +101,41 @@ class Inputs:
         return len(self.labels)
 
     def take(self, rows: Tensor, part: slice = slice(None)) -> Tensor:
-        """Outputs for `rows[part]`; the random numbers drawn are those of all `rows`.
+        """Outputs for `rows[part]` of one batch; see `stream`."""
+        [outputs] = self.stream([rows], lambda count: part)
+        return outputs
+
+    def stream(
+        self, batches: Sequence[Tensor], part_of: Callable[[int], slice]
+    ) -> Iterator[Tensor]:
+        """Outputs for this process's part of each batch, computed when it is taken.
+
+        Images of the batches ahead are decoded meanwhile, if there are workers. The random numbers
+        that are drawn are those of whole batches.
 
         Args:
-            rows: int64 (n,), a batch.
-            part: what of the batch this process works on.
+            batches: int64 (n,) each.
+            part_of: the part of a batch of n rows that this process works on.
         """
+        slices = [part_of(len(rows)) for rows in batches]
+        parts = [rows[part] for rows, part in zip(batches, slices, strict=True)]
         if self._cache is not None:
-            return self._cache[rows[part]]
-        if self._view is None:
-            return freeze_images(self._model, self._images[rows[part].cpu()])
-        images = self._images[rows.cpu()].to(self.labels.device)
-        return self._model.frozen(self._view(images.float() / 255)[part])
+            yield from (self._cache[rows] for rows in parts)
+            return
+        taken = in_batches(self._images, [rows.cpu() for rows in parts])
+        for rows, part, images in zip(batches, slices, taken, strict=True):
+            if self._view is None:
+                yield freeze_images(self._model, images)
+            else:
+                own = images.to(self.labels.device).float() / 255
+                # A view of the others costs less than decoding them.
+                pixels = own.new_zeros((len(rows), *own.shape[1:]))
+                pixels[part] = own
+                yield self._model.frozen(self._view(pixels)[part])
+
+
+def _content(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lion_models.base.errors import UserError, choose
 from lion_models.data import decode_image, find_images, open_source
 from lion_models.data.images import UnreadableError
+from lion_models.data.loader import ImageCache
 from lion_models.run.checkpoint import LoadedRun
 from lion_models.run.trainer import freeze_images, score
 
@@ -152,7 +153,11 @@ def write_predictions(
 
 
 def evaluate_on(
-    run: LoadedRun, data: str, predicted: list[Tensor] | None = None, bad_files: str | None = None
+    run: LoadedRun,
+    data: str,
+    predicted: list[Tensor] | None = None,
+    bad_files: str | None = None,
+    cache: ImageCache | None = None,
 ) -> tuple[dict[str, float], Tensor]:
     """Mean accuracy and cross-entropy on every image of another data set with the same classes.
 
@@ -161,6 +166,7 @@ def evaluate_on(
         data: as for `data`.
         predicted: gets the predicted labels.
         bad_files: `fail` or `skip`; None means as the run was trained.
+        cache: decodes the images; None keeps none.
 
     Returns:
         The figures, and the true labels.
@@ -183,9 +189,10 @@ def evaluate_on(
             f"trained for {', '.join(run.classes)}"
         )
     totals: dict[str, float] = {}
-    for rows in torch.arange(len(source)).split(CHUNK):
-        images, labels = source.load(rows), source.labels[rows].to(model.head.weight.device)
-        sums = score(model, freeze_images(model, images), labels, predicted)
+    everything = (cache or ImageCache(limit=0)).images(source, torch.arange(len(source)))
+    labels = source.labels.to(model.head.weight.device).split(CHUNK)
+    for images, truth in zip(everything.split(CHUNK), labels, strict=True):
+        sums = score(model, freeze_images(model, images), truth, predicted)
         for key, value in sums.items():
             totals[key] = totals.get(key, 0.0) + value
     means = {key: value / len(source) for key, value in totals.items()}

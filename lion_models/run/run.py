@@ -136,7 +136,7 @@ class Run:
     @cached_property
     def task(self) -> Task:
         check_fit(self.source, self.backbone.channels, self.backbone.image_size)
-        return take_task(self.source, self.split)
+        return take_task(self.source, self.split, self.bench.images)
 
     @cached_property
     def model(self) -> TunedClassifier:
@@ -377,7 +377,7 @@ class Run:
             return score(run.model, fixed, labels.to(self.bench.device), predicted)
 
         check_unchanged(self.folder, self.source, self.split)
-        sealed = SealedTest(self.source, self.split.test)
+        sealed = SealedTest(self.source, self.split.test, self.bench.images)
         # A ledger without a report is of a version that wrote none: the same weights are scored
         # again.
         test = sealed.measure(self.folder / TEST_LEDGER, run.weights, measure, again=True)

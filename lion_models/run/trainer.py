@@ -233,11 +233,16 @@ def _train_epoch(
     seed_all(config.seed, epoch)
     batches = torch.randperm(len(train)).split(config.batch)
     sums = {"loss": 0.0, "hits": 0.0}
+    inputs = train.stream(batches, tools.ranks.part)
     for index, rows in enumerate(batches):
         rate = _learning_rate(epoch - 1 + index / len(batches), config)
         for group in tools.optimizer.param_groups:
             group["lr"] = rate
-        loss, hits = _train_step(model, tools, train, rows, config.accumulate)
+        # The frozen part belongs to the step, in its precision as in its random numbers.
+        with tools.precision.autocast():
+            fixed = next(inputs).float()
+        labels = train.labels[rows]
+        loss, hits = _train_step(model, tools, fixed, labels, config.accumulate)
         tools.average.update(model, (epoch - 1) * len(batches) + index)
         sums["loss"] += loss * len(rows)
         sums["hits"] += hits
@@ -252,14 +257,16 @@ def _train_epoch(
 
 
 def _train_step(
-    model: TunedClassifier, tools: _Tools, train: Inputs, rows: Tensor, accumulate: int
+    model: TunedClassifier, tools: _Tools, fixed: Tensor, labels: Tensor, accumulate: int
 ) -> tuple[float, int]:
-    """One step on a batch; returns this process's share of its mean loss and of its hits."""
-    part = tools.ranks.part(len(rows))
-    total = tools.loss.denominator(train.labels[rows])
-    with tools.precision.autocast():
-        fixed = train.take(rows, part).float()
-    labels = train.labels[rows[part]]
+    """One step on a batch; returns this process's share of its mean loss and of its hits.
+
+    Args:
+        fixed: the frozen part's output for this process's part of the batch.
+        labels: of the whole batch.
+    """
+    total = tools.loss.denominator(labels)
+    labels = labels[tools.ranks.part(len(labels))]
     tools.optimizer.zero_grad(set_to_none=True)
     loss_sum, hits = 0.0, 0
     parts = zip(fixed.tensor_split(accumulate), labels.tensor_split(accumulate), strict=True)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone, load_backbone
 from lion_models.data import Source, open_source
+from lion_models.data.loader import IMAGE_CACHE, ImageCache
 from lion_models.run.config import RunConfig
 from lion_models.run.features import FeatureCache
 
 __all__ = ["Workbench", "open_data"]
 
-DECODED_LIMIT_BYTES = 2**30
+MOST_WORKERS = 8  # by default; more decode faster than a GPU tunes
 
 
 def open_data(config: RunConfig, backbone: FrozenBackbone) -> Source:
@@ -31,14 +28,25 @@ def open_data(config: RunConfig, backbone: FrozenBackbone) -> Source:
 
 
 class Workbench:
-    """Loaded backbones, opened sources with their decoded images, outputs of frozen parts.
+    """Loaded backbones, opened sources, decoded images, outputs of frozen parts.
 
     Args:
         device: where to train: `cpu` or `cuda`.
+        workers: processes that decode images ahead of a pass over them; None means none on the
+            CPU, which has enough to do, and otherwise as many as torch has threads, 8 at most.
+        image_cache: GiB of decoded images to keep.
+
+    Attributes:
+        images, features: what is kept of images, and of frozen parts' outputs.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(
+        self, device: str = "cpu", workers: int | None = None, image_cache: float = IMAGE_CACHE
+    ) -> None:
+        if workers is None:
+            workers = 0 if device == "cpu" else min(MOST_WORKERS, torch.get_num_threads())
         self.device = device
+        self.images = ImageCache(image_cache, workers)
         self.features = FeatureCache()
         self._backbones: dict[str, FrozenBackbone] = {}
         self._sources: dict[tuple[object, ...], Source] = {}
@@ -55,36 +63,5 @@ class Workbench:
         geometry = (backbone.channels, backbone.image_size, config.transform)
         key = (config.data, *geometry, config.bad_files, config.verify)
         if key not in self._sources:
-            self._sources[key] = _Remembering(open_data(config, backbone))
+            self._sources[key] = open_data(config, backbone)
         return self._sources[key]
-
-
-class _Remembering(Source):
-    """A source whose images are decoded once, as far as they fit in memory."""
-
-    def __init__(self, source: Source) -> None:
-        self.name, self.classes, self.labels = source.name, source.classes, source.labels
-        self.official, self.skipped = source.official, source.skipped
-        self._source = source
-        self._decoded: OrderedDict[int, Tensor] = OrderedDict()
-
-    def load(self, rows: Tensor) -> Tensor:
-        missing = [row for row in rows.tolist() if row not in self._decoded]
-        loaded = self._source.load(torch.tensor(missing, dtype=torch.int64))
-        if len(missing) == len(rows):
-            images = loaded
-        else:
-            found = {row: self._decoded[row] for row in rows.tolist() if row in self._decoded}
-            found.update(zip(missing, loaded, strict=True))
-            images = torch.stack([found[row] for row in rows.tolist()])
-        if loaded.numel() <= DECODED_LIMIT_BYTES // 4:
-            self._decoded.update(zip(missing, loaded, strict=True))
-        while sum(image.numel() for image in self._decoded.values()) > DECODED_LIMIT_BYTES:
-            self._decoded.popitem(last=False)
-        return images
-
-    def load_training(self, rows: Tensor) -> Tensor:
-        return self._source.load_training(rows)
-
-    def row_names(self) -> Sequence[str]:
-        return self._source.row_names()

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from lion_models.base.errors import UserError
-from lion_models.run.workbench import Workbench
 from lion_models.study.trial import Cell, CellOptions, Event, OnEvent, Outcome, attempt
 
 __all__ = ["CellRunner"]
@@ -47,7 +46,7 @@ class CellRunner:
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
         self._options = options or CellOptions()
         self._team: _Team | None = None
-        self.bench = Workbench(self._options.device)
+        self.bench = self._options.bench()
 
     def __enter__(self) -> CellRunner:
         return self
@@ -156,8 +155,9 @@ class _Team:
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
+        # Not a daemon, which could have no processes of its own to decode images.
         process = self._context.Process(
-            target=_work, args=(theirs, self._threads, self._options), daemon=True
+            target=_work, args=(theirs, self._threads, self._options), daemon=False
         )
         # OpenMP reads it when torch is loaded, which is before the process could set it itself.
         with _environment("OMP_NUM_THREADS", str(self._threads)):
@@ -206,7 +206,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 def _work(pipe: Connection, threads: int, options: CellOptions) -> None:
     """A worker's life: cells, until the pipe ends."""
     torch.set_num_threads(threads)
-    bench = Workbench(options.device)
+    bench = options.bench()
     told = time.monotonic()
 
     def send(event: Event | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import claim, holding, run_lock
+from lion_models.data.loader import IMAGE_CACHE
 from lion_models.run import Run, RunConfig
 from lion_models.run.folder import is_new, prepare_folder, read_config
 from lion_models.run.log import STATE_SECONDS
@@ -92,11 +93,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class CellOptions:
-    """How cells run: see `CellRunner`."""
+    """How cells run: see `CellRunner` and, for what each process has, `Workbench`."""
 
     device: str = "cpu"
     plot: bool = True
     state_seconds: float = STATE_SECONDS
+    workers: int | None = None
+    image_cache: float = IMAGE_CACHE
+
+    def bench(self) -> Workbench:
+        """What the runs of one process share."""
+        return Workbench(self.device, self.workers, self.image_cache)
 
 
 def check_cells(cells: Sequence[Cell], overwrite: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Data sets' own splits, long tails, and images that are decoded batch by batch."""
+"""Data sets' own splits, and long tails."""
 
 from __future__ import annotations
 
@@ -9,21 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError
 from lion_models.data import (
     ArraySource,
     class_counts,
     make_task,
-    open_source,
     split_rows,
     split_source,
 )
 from lion_models.data.base import TEST, TRAIN, VALIDATION
-from lion_models.data.lazy import LazyImages, decoded_or_lazy
-from lion_models.run import RunConfig, build_model
-from lion_models.run.seeding import seed_all
-from lion_models.run.trainer import fit
 from tests.support.command import Lion
 
 
@@ -141,40 +135,6 @@ def test_class_counts_count_training_images():
     images = torch.zeros(300, 1, 2, 2, dtype=torch.uint8)
     task = make_task(ArraySource("x", names, labels, images), 0, 20, 5, imbalance=4)
     assert class_counts(task).tolist() == [20, 10, 5]
-
-
-def test_lazy_images_equal_decoded_ones():
-    images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)
-    rows, seen = torch.arange(0, 50, 2), []
-
-    def load(wanted: torch.Tensor) -> torch.Tensor:
-        seen.append(len(wanted))
-        return images[wanted]
-
-    decoded, lazy = decoded_or_lazy(load, rows), decoded_or_lazy(load, rows, limit=24)
-    assert isinstance(decoded, torch.Tensor)
-    assert isinstance(lazy, LazyImages)
-    assert len(lazy) == 25
-    assert max(seen[2:]) == 1  # asking what an image takes decodes one
-    assert torch.equal(lazy[:3], decoded[:3])
-    assert torch.equal(lazy[torch.tensor([4, 1])], decoded[[4, 1]])
-    assert torch.equal(torch.cat(list(lazy.split(4))), decoded)
-    assert decoded_or_lazy(load, rows[:0]).shape == (0, 1, 1, 1)
-
-
-def test_training_on_lazy_images_gives_the_same_weights(
-    image_folder: Path, backbone: FrozenBackbone, monkeypatch
-):
-    config = RunConfig(str(image_folder), "linear", shots=3, epochs=2, augment="affine")
-    source, weights = open_source(config.data, 1, 12), []
-    for limit in (2**20, 0):
-        monkeypatch.setattr(decoded_or_lazy, "__defaults__", (limit,))
-        task = make_task(source, config.seed, config.shots)
-        assert isinstance(task.train_images, LazyImages) == (limit == 0)
-        seed_all(0)
-        model = build_model(config, backbone, 3)
-        weights.append(fit(model, task, config).best["head.weight"])
-    assert torch.equal(*weights)
 
 
 def test_train_with_a_long_tail_records_the_images_of_each_class(

@@ -191,9 +191,10 @@ def test_images_are_decoded_once_for_many_runs(config: RunConfig, monkeypatch: p
         base, "decode_file", lambda path, *rest: decoded.append(path) or real(path, *rest)
     )
     bench = Workbench()
-    source = bench.source(config)
-    first = source.load(torch.tensor([0, 5, 7]))
-    second = bench.source(replace(config, seed=9)).load(torch.tensor([7, 1, 0]))
+    first, second = (
+        bench.images.images(bench.source(each), torch.tensor(rows))[:]
+        for each, rows in ((config, [0, 5, 7]), (replace(config, seed=9), [7, 1, 0]))
+    )
     assert len(decoded) == len(set(decoded)) == 4
     assert torch.equal(second[0], first[2])
     assert torch.equal(second[2], first[0])

@@ -7,7 +7,8 @@ near copies of one another, and need a text-shaping library to be drawn. That le
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,7 +50,6 @@ class EmojiSource(DecodingSource):
     geometry: Geometry
     official: Tensor | None = None
     skipped: tuple[str, ...] = ()
-    _face: ImageFont.FreeTypeFont | None = field(default=None, repr=False, compare=False)
 
     def decode(self, row: int, training: bool) -> Tensor:
         return to_tensor(self.picture(self.characters[row]), self.geometry, training)
@@ -63,11 +63,9 @@ class EmojiSource(DecodingSource):
         Raises:
             UserError: the font has no picture of it.
         """
-        if self._face is None:
-            self._face = _open_font(self.font)
         ink = Image.new("RGBA", BOX)
         draw = ImageDraw.Draw(ink)
-        draw.text((0, 0), character, font=self._face, embedded_color=True, fill="black")
+        draw.text((0, 0), character, font=_face(self.font), embedded_color=True, fill="black")
         if ink.getbbox() is None:
             raise UserError(
                 f"`data` {self.name}: the font {self.font} has no picture of U+{ord(character):X}; "
@@ -129,3 +127,7 @@ def _open_font(font: Path) -> ImageFont.FreeTypeFont:
             f"{font}: cannot be opened as a font of {FONT_SIZE} pixels ({error}); expected "
             "Debian's NotoColorEmoji.ttf"
         ) from error
+
+
+# Not a source's own: a face cannot be sent to another process.
+_face = functools.cache(_open_font)
