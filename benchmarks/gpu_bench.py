@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +41,10 @@ class Bench:
         return gpu_seconds(run, calls) / calls
 
     def times(
-        self, contestants: dict[str, Callable[[], object]], work: str = ""
+        self, contestants: Mapping[str, Callable[[], object]], work: str = ""
     ) -> dict[str, list[float]]:
         """Seconds of a call, round by round. A peer that is absent or fails is left out."""
-        calls = {}
+        calls: dict[str, int] = {}
         for name, run in contestants.items():
             try:
                 run()
@@ -62,7 +62,7 @@ class Bench:
         return taken
 
     def compare(
-        self, work: str, contestants: dict[str, Callable[[], object]], gates: dict[str, float]
+        self, work: str, contestants: Mapping[str, Callable[[], object]], gates: dict[str, float]
     ) -> None:
         """The first contestant against each of the others; each call of theirs is as much work."""
         try:

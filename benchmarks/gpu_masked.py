@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,6 +73,14 @@ def bench_masked(bench: Bench) -> None:
         compare_masked(bench, "S4 unstructured", problem, gates)
 
 
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.t() @ x
+
+
+def multiply_masked(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return F.linear(x, weight * mask)
+
+
 def bench_masked_gradient(bench: Bench) -> None:
     """The values' gradient against the dense weight gradient; there is no gate for it."""
     outer = torch.ops.deqcore.masked_outer
@@ -81,8 +90,8 @@ def bench_masked_gradient(bench: Bench) -> None:
             shape = (*pattern.shape, pattern.block)
             grad = torch.randn_like(x)
             contestants: dict[str, Callable[[], Tensor]] = {
-                "deqcore": lambda g=grad, x=x, p=pattern, s=shape: outer(g, x, p.indices, *s),
-                "dense weight gradient": lambda g=grad, x=x: g.t() @ x,
+                "deqcore": partial(outer, grad, x, pattern.indices, *shape),
+                "dense weight gradient": partial(weight_gradient, grad, x),
             }
             kind = "unstructured" if structure is None else f"blocks of {structure}"
             bench.compare(f"values' gradient {kind} {pattern.sparsity:.0%}", contestants, {})
@@ -106,10 +115,8 @@ def bench_auto(bench: Bench) -> None:
                     bench.compare(
                         f"S5 auto {kind} {structure} {sparsity:.0%} {tokens}x{size}",
                         {
-                            "deqcore": lambda p=pattern, v=values, x=x: deqcore.masked_linear(
-                                x, v, p
-                            ),
-                            "F.linear(x, W*M)": lambda x=x, w=dense, m=mask: F.linear(x, w * m),
+                            "deqcore": partial(deqcore.masked_linear, x, values, pattern),
+                            "F.linear(x, W*M)": partial(multiply_masked, x, dense, mask),
                         },
                         {"F.linear(x, W*M)": 0.95},
                     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -101,9 +102,9 @@ def bench_anderson(bench: Bench) -> None:
         f = free_function(batch, dim, bench.device)
         z0 = torch.zeros(batch, dim, device=bench.device)
         ours = our_steps(bench, batch, dim, STEPS)
-        contestants = {
+        contestants: dict[str, Callable[[], object]] = {
             "deqcore": bench.graphed(ours) if graph else ours,
-            "torchdeq": lambda f=f, z0=z0: torchdeq_anderson(f, z0, STEPS, MEMORY),
+            "torchdeq": partial(torchdeq_anderson, f, z0, STEPS, MEMORY),
         }
         label = " (graph)" if graph else ""
         name = f"G2 {STEPS} Anderson steps {batch}x{dim}{label}"
@@ -171,8 +172,8 @@ def bench_broyden(bench: Bench) -> None:
             memory=30, max_steps=STEPS, check_every=0, rtol=0.0, atol=0.0, patience=NEVER
         )
         contestants = {
-            "deqcore": lambda f=f, z0=z0, s=solver: deqcore.fixed_point(f, z0, solver=s),
-            "torchdeq": lambda f=f, z0=z0: torchdeq_broyden(f, z0, STEPS),
+            "deqcore": partial(deqcore.fixed_point, f, z0, solver=solver),
+            "torchdeq": partial(torchdeq_broyden, f, z0, STEPS),
         }
         bench.compare(f"G5 {STEPS} Broyden steps {batch}x{dim}", contestants, {"torchdeq": gate})
     bench_narrow_history(bench)

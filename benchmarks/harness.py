@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Report:
 
 def compare(
     work: str,
-    contestants: dict[str, Callable[[], object]],
+    contestants: Mapping[str, Callable[[], object]],
     gates: dict[str, float],
     rounds: int = 9,
     seconds: float = 0.04,

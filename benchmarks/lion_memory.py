@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import deqcore
-from lion_models import Lion, VPTDeep, load_backbone
+from lion_models import ImplicitPrompt, Lion, VPTDeep, load_backbone
 from lion_models.base.files import save_figure, write_json
 from lion_models.run.memory import kept_bytes
 
@@ -39,14 +39,22 @@ def measure(backbone_name: str, batch: int, prompts: int, hidden: int) -> dict[s
         solver = deqcore.Picard(damping=0.1, rtol=0.0, atol=0.0, max_steps=steps)
         lion = Lion(backbone, CLASSES, hidden=hidden, solver=solver)
         kept = kept_bytes(lion, images)
-        taken = {s: p.layer.report.steps.float().mean().item() for s, p in lion.prompts.items()}
-        figures["lion"].append({"steps": steps, "bytes": kept, "taken": min(taken.values())})
+        taken = [mean_steps(prompt) for prompt in lion.prompts.values()]
+        figures["lion"].append({"steps": steps, "bytes": kept, "taken": min(taken)})
         explicit = Lion(backbone, CLASSES, hidden=hidden, iterations=steps)
         figures["explicit"].append({"steps": steps, "bytes": kept_bytes(explicit, images)})
     vpt = kept_bytes(VPTDeep(backbone, CLASSES, prompts), images)
     figures["vpt-deep"] = [{"steps": steps, "bytes": vpt} for steps in STEPS]
     options = {"backbone": backbone_name, "batch": batch, "prompts": prompts, "hidden": hidden}
     return {"options": options, "torch": torch.__version__, "figures": figures}
+
+
+def mean_steps(prompt: ImplicitPrompt) -> float:
+    """Of the last solve, over the images."""
+    report = prompt.layer.report
+    if report is None:
+        raise RuntimeError("the prompt has solved nothing yet; call the model first")
+    return report.steps.float().mean().item()
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -105,7 +105,11 @@ def compile_kernels(architectures: Iterable[str], jobs: int) -> list[Kernel]:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     work = [(source, number) for source in sources for number in architectures]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        reports = pool.map(lambda item: _compile(*item, Path(folder)), work)
+
+        def compile_one(item: tuple[Path, str]) -> str:
+            return _compile(*item, Path(folder))
+
+        reports = pool.map(compile_one, work)
         return [kernel for report in reports for kernel in read_report(report)]
 
 

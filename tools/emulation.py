@@ -100,8 +100,8 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
     kept = ROOT / "build" / "emulation" / "objects"
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = []
-        commands = []
+        objects: list[Path] = []
+        commands: list[tuple[list[str], Path]] = []
         program = ["-DEMULATION_PROGRAM"] if how.program else []
         for name in (*KERNELS, "emulation/emulate.cpp", "emulation/cuda_emulation.cpp"):
             runtime = name.startswith("emulation/cuda_emulation")
@@ -114,8 +114,12 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
             objects.append(kept / f"{Path(name).stem}-{key[:16]}.o")
             if not objects[-1].exists():
                 commands.append((command, objects[-1]))
+
+        def compile_one(work: tuple[list[str], Path]) -> None:
+            _compile(*work, sources.parent)
+
         with ThreadPoolExecutor(_processors()) as pool:
-            list(pool.map(lambda work: _compile(*work, sources.parent), commands))
+            list(pool.map(compile_one, commands))
         made = Path(scratch) / "made"
         _run([*compiler, *how.link_flags, *map(str, objects), "-o", str(made)], sources.parent)
         made.replace(target)  # at once, for test workers that build the same
@@ -240,7 +244,7 @@ class Emulator:
 
 
 def run_program(
-    program: Path, op: str, path: str, args: Sequence[Tensor | float], seeds: Sequence[int]
+    program: Path, op: str, path: str, args: Sequence[Tensor], seeds: Sequence[int]
 ) -> tuple[subprocess.CompletedProcess[str], list[list[Tensor | None]]]:
     """One case in a process of its own, once for each seed: what it said, and its tensors after.
 
@@ -356,7 +360,7 @@ def masked_arguments(
     tokens: list[int] = [len(first)]
     if op == "masked_linear":
         _, values, pattern, bias, rows, columns, block, transposed, _ = args
-        shape = (len(first), columns if transposed else rows)
+        shape: tuple[int, ...] = (len(first), columns if transposed else rows)
         operands = [first, values, bias]
     elif op == "masked_outer":
         _, right, pattern, rows, columns, block = args

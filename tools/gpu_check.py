@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,12 @@ class Check:
         command: list[str],
         judge: Callable[[int, str], tuple[str, str]] | None = None,
         share: int = 1,
-        **variables: str,
+        env: Mapping[str, str] | None = None,
     ) -> Step:
         """Run a command within the part's time; `judge` reads (status, output) into an outcome.
 
-        `share`: how many steps what is left of the time is for, this one included.
+        `share`: how many steps what is left of the time is for, this one included; `env` is added
+        to the environment.
         """
         self.log(f"\n== {name}: {' '.join(command)}")
         start = time.monotonic()
@@ -106,7 +107,7 @@ class Check:
             **os.environ,
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
-            **variables,
+            **(env or {}),
         }
         # Into a file as it comes: what was said until then outlives a kill.
         said = self.out / "gpu_check_step.log"
@@ -155,13 +156,12 @@ def build(check: Check) -> None:
     install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
     install += ["--upgrade", "--target", str(SITE), "-e", "."]
     cuda = not check.rehearse or _torch_fact("torch.version.cuda") != "None"
-    check.run(
-        "build the extension",
-        [sys.executable, *install],
-        DEQCORE_BUILD="cuda" if cuda else "cpu",
-        TORCH_CUDA_ARCH_LIST=f"{architecture[:-1]}.{architecture[-1]}",
-        MAX_JOBS=str(os.cpu_count()),
-    )
+    chosen = {
+        "DEQCORE_BUILD": "cuda" if cuda else "cpu",
+        "TORCH_CUDA_ARCH_LIST": f"{architecture[:-1]}.{architecture[-1]}",
+        "MAX_JOBS": str(os.cpu_count()),
+    }
+    check.run("build the extension", [sys.executable, *install], env=chosen)
     tool = [sys.executable, "tools/cuda_build.py", "--only", "kernels"]
     report = ["--architectures", architecture, "--json", str(check.out / "kernels.json")]
     check.run("registers and spills", [*tool, *report])
@@ -197,14 +197,14 @@ def test(check: Check) -> None:
     several, by_file = _parallel(check)
     for name in GPU_TESTS:
         files = [f"tests/cuda/test_{name}.py"]
-        check.run(f"GPU: {name}", [*pytest, *files, *several], judge_tests, share=3, **required)
+        check.run(f"GPU: {name}", [*pytest, *files, *several], judge_tests, share=3, env=required)
     others = ["tests", "--ignore=tests/cuda", "-k", "cuda"]
-    check.run("GPU: the rest", [*pytest, *others, *several], judge_tests, share=3, **required)
+    check.run("GPU: the rest", [*pytest, *others, *several], judge_tests, share=3, env=required)
     flags = set(_read("/proc/cpuinfo").split())
     if flags >= AVX512:
         isa = {"DEQCORE_CPU_ISA": "avx512", "OMP_NUM_THREADS": "1"}
         wide = [*pytest, "tests/ops", "-k", "not cuda", *several]
-        check.run("tests of the AVX-512 kernels", wide, judge_tests, share=3, **isa)
+        check.run("tests of the AVX-512 kernels", wide, judge_tests, share=3, env=isa)
     else:
         check.add(Step("tests of the AVX-512 kernels", "absent", 0, "no such processor"))
     everything = ["tests", *(f"--ignore=tests/cuda/test_{name}.py" for name in GPU_TESTS)]
@@ -212,7 +212,7 @@ def test(check: Check) -> None:
         everything = ["tests/ops/test_anderson_step.py", "-k", "long_rows"]
     # A test may ask for kernels of its own, so that only the GPU is required.
     required.pop("DEQCORE_KERNELS", None)
-    check.run("all other tests", [*pytest, *everything, *by_file], judge_tests, **required)
+    check.run("all other tests", [*pytest, *everything, *by_file], judge_tests, env=required)
 
 
 def _parallel(check: Check) -> tuple[list[str], list[str]]:
@@ -240,7 +240,7 @@ def sanitize(check: Check) -> None:
     device = ["--device", "cpu"] if check.rehearse else []
     cases = [sys.executable, "tools/gpu_cases.py", *device]
     required = {} if check.rehearse else {"DEQCORE_KERNELS": "require"}
-    check.run("the cases alone", cases, share=4, **required)
+    check.run("the cases alone", cases, share=4, env=required)
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for left, tool in zip((3, 2, 1), SANITIZERS, strict=True):
         options = ["--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
@@ -248,7 +248,7 @@ def sanitize(check: Check) -> None:
             options += ["--report-api-errors", "no"]
         # One allocation a tensor: a pool would hide what is out of bounds or never written.
         variables = {**required, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        check.run(tool, [sanitizer, *options, *cases], judge_sanitizer, left, **variables)
+        check.run(tool, [sanitizer, *options, *cases], judge_sanitizer, left, variables)
 
 
 def judge_sanitizer(status: int, text: str) -> tuple[str, str]:
@@ -277,7 +277,7 @@ def bench(check: Check) -> None:
     target.unlink(missing_ok=True)
     required = {} if check.rehearse else {"DEQCORE_KERNELS": "require"}
     command = [sys.executable, "-m", "benchmarks.gpu", *options, "--out", str(target)]
-    check.run("benchmarks", command, **required)
+    check.run("benchmarks", command, env=required)
     results = json.loads(_read(str(target)) or "{}")
     for gate, verdict in gate_verdicts(results).items():
         check.add(Step(f"gate {gate}", verdict, 0))

@@ -39,7 +39,7 @@ BROYDEN = ("x", "f", "damping", "s_ring", "gram", "best", *ROW_FIELDS, *OUTPUTS)
 class StepCase:
     """Arguments of a step op: tensors by name, then its numbers in their order."""
 
-    op: Callable[..., None]
+    op: Any  # torch.ops.deqcore.X, or another callable of the same arguments
     reference: Callable[..., None]
     used_gram: Callable[[dict[str, Tensor]], Tensor]
     tensors: dict[str, Tensor]
