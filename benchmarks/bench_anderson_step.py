@@ -46,7 +46,7 @@ def our_step(batch: int, dim: int):  # type: ignore[no-untyped-def]
     f = free_function(batch, dim)
     x = torch.randn(batch, dim)
     solver = deqcore.Anderson(memory=MEMORY, max_steps=NEVER, patience=NEVER, rtol=0.0, atol=0.0)
-    state = solver.init(x, Rows.start(batch, x.device))
+    state = solver.new_state(x, Rows.start(batch, x.device))
     state = state._replace(best=torch.empty_like(x))
     context = solver.context(x, x.dtype, ())
     x_next, z_next = torch.empty_like(x), x.new_empty(0)

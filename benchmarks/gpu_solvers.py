@@ -30,7 +30,7 @@ def our_steps(bench: Bench, batch: int, dim: int, count: int) -> Callable[[], No
     f = free_function(batch, dim, bench.device)
     x = torch.randn(batch, dim, device=bench.device)
     solver = deqcore.Anderson(memory=MEMORY, max_steps=NEVER, patience=NEVER, rtol=0.0, atol=0.0)
-    state = solver.with_all_room(solver.init(x, Rows.start(batch, x.device)))
+    state = solver.with_all_room(solver.new_state(x, Rows.start(batch, x.device)))
     context = solver.context(x, x.dtype, ())
 
     def run(times: int = count) -> None:
@@ -171,7 +171,7 @@ def bench_broyden(bench: Bench) -> None:
         solver = deqcore.Broyden(
             memory=30, max_steps=STEPS, check_every=0, rtol=0.0, atol=0.0, patience=NEVER
         )
-        contestants = {
+        contestants: dict[str, Callable[[], object]] = {
             "deqcore": partial(deqcore.fixed_point, f, z0, solver=solver),
             "torchdeq": partial(torchdeq_broyden, f, z0, STEPS),
         }
@@ -199,7 +199,7 @@ def broyden_step(
         memory=stored + 1, max_steps=NEVER, patience=NEVER, rtol=0.0, atol=0.0,
         history_dtype=history_dtype,
     )  # fmt: skip
-    state = solver.with_all_room(solver.init(x, Rows.start(batch, x.device)))
+    state = solver.with_all_room(solver.new_state(x, Rows.start(batch, x.device)))
     state.s_ring.copy_(torch.randn(stored + 1, dim, device=bench.device))
     state.gram.copy_(torch.eye(stored + 1) * dim)
     at_start = state.rows.counters.clone()

@@ -240,7 +240,7 @@ SCIPY = ("hybr", "anderson", "broyden1", "krylov")
 
 def scale_of(g: System, start: Tensor) -> float:
     """s of the module's docstring; -1 where that is no number."""
-    value, slope = torch.func.jvp(g, (start,), (g(start),))
+    value, slope, *_ = torch.func.jvp(g, (start,), (g(start),))
     s = -float(value @ slope / slope.square().sum())
     return s if math.isfinite(s) and s != 0 else -1.0
 

@@ -118,22 +118,20 @@ class Cell(torch.nn.Module):
 def main() -> dict[str, Any]:
     """Solve with both, and compare with what deqcore brings."""
     torch.manual_seed(0)
-    layer = deqcore.ImplicitLayer(Cell(64), solver=Aitken())
+    cell = Cell(64)
     x = torch.randn(16, 64)
     steps, gradients = {}, {}
     for solver in (deqcore.Picard(), Aitken(), deqcore.Anderson()):
-        layer.solver = solver
         with torch.no_grad():
-            layer(x)
-        layer.report.raise_for_status()
-        steps[type(solver).__name__] = int(layer.report.steps.max())
-    layer.solver = Aitken(rtol=1e-6)
+            solution = deqcore.fixed_point(cell, torch.zeros_like(x), x, solver=solver)
+        solution.raise_for_status()
+        steps[type(solver).__name__] = int(solution.steps.max())
+    layer = deqcore.ImplicitLayer(cell, solver=Aitken(rtol=1e-6))
     implicit = deqcore.Implicit(solver=Aitken(rtol=1e-6))
     for adjoint in (implicit, deqcore.Unrolled(), Neumann(terms=20), Neumann(terms=1)):
         layer.adjoint = adjoint
-        layer.zero_grad()
-        layer(x).square().sum().backward()
-        gradients[str(adjoint)] = layer.cell.linear.weight.grad.clone()
+        loss = layer(x).square().sum()
+        gradients[str(adjoint)] = torch.autograd.grad(loss, cell.linear.weight)[0]
     exact, *others = gradients.items()
     print("steps:", ", ".join(f"{name} {count}" for name, count in steps.items()))
     for name, gradient in others:
