@@ -117,13 +117,21 @@ class Solved:
     def report(self, problem: Problem) -> dict[str, Any]:
         """The fields of a :class:`SolveReport`."""
         dtype = problem.packing.compute_dtype
-        return {
-            "status": self.rows.status,
-            "residual": self.rows.residuals[:, BEST].to(dtype),
-            "steps": self.rows.counters[:, STEPS].clone(),
-            "evaluations": problem.calls,
-            "trace": None if self.trace is None else self.trace.to(dtype),
-        }
+        trace = None if self.trace is None else self.trace.to(dtype)
+        return report_fields(self.rows, dtype, problem.calls, trace)
+
+
+def report_fields(
+    rows: Rows, dtype: torch.dtype, evaluations: int | Tensor, trace: Tensor | None
+) -> dict[str, Any]:
+    """Those of a :class:`SolveReport`; some share memory with ``rows``."""
+    return {
+        "status": rows.status,
+        "residual": rows.residuals[:, BEST].to(dtype),
+        "steps": rows.counters[:, STEPS].clone(),
+        "evaluations": evaluations,
+        "trace": trace,
+    }
 
 
 class _ValueWithGradientOf(torch.autograd.Function):

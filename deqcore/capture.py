@@ -18,12 +18,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from deqcore._graphs import CudaGraphs, Parts
-from deqcore._loop import Problem
+from deqcore._loop import Problem, report_fields
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, Solution, SolveReport
 from deqcore.adjoints import Adjoint, Implicit
-from deqcore.adjoints.implicit import _binary_exponent, _power_of_two, graph_leaves
-from deqcore.ops._rows import BEST, STEPS, Rows
+from deqcore.adjoints._linear import UnitGradient, graph_leaves, scaled_back, vector_jacobian
+from deqcore.ops._rows import Rows
 from deqcore.solvers import Anderson, Solver
 
 WARM_UP_STEPS = 2  # the first one writes what later ones read
@@ -211,18 +211,12 @@ class CapturedSolver:
             return [None if g is None else g.clone() for g in backward.grads]
 
     def _report(self, solve: _StaticSolve, *, extra: bool) -> dict[str, Any]:
-        rows = solve.rows
-        steps = rows.counters[:, STEPS].clone()
-        taken: Tensor | int = solve.solver.max_steps
+        rows = Rows(*(tensor.clone() for tensor in solve.rows))  # the next replay's own
+        fields = report_fields(rows, solve.x.dtype, solve.solver.max_steps, None)
         if self.exits_early:
-            taken = steps.amax() if len(steps) else 1
-        return {
-            "status": rows.status.clone(),
-            "residual": rows.residuals[:, BEST].to(solve.x.dtype),
-            "steps": steps,
-            "evaluations": taken + int(extra),
-            "trace": None,
-        }
+            fields["evaluations"] = fields["steps"].amax() if len(rows.status) else 1
+        fields["evaluations"] += int(extra)
+        return fields
 
 
 class _StaticSolve:
@@ -292,7 +286,9 @@ class _StaticBackward:
     def make_linear(self, solver: Solver) -> None:
         zero = torch.zeros(len(self.unit), dtype=torch.bool, device=self.unit.device)
         packing, dtypes = Packing.of(self.unit), self.problem.f_dtypes
-        problem = Problem(lambda u: self.unit + self._vjp(u), (), packing, dtypes)
+        problem = Problem(
+            lambda u: self.unit + vector_jacobian(self.f, self.z, u), (), packing, dtypes
+        )
         self.linear = _StaticSolve(problem, solver, frozen=zero)
 
     @torch.enable_grad()
@@ -303,16 +299,15 @@ class _StaticBackward:
 
     @torch.no_grad()
     def begin(self) -> None:
-        exponent = _binary_exponent(self.grad)
-        self.exponent = exponent
-        self.unit.copy_(self.grad.double() * _power_of_two(-exponent))
+        unit, self.exponent, zero = UnitGradient.of(self.grad)
+        self.unit.copy_(unit)
         assert self.linear.frozen is not None
-        self.linear.frozen.copy_((self.grad == 0).all(1))
+        self.linear.frozen.copy_(zero)
         self.linear.z0.copy_(self.unit)
         self.linear.begin()
 
     def finish(self) -> None:
-        u = (self.linear.z.double() * _power_of_two(self.exponent)).to(self.grad.dtype)
+        u = scaled_back(self.linear.z, self.exponent)
         self.grads = torch.autograd.grad(
             self.f, self.inputs, u, retain_graph=True, allow_unused=True
         )
@@ -324,12 +319,6 @@ class _StaticBackward:
         capture: every later backward would accumulate there, and none could be captured.
         """
         del self.f, self.z
-
-    def _vjp(self, u: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(
-            self.f, self.z, u, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return product
 
 
 class _Replay(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,15 @@ from deqcore._loop import Problem, Solved
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, SolveReport
 from deqcore._transforms import refuse_mapped, refuse_transforms
+from deqcore.adjoints._linear import (
+    UnitGradient,
+    graph_leaves,
+    graph_nodes,
+    scaled_back,
+    vector_jacobian,
+)
 from deqcore.adjoints._saved import SavedOnce
 from deqcore.adjoints.base import Adjoint
-from deqcore.ops import _rows
 from deqcore.solvers import Anderson, Broyden, Solver
 from deqcore.solvers._options import options, require_bool
 
@@ -93,20 +99,17 @@ class _LinearProblem:
     def solve(self, grad: Tensor) -> Tensor:
         """u for an incoming gradient [B, D], row by row at unit scale."""
         self.saved.unpack()
-        exponent = _binary_exponent(grad)
-        unit = (grad.double() * _power_of_two(-exponent)).to(grad.dtype)
-        zero = (grad == 0).all(1)
-        problem = Problem(lambda u: unit + self._vjp(u), (), Packing.of(unit), self.f_dtypes)
+        unit, exponent, zero = UnitGradient.of(grad)
+        problem = Problem(
+            lambda u: unit + vector_jacobian(self.f, self.z, u),
+            (),
+            Packing.of(unit),
+            self.f_dtypes,
+        )
         u0 = unit if self.guess is None else self.guess(unit)
         solved = problem.solve(u0, self.solver, frozen=zero)
         self.record.report = SolveReport(**solved.report(problem))
-        return (solved.value.double() * _power_of_two(exponent)).to(grad.dtype)
-
-    def _vjp(self, u: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(
-            self.f, self.z, u, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return product
+        return scaled_back(solved.value, exponent)
 
 
 class _ImplicitGradient(torch.autograd.Function):
@@ -141,45 +144,6 @@ class _NotTwice(torch.autograd.Function):
         )
 
 
-def graph_leaves(f: Tensor) -> Iterator[Tensor]:
-    """The leaves that the graph of f reaches, in a fixed order."""
-    for node in _nodes(f):
-        leaf = getattr(node, "variable", None)  # of an AccumulateGrad node
-        if leaf is not None:
-            yield leaf
-
-
 def _runs_python(f: Tensor) -> bool:
     """Whether a node of f's graph is Python's: it may know of parameters that no leaf shows."""
-    return any(isinstance(node, BackwardCFunction) for node in _nodes(f))
-
-
-def _nodes(f: Tensor) -> Iterator[Any]:
-    nodes, seen = [f.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        nodes.extend(following for following, _ in node.next_functions)
-
-
-def _binary_exponent(grad: Tensor) -> Tensor:
-    """[B, 1]: 2 to this is each row's rms, up to a factor of 2; 0 for a row that is not finite.
-
-    Exactly covariant: a gradient times 2^k has an exponent larger by k, at any k.
-    """
-    wide = grad.double()
-    if not wide.shape[1]:
-        return torch.zeros_like(wide.sum(1, keepdim=True))
-    _, largest = torch.frexp(wide.abs().amax(1, keepdim=True))
-    wide = wide * _power_of_two(-largest)
-    _, exponent = torch.frexp(_rows.rms(_rows.row_dot(wide, wide), grad.shape[1])[:, None])
-    finite = wide.isfinite().all(1, keepdim=True)
-    return torch.where(finite, largest + exponent, 0)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2 ** exponent as float64, from its bits: torch.ldexp and exp2 go through float32 or round."""
-    return ((exponent.long().clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
+    return any(isinstance(node, BackwardCFunction) for node in graph_nodes(f))

@@ -26,6 +26,7 @@ SOLVERS = [
     Aitken(max_steps=40),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+PARTS = ("status", "steps", "residual")  # of a report
 
 
 @dataclasses.dataclass
@@ -76,8 +77,20 @@ def batches(dtype, device, n=3):
 
 def check_same(captured: deqcore.Solution, eager: deqcore.Solution) -> None:
     assert equal(captured.value, eager.value)
-    for name in ("status", "steps", "residual"):
+    for name in PARTS:
         assert equal(getattr(captured, name), getattr(eager, name)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_solution_keeps_what_it_reports_when_the_solver_is_called_again(capture, dtype):
+    make, device = capture
+    first, second, _ = batches(dtype, device)
+    solve = make(wave, *first, solver=Anderson(max_steps=3))
+    solution = solve(*first)
+    kept = {name: getattr(solution, name).clone() for name in ("value", *PARTS)}
+    solve(*second)
+    for name, before in kept.items():
+        assert equal(getattr(solution, name), before), name
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
