@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
+@dataclass(eq=False)
 class Source(ABC):
     """Images with labels.
 
@@ -44,34 +45,35 @@ class Source(ABC):
     name: str
     classes: tuple[str, ...]
     labels: Tensor
-    # No defaults here: a source around another one that forgot to pass the split on would test on
-    # training images.
-    official: Tensor | None
-    skipped: tuple[str, ...]
+    official: Tensor | None = field(default=None, kw_only=True)
+    skipped: tuple[str, ...] = field(default=(), kw_only=True)
 
     @abstractmethod
-    def load(self, rows: Tensor) -> Tensor:
-        """Decode the images of int64 `rows` (n,) as they are evaluated: uint8 (n, C, S, S)."""
+    def load(self, rows: Tensor, training: bool = False) -> Tensor:
+        """Decode the images of some rows.
 
-    @abstractmethod
-    def load_training(self, rows: Tensor) -> Tensor:
-        """Decode with the margin that random crops move in: uint8 (n, C, R, R), R >= S."""
+        Args:
+            rows: int64 (n,).
+            training: with the margin that random crops move in.
 
-    @abstractmethod
+        Returns:
+            uint8 (n, C, S, S), as they are evaluated, or (n, C, R, R) with R >= S for training.
+        """
+
     def row_names(self) -> Sequence[str]:
         """What tells rows of one label apart without decoding them, the same wherever the data
         lies: names of files, for instance. Empty where there is nothing of the kind."""
+        return ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-@dataclass
+@dataclass(eq=False)
 class ArraySource(Source):
     """Images that already lie in memory.
 
     Args:
-        name, classes, labels, official: see `Source`.
         images: (N, C, H, W), uint8, or float32 with values from 0 to 255.
         geometry: what makes a backbone's input of them; None hands out uint8 images as they are.
 
@@ -79,13 +81,8 @@ class ArraySource(Source):
         UserError: the shape is another one, or there is not one label to an image.
     """
 
-    name: str
-    classes: tuple[str, ...]
-    labels: Tensor
     images: Tensor
     geometry: Geometry | None = None
-    official: Tensor | None = None
-    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.dim() != 4 or self.images.shape[1] not in (1, 3):
@@ -104,18 +101,12 @@ class ArraySource(Source):
                 f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
             )
 
-    def load(self, rows: Tensor) -> Tensor:
+    def load(self, rows: Tensor, training: bool = False) -> Tensor:
         images = self.images[rows]
-        return images if self.geometry is None else self.geometry.arrays(images)
-
-    def load_training(self, rows: Tensor) -> Tensor:
-        images = self.images[rows]
-        return images if self.geometry is None else self.geometry.arrays(images, training=True)
-
-    def row_names(self) -> Sequence[str]:
-        return ()
+        return images if self.geometry is None else self.geometry.arrays(images, training)
 
 
+@dataclass(eq=False)
 class DecodingSource(Source):
     """Images that are decoded one by one.
 
@@ -129,29 +120,17 @@ class DecodingSource(Source):
     def decode(self, row: int, training: bool) -> Tensor:
         """One image: uint8 (C, S, S), or with the margin for training (C, R, R)."""
 
-    def load(self, rows: Tensor) -> Tensor:
-        return self._decode_all(rows, training=False)
-
-    def load_training(self, rows: Tensor) -> Tensor:
-        return self._decode_all(rows, training=True)
-
-    def _decode_all(self, rows: Tensor, training: bool) -> Tensor:
+    def load(self, rows: Tensor, training: bool = False) -> Tensor:
         if len(rows) == 0:
             return self.geometry.empty(training)
         return torch.stack([self.decode(row, training) for row in rows.tolist()])
 
 
-@dataclass
+@dataclass(eq=False)
 class FolderSource(DecodingSource):
     """Image files, decoded on demand."""
 
-    name: str
-    classes: tuple[str, ...]
-    labels: Tensor
     paths: tuple[Path, ...]
-    geometry: Geometry
-    official: Tensor | None = None
-    skipped: tuple[str, ...] = ()
 
     def decode(self, row: int, training: bool) -> Tensor:
         return decode_file(self.paths[row], self.geometry, training)

@@ -229,6 +229,7 @@ def file_source(
     parts = None
     if official is not None:
         parts = torch.tensor([official[row] for row in keep], dtype=torch.int8)
+    kept = tuple(paths[row] for row in keep)
     return FolderSource(
-        name, classes, kept_labels, tuple(paths[row] for row in keep), geometry, parts, problems
+        name, classes, kept_labels, geometry, kept, official=parts, skipped=problems
     )

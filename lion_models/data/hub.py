@@ -36,36 +36,25 @@ __all__ = [
 ]
 
 
-@dataclass
+@dataclass(eq=False)
 class PictureSource(DecodingSource):
     """Pictures that another library hands out by number.
 
     Attributes:
         parts: data sets of that library, one behind the other.
         key: where the picture is in one of their rows.
-        lengths: rows of each part.
     """
 
-    name: str
-    classes: tuple[str, ...]
-    labels: Tensor
     parts: tuple[Any, ...]
     key: int | str
-    lengths: tuple[int, ...]
-    geometry: Geometry
-    official: Tensor | None = None
-    skipped: tuple[str, ...] = ()
 
     def decode(self, row: int, training: bool) -> Tensor:
         return to_tensor(self._picture(row), self.geometry, training)
 
-    def row_names(self) -> tuple[str, ...]:
-        return ()
-
     def _picture(self, row: int) -> Image.Image:
         part = 0
-        while row >= self.lengths[part]:
-            row -= self.lengths[part]
+        while row >= len(self.parts[part]):
+            row -= len(self.parts[part])
             part += 1
         try:
             return _as_picture(self.parts[part][row][self.key])
@@ -275,9 +264,8 @@ def _joined(
         option,
         classes,
         labels,
+        geometry,
         tuple(dataset for dataset, _, _ in parts),
         key,
-        tuple(len(each) for _, each, _ in parts),
-        geometry,
-        official if len(parts) > 1 else None,
+        official=official if len(parts) > 1 else None,
     )

@@ -121,7 +121,7 @@ def open_idx(
         [torch.full((len(labels),), part, dtype=torch.int8) for _, labels, part in pairs]
     )
     images = torch.cat([images for images, _, _ in pairs])
-    return ArraySource(name, classes, labels, images, geometry, official)
+    return ArraySource(name, classes, labels, images, geometry, official=official)
 
 
 _KINDS = ("images-idx3", "labels-idx1")

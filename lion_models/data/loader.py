@@ -7,7 +7,6 @@ that training draws: both only decide when an image is decoded, and how often.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -47,8 +46,7 @@ class ImageCache:
                 raise UserError(f"`{name}`: expected 0 or more, got {value}")
         self.workers = workers
         self.limit = int(limit * 2**30)  # bytes
-        self._shelves: OrderedDict[tuple[int, bool], _Shelf] = OrderedDict()
-        self._idle: _Pool | None = None
+        self._shelves: dict[tuple[int, bool], _Shelf] = {}
 
     def images(self, source: Source, rows: Tensor, training: bool = False) -> SourceImages:
         """Some images of a source, each decoded when it is first used.
@@ -56,62 +54,39 @@ class ImageCache:
         Args:
             source: where they are.
             rows: int64 (n,).
-            training: with the margin that random crops move in; see `Source.load_training`.
+            training: with the margin that random crops move in; see `Source.load`.
         """
         key = id(source), training  # no other source has the id, as the shelf holds this one
-        if key not in self._shelves:
-            self._shelves[key] = _Shelf(self, source, training)
-        self._shelves.move_to_end(key)
-        return SourceImages(self._shelves[key], rows)
+        shelf = self._shelves.pop(key, None) or _Shelf(self, source, training)
+        self._shelves[key] = shelf  # behind all that are longer unused
+        return SourceImages(shelf, rows)
 
     def room(self, source: Source, wanted: int) -> int:
         """Make room for `wanted` bytes of a source's images; how many there is room for."""
+        free = self.limit - sum(shelf.nbytes for shelf in self._shelves.values())
         for shelf in self._shelves.values():
-            if self._free() >= wanted:
-                break
-            if shelf.source is not source:
+            if free < wanted and shelf.source is not source:
+                free += shelf.nbytes
                 shelf.clear()
-        return min(wanted, self._free())
-
-    def _free(self) -> int:
-        return self.limit - sum(shelf.nbytes for shelf in self._shelves.values())
-
-    def decode(self, source: Source, training: bool, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images of each piece of rows, in order."""
-        if self.workers == 0 or len(pieces) < 2:
-            yield from map(source.load_training if training else source.load, pieces)
-            return
-        # Taken out while it works: two passes at once have a pool each.
-        pool, self._idle = self._idle, None
-        if pool is None or pool.source is not source:
-            pool = _Pool(source, self.workers)
-        for done, images in enumerate(pool.decode(training, pieces), start=1):
-            if done == len(pieces):
-                self._idle = pool
-            yield images
-
-    def end_workers(self) -> None:
-        """End processes that wait for another pass."""
-        self._idle = None
+        return min(wanted, free)
 
 
 class SourceImages:
-    """Images of a source, indexed as a tensor uint8 (n, C, S, S) is along its first dimension."""
+    """Images of a source, indexed as a tensor uint8 (n, C, S, S) is along its first dimension.
+
+    Attributes:
+        key: tells these images from any others of this process.
+    """
 
     def __init__(self, shelf: _Shelf, rows: Tensor) -> None:
         self._shelf, self._rows = shelf, rows
-
-    @property
-    def key(self) -> bytes:
-        """What tells these images from any others of this process."""
-        return f"{self._shelf.number}:".encode() + self._rows.numpy().tobytes()
+        self.key = f"{shelf.number}:".encode() + rows.numpy().tobytes()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: slice | Tensor) -> Tensor:
-        [images] = self._shelf.batches([self._rows[index]])
-        return images
+        return next(self._shelf.batches([self._rows[index]]))
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Batches of `size` images in order; workers decode ahead of the one that is taken."""
@@ -154,89 +129,40 @@ class _Shelf:
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images of each part of the source's rows, in order."""
         known = [self._slots[rows] >= 0 for rows in parts]
-        missing = [rows[~have].split(PIECE) for rows, have in zip(parts, known, strict=True)]
-        pieces = [piece for each in missing for piece in each if len(piece)]
-        decoded = self._cache.decode(self.source, self._training, pieces)
-        for index, (rows, have) in enumerate(zip(parts, known, strict=True)):
-            fresh = [next(decoded) for piece in missing[index] if len(piece)]
-            images = self._join(rows, have, fresh)
-            if fresh:
-                self._keep(rows[~have], images[~have])
-            if index == len(parts) - 1 and all((self._slots[piece] >= 0).all() for piece in pieces):
-                self._cache.end_workers()  # the next pass will not need them
+        missing = [rows[~have] for rows, have in zip(parts, known, strict=True)]
+        pieces = [piece for rows in missing for piece in rows.split(PIECE) if len(piece)]
+        decoded = self._decode(pieces)
+        for rows, have, lacking in zip(parts, known, missing, strict=True):
+            fresh = list(itertools.islice(decoded, -(-len(lacking) // PIECE)))
+            slots = self._slots[rows[have]]
+            if len(rows) == 0 or (slots < 0).any():
+                # No image, or what was kept has made room for others meanwhile.
+                images = self.source.load(rows, self._training)
+            elif not fresh:
+                images = self._kept[slots]
+            else:
+                images = torch.cat(fresh)
+                if len(slots):
+                    images = images.new_empty((len(rows), *images.shape[1:]))
+                    images[have], images[~have] = self._kept[slots], torch.cat(fresh)
+                self._keep(rows, images)
             yield images
 
-    def _join(self, rows: Tensor, have: Tensor, fresh: list[Tensor]) -> Tensor:
-        slots = self._slots[rows[have]]
-        # Without any row, or where what was kept has made room meanwhile.
-        if len(rows) == 0 or (slots < 0).any():
-            return (self.source.load_training if self._training else self.source.load)(rows)
-        if not fresh:
-            return self._kept[slots]
-        new = torch.cat(fresh)
-        if not have.any():
-            return new
-        images = new.new_empty((len(rows), *new.shape[1:]))
-        images[have], images[~have] = self._kept[slots], new
-        return images
-
-    def _keep(self, rows: Tensor, images: Tensor) -> None:
-        new = self._slots[rows] < 0  # a row may have been taken twice
-        rows, images = rows[new], images[new]
-        size = images[:1].nbytes
-        if size == 0 or self._cache.limit < size:
+    def _decode(self, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+        workers = min(self._cache.workers, len(pieces))
+        if workers == 0 or len(pieces) < 2:
+            yield from (self.source.load(piece, self._training) for piece in pieces)
             return
-        if self._count == 0:  # the system gives memory when it is written to
-            most = min(len(self.source), self._cache.limit // size)
-            self._kept = images.new_empty((most, *images.shape[1:]))
-        count = min(
-            self._cache.room(self.source, images.nbytes) // size, len(self._kept) - self._count
-        )
-        here = slice(self._count, self._count + count)
-        self._kept[here] = images[:count]
-        self._slots[rows[:count]] = torch.arange(here.start, here.stop)
-        self._count += count
-        self.nbytes = self._count * size
-
-
-class _Rows(Dataset[Tensor | UserError]):
-    """A source as worker processes see it: pieces of rows, and errors as values.
-
-    torch raises a worker's error anew with the worker's traceback for its message.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __getitem__(self, piece: tuple[bool, list[int]]) -> Tensor | UserError:
-        training, rows = piece
-        load = self._source.load_training if training else self._source.load
-        try:
-            return load(torch.tensor(rows))
-        except UserError as error:
-            return error
-
-
-class _Pool:
-    """Worker processes that decode images of one source, kept from pass to pass."""
-
-    def __init__(self, source: Source, workers: int) -> None:
-        self.source = source
-        self._pieces: list[tuple[bool, list[int]]] = []
-        self._loader: DataLoader[Tensor | UserError] = DataLoader(
-            _Rows(source),
+        loader: DataLoader[Tensor | UserError] = DataLoader(
+            _Rows(self.source, self._training),
             batch_size=None,
-            sampler=self._pieces,
+            sampler=[piece.tolist() for piece in pieces],
             num_workers=workers,
-            persistent_workers=True,
             # Of its own: a pass draws a seed for the workers, which must not be training's.
             generator=torch.Generator(),
         )
-
-    def decode(self, training: bool, pieces: Sequence[Tensor]) -> Iterator[Tensor]:
-        self._pieces[:] = [(training, piece.tolist()) for piece in pieces]
         try:
-            for answer in self._loader:
+            for answer in loader:
                 if isinstance(answer, UserError):
                     raise answer
                 yield answer
@@ -247,3 +173,35 @@ class _Pool:
                 f"`workers`: a process that decodes images has ended ({error}); was it killed, or "
                 "out of memory? Try fewer workers, or none"
             ) from error
+
+    def _keep(self, rows: Tensor, images: Tensor) -> None:
+        new = self._slots[rows] < 0
+        rows, images = rows[new], images[new]
+        size = images[:1].nbytes
+        if not 0 < size <= self._cache.limit:
+            return
+        if self._count == 0:  # the system gives memory when it is written to
+            most = min(len(self.source), self._cache.limit // size)
+            self._kept = images.new_empty((most, *images.shape[1:]))
+        count = min(len(images), len(self._kept) - self._count)
+        count = self._cache.room(self.source, count * size) // size
+        end = self._count + count
+        self._kept[self._count : end] = images[:count]
+        self._slots[rows[:count]] = torch.arange(self._count, end)
+        self._count, self.nbytes = end, end * size
+
+
+class _Rows(Dataset[Tensor | UserError]):
+    """A source as worker processes see it: pieces of rows, and errors as values.
+
+    torch raises a worker's error anew with the worker's traceback for its message.
+    """
+
+    def __init__(self, source: Source, training: bool) -> None:
+        self._source, self._training = source, training
+
+    def __getitem__(self, piece: list[int]) -> Tensor | UserError:
+        try:
+            return self._source.load(torch.tensor(piece), self._training)
+        except UserError as error:
+            return error

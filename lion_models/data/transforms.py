@@ -179,7 +179,7 @@ def training_view(transform: str, augment: str, size: int) -> View | None:
         if tuple(images.shape[2:]) != (side, side):
             raise ValueError(
                 f"`transform` {transform}: expected training images of {side} x {side}, got "
-                f"{tuple(images.shape)}; take them with Source.load_training"
+                f"{tuple(images.shape)}; take them with Source.load(rows, training=True)"
             )
         if cut is not None:
             images = random_flip(cut(images, size))

@@ -215,7 +215,7 @@ def test_images_that_fit_are_handed_out_as_tensors(source, monkeypatch):
     task = make_task(source, 0, 4)  # 12 + 12 images
     assert not isinstance(task.train_images, torch.Tensor)
     rows = split_source(source, 0, 4).train
-    assert torch.equal(task.train_images[:], source.load_training(rows))
+    assert torch.equal(task.train_images[:], source.load(rows, training=True))
 
 
 @pytest.mark.parametrize("options", [{"limit": -0.5}, {"workers": -1}, {"limit": float("nan")}])
@@ -241,7 +241,7 @@ def test_damaged_image_is_named_by_workers_as_it_is_without(tmp_path: Path):
 
 
 def test_worker_that_is_killed_is_named(source, monkeypatch):
-    def die(self: FolderSource, rows: torch.Tensor) -> torch.Tensor:
+    def die(self: FolderSource, rows: torch.Tensor, training: bool) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 

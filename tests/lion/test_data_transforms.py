@@ -64,7 +64,7 @@ def test_arrays_and_files_are_fitted_alike(transform: str, channels: int, tmp_pa
     from_file = decode_image(tmp_path / "x.png", channels, 21, transform).int()
     from_array = ArraySource("x", ("a", "b"), torch.tensor([0]), pixels, geometry)
     assert (from_file - from_array.load(torch.tensor([0]))[0].int()).abs().max() <= 2
-    assert from_array.load_training(torch.tensor([0])).shape[-1] == geometry.training_size
+    assert from_array.load(torch.tensor([0]), training=True).shape[-1] == geometry.training_size
 
 
 def test_random_crop_cuts_every_place_and_nothing_else():

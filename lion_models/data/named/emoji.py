@@ -38,18 +38,12 @@ BOX = (136, 128)
 VARIATION_SELECTOR = 0xFE0F
 
 
-@dataclass
+@dataclass(eq=False)
 class EmojiSource(DecodingSource):
     """Characters that are drawn on white when they are asked for."""
 
-    name: str
-    classes: tuple[str, ...]
-    labels: Tensor
     characters: tuple[str, ...]
     font: Path
-    geometry: Geometry
-    official: Tensor | None = None
-    skipped: tuple[str, ...] = ()
 
     def decode(self, row: int, training: bool) -> Tensor:
         return to_tensor(self.picture(self.characters[row]), self.geometry, training)
@@ -101,7 +95,7 @@ def open_emoji(name: str, font: Path, listing: Path, geometry: Geometry) -> Emoj
         torch.arange(len(GROUPS)), torch.tensor([len(groups[group]) for group in GROUPS])
     )
     _open_font(font)  # a font that cannot be opened is found now, not in training
-    return EmojiSource(name, GROUPS, labels, characters, font, geometry)
+    return EmojiSource(name, GROUPS, labels, geometry, characters, font)
 
 
 def read_groups(listing: Path) -> dict[str, list[str]]:
