@@ -7,12 +7,11 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import PIL
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from lion_models.base.errors import UserError, choose
 from lion_models.base.files import write_cache
@@ -164,17 +163,10 @@ def _each(
             return str(error)
         return None
 
-    workers = min(8, os.cpu_count() or 1)
     # Pillow decodes outside of Python's lock. The bar shows up only where there is much to do.
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(paths), desc=what, unit="file", delay=1.0, leave=False) as bar,
-    ):
-        found: dict[Path, str | None] = {}
-        for path, text in zip(paths, pool.map(problem, paths), strict=True):
-            found[path] = text
-            bar.update()
-    return found
+    bar = {"desc": what, "unit": "file", "delay": 1.0, "leave": False}
+    found = thread_map(problem, paths, max_workers=min(8, os.cpu_count() or 1), **bar)
+    return dict(zip(paths, found, strict=True))
 
 
 def _digest(path: Path) -> str:

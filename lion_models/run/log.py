@@ -14,6 +14,7 @@ import torch
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import append_line, replacing, write_bytes
+from lion_models.base.optional import require
 from lion_models.run.trainer import FitState
 
 __all__ = ["METRICS", "STATE", "STATE_SECONDS", "RunLog", "read_state"]
@@ -103,11 +104,8 @@ def read_state(path: Path) -> FitState | None:
 
 
 def _board(folder: Path, first_epoch: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            f"`tensorboard`: needs the package tensorboard ({error}); run: pip install tensorboard"
-        ) from error
+    require("tensorboard", "`tensorboard`", "lion")
+    from torch.utils.tensorboard import SummaryWriter
+
     # What an interrupted run wrote from this epoch on is hidden, not shown twice.
     return SummaryWriter(str(folder), purge_step=first_epoch)
