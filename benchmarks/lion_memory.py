@@ -39,7 +39,7 @@ def measure(backbone_name: str, batch: int, prompts: int, hidden: int) -> dict[s
         solver = deqcore.Picard(damping=0.1, rtol=0.0, atol=0.0, max_steps=steps)
         lion = Lion(backbone, CLASSES, hidden=hidden, solver=solver)
         kept = kept_bytes(lion, images)
-        taken = [mean_steps(prompt) for prompt in lion.prompts.values()]
+        taken = [mean_steps(prompt) for prompt in lion.implicit_layers.values()]
         figures["lion"].append({"steps": steps, "bytes": kept, "taken": min(taken)})
         explicit = Lion(backbone, CLASSES, hidden=hidden, iterations=steps)
         figures["explicit"].append({"steps": steps, "bytes": kept_bytes(explicit, images)})

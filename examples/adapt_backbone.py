@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion_models import FrozenBackbone, Lion, RunConfig, fit, make_task, open_source
+from lion_models import FrozenBackbone, Lion, TrainingConfig, fit, make_task, open_source
 
 SIZE, WIDTH = 16, 32
 
@@ -60,6 +60,6 @@ backbone = FrozenBackbone(
 # Few-shot on other handwriting: 10 training and 10 validation images a class.
 task = make_task(open_source("digits", channels=1, size=SIZE), seed=42, shots=10)
 model = Lion(backbone, classes=len(task.classes))
-state = fit(model, task, RunConfig(data="digits", epochs=30))
+state = fit(model, task, TrainingConfig(epochs=30))
 chosen = state.history[state.best_epoch - 1]
 print(f"validation accuracy {chosen['validation_accuracy']:.0%} at epoch {state.best_epoch}")

@@ -2,7 +2,7 @@
 
 import torch
 
-from lion_models import Lion, RunConfig, fit, load_backbone, make_task, open_source
+from lion_models import Lion, TrainingConfig, fit, load_backbone, make_task, open_source
 
 backbone = load_backbone("tiny-vit")  # frozen; pretrained on pictures of clothes
 source = open_source("digits", backbone.channels, backbone.image_size)
@@ -10,7 +10,7 @@ task = make_task(source, seed=42, shots=10)  # 10 training and 10 validation ima
 
 torch.manual_seed(42)
 model = Lion(backbone, classes=len(task.classes))
-state = fit(model, task, RunConfig(data="digits", epochs=30))
+state = fit(model, task, TrainingConfig(epochs=30))
 
 chosen = state.history[state.best_epoch - 1]
 steps = {side: round(figures["steps"], 1) for side, figures in chosen["solver"].items()}

@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from lion_models.base.errors import UserError as UserError
     from lion_models.data import make_task as make_task
     from lion_models.data import open_source as open_source
-    from lion_models.methods import Adapters as Adapters
-    from lion_models.methods import FineTune as FineTune
-    from lion_models.methods import LinearProbe as LinearProbe
-    from lion_models.methods import LoRA as LoRA
-    from lion_models.methods import VPTDeep as VPTDeep
-    from lion_models.methods import VPTPad as VPTPad
-    from lion_models.methods import VPTShallow as VPTShallow
+    from lion_models.methods.adapter import Adapters as Adapters
     from lion_models.methods.base import count_parameters as count_parameters
+    from lion_models.methods.finetune import FineTune as FineTune
+    from lion_models.methods.linear import LinearProbe as LinearProbe
     from lion_models.methods.lion import Lion as Lion
+    from lion_models.methods.lora import LoRA as LoRA
+    from lion_models.methods.vpt import VPTDeep as VPTDeep
+    from lion_models.methods.vpt import VPTPad as VPTPad
+    from lion_models.methods.vpt import VPTShallow as VPTShallow
     from lion_models.prompts.cdr import CDR as CDR
     from lion_models.prompts.cdr import RobustOptimizer as RobustOptimizer
     from lion_models.prompts.implicit_prompt import ImplicitPrompt as ImplicitPrompt
@@ -27,5 +27,6 @@ if TYPE_CHECKING:
     from lion_models.run import build_model as build_model
     from lion_models.run import fit as fit
     from lion_models.run import load_run as load_run
+    from lion_models.run.training import TrainingConfig as TrainingConfig
 
 __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import types
-import typing
 from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any
 
-__all__ = ["UserError", "check_types", "choose", "did_you_mean"]
-
-_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False",
-          type(None): "None"}  # fmt: skip
+__all__ = ["UserError", "choose", "did_you_mean"]
 
 
 class UserError(ValueError):
@@ -51,32 +43,3 @@ def did_you_mean(value: str, known: Iterable[str], before: str = "") -> str:
     """
     near = difflib.get_close_matches(value, list(known), n=1)
     return f"; did you mean '{before}{near[0]}'?" if near else ""
-
-
-def check_types(options: Any) -> None:
-    """Raise UserError where a field of a dataclass of options is not of its annotated type.
-
-    Args:
-        options: its fields are str, int, float or bool, or a union of those and None. A whole
-            number stands for a float, a bool for nothing else.
-    """
-    kind: Any = type(options)  # mypy does not take a type[Any] for hashable
-    for name, kinds in _kinds(kind):
-        value = getattr(options, name)
-        if type(value) in kinds or (type(value) is int and float in kinds):
-            continue
-        if not isinstance(value, bool) and isinstance(value, kinds):  # numpy's float64, say
-            continue
-        expected = " or ".join(_WORDS[kind] for kind in kinds)
-        raise UserError(f"`{name}`: expected {expected}, got {value!r}")
-
-
-@functools.cache
-def _kinds(options: type) -> list[tuple[str, tuple[type, ...]]]:
-    """The types that each field may have; resolving annotations takes longer than all checks."""
-    hints = typing.get_type_hints(options)
-    return [
-        (each.name, typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,))
-        for each in fields(options)
-        for kind in [hints[each.name]]
-    ]

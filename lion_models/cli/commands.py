@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,13 +67,13 @@ from lion_models.cli.options import (
     ValidationShots,
     Verify,
     Workers,
-    check_given,
-    config_of,
     dashed,
     distinct,
     folder_in,
     given_options,
+    given_run_options,
     numbers,
+    options_of,
     set_up,
     short_name,
     with_run_options,
@@ -83,8 +82,9 @@ from lion_models.cli.progress import CellBars, ProgressBars
 from lion_models.cli.runs import evaluate, export, info, predict_command
 from lion_models.cli.sweep import sweep
 from lion_models.data.loader import IMAGE_CACHE
+from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.run import Run, RunConfig
-from lion_models.run.config import METHODS, SHOWN_METHODS
+from lion_models.run.config import all_options, check_felt, run_of
 from lion_models.run.data_record import stored_name
 from lion_models.run.folder import read_config
 from lion_models.run.ranks import joined_ranks
@@ -95,8 +95,9 @@ from lion_models.study.trial import CellOptions
 
 __all__ = ["app", "main"]
 
+OPTIONS = all_options()
 # 84 pixels and 20 epochs, so that two cores need minutes: a step goes through 11 blocks twice.
-VIT_DEMO = RunConfig(
+VIT_DEMO = all_options(
     data="tuxpaint",
     backbone="vit-s14-focus,image_size=84,readout=11",
     shots=5,
@@ -173,30 +174,30 @@ def train(
     normalisation: Normalisation = "backbone",
     bad_files: BadFiles = "fail",
     verify: Verify = "full",
-    sides: Sides = RunConfig.sides,
-    hidden: Hidden = RunConfig.hidden,
-    strength: Strength = RunConfig.strength,
+    sides: Sides = OPTIONS["sides"],
+    hidden: Hidden = OPTIONS["hidden"],
+    strength: Strength = OPTIONS["strength"],
     solver: SolverName = "anderson",
     rtol: Rtol = None,
     max_steps: MaxSteps = 50,
     iterations: Iterations = None,
     space: Space = None,
-    output_input: OutputInput = RunConfig.output_input,
-    robust: Robust = RunConfig.robust,
-    tau: Tau = RunConfig.tau,
-    robust_set: RobustSet = RunConfig.robust_set,
-    robust_scope: RobustScope = RunConfig.robust_scope,
-    robust_decay: RobustDecay = RunConfig.robust_decay,
-    robust_ramp: RobustRamp = RunConfig.robust_ramp,
-    robust_on: RobustOn = RunConfig.robust_on,
-    sparsity: Sparsity = RunConfig.sparsity,
+    output_input: OutputInput = OPTIONS["output_input"],
+    robust: Robust = OPTIONS["robust"],
+    tau: Tau = OPTIONS["tau"],
+    robust_set: RobustSet = OPTIONS["robust_set"],
+    robust_scope: RobustScope = OPTIONS["robust_scope"],
+    robust_decay: RobustDecay = OPTIONS["robust_decay"],
+    robust_ramp: RobustRamp = OPTIONS["robust_ramp"],
+    robust_on: RobustOn = OPTIONS["robust_on"],
+    sparsity: Sparsity = OPTIONS["sparsity"],
     prune_at: PruneAt = None,
     checkpoint_backbone: CheckpointBackbone = False,
-    prompts: Prompts = RunConfig.prompts,
-    pad: Pad = RunConfig.pad,
-    adapter_hidden: AdapterHidden = RunConfig.adapter_hidden,
-    adapter_place: AdapterPlace = RunConfig.adapter_place,
-    lora_rank: LoraRank = RunConfig.lora_rank,
+    prompts: Prompts = OPTIONS["prompts"],
+    pad: Pad = OPTIONS["pad"],
+    adapter_hidden: AdapterHidden = OPTIONS["adapter_hidden"],
+    adapter_place: AdapterPlace = OPTIONS["adapter_place"],
+    lora_rank: LoraRank = OPTIONS["lora_rank"],
     lora_alpha: LoraAlpha = None,
     amp: Amp = "none",
     accumulate: Accumulate = 1,
@@ -218,15 +219,15 @@ def train(
 ) -> None:
     """Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
     set_up(threads, device)
-    config = config_of(ctx).resolved()
+    config = run_of(options_of(ctx), method=method).resolved()
     folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{seed}")
     if moved_data is not None and not resume:
         raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
     if resume and (folder / "config.json").is_file():
         stored = read_config(folder)
-        asked = replace(config, data=stored_name(folder, stored.data, data, moved_data))
+        asked = config.but(data=stored_name(folder, stored.data.data, data, moved_data))
         config = _resumed(ctx, stored, asked)
-    check_given(ctx, [config.method], lambda key: {getattr(config, key)})
+    check_felt(given_run_options(ctx), [config])
     run = Run(
         folder,
         config,
@@ -300,8 +301,8 @@ def compare(
     set_up(threads, device)
     parts = METHODS if methods == "all" else methods.split(",")
     names = distinct("--methods", [choose("--methods", p.strip(), METHODS) for p in parts])
-    base = config_of(ctx)
-    check_given(ctx, names, lambda key: {getattr(base, key)})
+    base = options_of(ctx)
+    check_felt(given_run_options(ctx), [run_of(base, method=each) for each in names])
     folder = folder_in(runs, name, f"compare-{short_name(data)}-{shots}")
     rates = distinct("--lrs", numbers("--lrs", lrs, float)) if lrs else []
     _compare(
@@ -333,8 +334,8 @@ def demo(
 ) -> None:
     """Linear probe, VPT-deep and LION on few images: MNIST on the embedded tiny ViT, or --vit."""
     set_up(threads, "cpu")
-    base = VIT_DEMO if vit else RunConfig(data="mnist5k", shots=20, epochs=100)
-    base = base if data is None else replace(base, data=data)
+    base = VIT_DEMO if vit else all_options(data="mnist5k", shots=20, epochs=100)
+    base = base if data is None else base | {"data": data}
     folder = runs / ("demo-vit" if vit else "demo")
     options = CellOptions(workers=workers, image_cache=image_cache)
     _compare(folder, base, list(SHOWN_METHODS), [42], [], overwrite, CellRunner(options=options))
@@ -342,7 +343,7 @@ def demo(
 
 def _compare(
     folder: Path,
-    base: RunConfig,
+    base: dict[str, Any],
     methods: list[str],
     seeds: list[int],
     rates: list[float],
@@ -361,9 +362,9 @@ def _compare(
             overwrite=overwrite,
             on_cells=bars.one_by_one,
         )
-    shots = f"{base.shots} images a class" if base.shots else "all images"
+    shots = f"{base['shots']} images a class" if base["shots"] else "all images"
     seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
-    out.print(comparison_table(result["summary"], f"{base.data}, {shots}, {seed_text}"))
+    out.print(comparison_table(result["summary"], f"{base['data']}, {shots}, {seed_text}"))
     out.print(f"wrote {folder}/compare.json and {folder}/compare.png", soft_wrap=True)
 
 

@@ -7,8 +7,7 @@ import inspect
 import os
 import re
 import typing
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,19 +20,10 @@ from lion_models.base.errors import UserError, choose
 from lion_models.data.augment import AUGMENTATIONS
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY
-from lion_models.methods.lion import OUTPUT_INPUTS
+from lion_models.methods.lion import _SOLVERS, OUTPUT_INPUTS
 from lion_models.prompts.cdr import THRESHOLDS
-from lion_models.run.config import (
-    AMP,
-    CDR_OPTIONS,
-    CLASS_WEIGHTS,
-    ONLY_FOR,
-    OPTIMIZERS,
-    ROBUST,
-    SOLVER_OPTIONS,
-    SOLVERS,
-    RunConfig,
-)
+from lion_models.run.config import all_options, owners_of
+from lion_models.run.training import AMP, CLASS_WEIGHTS
 
 Data = Annotated[
     str,
@@ -87,7 +77,7 @@ ValidationShots = Annotated[
 ]
 Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
 Batch = Annotated[int, typer.Option(help="Images per step.")]
-Optimizer = Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]
+Optimizer = Annotated[str, typer.Option(help=f"One of {', '.join(('adamw', 'sgd'))}.")]
 Augment = Annotated[
     str | None,
     typer.Option(
@@ -98,7 +88,7 @@ Augment = Annotated[
 Sides = Annotated[str, typer.Option(help="lion: both, input or output.")]
 Hidden = Annotated[int, typer.Option(help="lion: bottleneck width.")]
 Strength = Annotated[float, typer.Option(help="lion: initial lambda of both layers.")]
-SolverName = Annotated[str, typer.Option(help=f"lion: one of {', '.join(SOLVERS)}.")]
+SolverName = Annotated[str, typer.Option(help=f"lion: one of {', '.join(_SOLVERS)}.")]
 Rtol = Annotated[
     float | None,
     typer.Option(help="lion: relative tolerance of the solver.", show_default="deqcore's, 1e-4"),
@@ -123,7 +113,9 @@ OutputInput = Annotated[
 ]
 Robust = Annotated[
     str,
-    typer.Option(help=f"{' or '.join(ROBUST)}: drive weights that are not critical to zero."),
+    typer.Option(
+        help=f"{' or '.join(('none', 'cdr'))}: drive weights that are not critical to zero."
+    ),
 ]
 Tau = Annotated[float, typer.Option(help="cdr: share of the weights that is not critical.")]
 RobustSet = Annotated[
@@ -196,11 +188,10 @@ ImageCache = Annotated[
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
-def config_of(ctx: typer.Context) -> RunConfig:
-    """The run configuration among a command's options; an option and its field share a name."""
-    known = {field.name for field in fields(RunConfig)}
-    values = {name: value for name, value in ctx.params.items() if name in known}
-    return RunConfig(**values | {"shots": _shots(values["shots"])})
+def options_of(ctx: typer.Context) -> dict[str, Any]:
+    """The options of runs among a command's; an option and its field share a name."""
+    values = {name: ctx.params[name] for name in owners_of() if name in ctx.params}
+    return all_options(**values | {"shots": _shots(values["shots"])})
 
 
 def given_options(ctx: typer.Context) -> list[str]:
@@ -212,86 +203,9 @@ def given_options(ctx: typer.Context) -> list[str]:
     ]
 
 
-def check_given(
-    ctx: typer.Context,
-    methods: Sequence[str],
-    values_of: Callable[[str], Collection[Any]],
-) -> None:
-    """Refuse options that the user wrote and that no run would feel.
-
-    Args:
-        ctx: of the command.
-        methods: of the runs.
-        values_of: gives every value that an option has in some run.
-
-    Raises:
-        UserError: an option of other methods, of robust training that is not there, of a solver
-            where none runs, of a side or a backward pass through the backbone where there is none,
-            or a number that no run reaches.
-    """
-    robust, robust_on = values_of("robust"), values_of("robust_on")
-    names = " and ".join(methods)
-    given = given_options(ctx)
-    if "iterations" in given and (solving := [key for key in SOLVER_OPTIONS if key in given]):
-        option = f"--{solving[0].replace('_', '-')}"
-        raise UserError(
-            f"{option}: is about solving for the equilibrium, and --iterations applies explicit "
-            "layers instead; leave one out"
-        )
-    _check_sides(given, methods, values_of)
-    _check_reach(given, values_of)
-    for key in given:
-        option = f"--{key.replace('_', '-')}"
-        owners = ONLY_FOR.get(key, tuple(methods))
-        if not set(owners) & set(methods):
-            raise UserError(
-                f"{option}: is an option of {' and '.join(owners)}, not of {names}; leave it out"
-            )
-        if key in CDR_OPTIONS and "cdr" not in robust:
-            raise UserError(
-                f"{option}: belongs to --robust cdr, which is not there; add it, or leave "
-                f"{option} out"
-            )
-        alone = "lion" not in methods and "all" not in robust_on
-        if key == "robust" and "cdr" in robust and alone:
-            raise UserError(
-                f"--robust cdr: leaves {names} alone; add --robust-on all to act on every trained "
-                "matrix, or leave it out"
-            )
-
-
-def _check_sides(
-    given: Collection[str], methods: Sequence[str], values_of: Callable[[str], Collection[Any]]
-) -> None:
-    sides = set(values_of("sides"))
-    for key, layer, left_out in (("space", "input", "output"), ("output_input", "output", "input")):
-        if key in given and "lion" in methods and sides == {left_out}:
-            raise UserError(
-                f"--{key.replace('_', '-')}: is about the {layer} layer, which --sides {left_out} "
-                "leaves out; leave one out"
-            )
-    without = {"linear": "linear"}  # a backward pass through the backbone
-    if sides == {"output"}:
-        without["lion"] = "lion with --sides output"
-    if "checkpoint_backbone" in given and set(methods) <= set(without):
-        has = "has" if len(methods) == 1 else "have"
-        raise UserError(
-            "--checkpoint-backbone: saves memory of the backward pass through the frozen blocks, "
-            f"and {' and '.join(without[method] for method in methods)} {has} none; leave it out"
-        )
-
-
-def _check_reach(given: Collection[str], values_of: Callable[[str], Collection[Any]]) -> None:
-    for key, parts, bound, whole in (
-        ("robust_ramp", "epochs", "epochs", ""),
-        ("accumulate", "parts", "batch", "images "),
-    ):
-        asked, most = min(values_of(key)), max(values_of(bound))
-        if key in given and asked > most:
-            raise UserError(
-                f"--{key.replace('_', '-')}: {asked} {parts} are more than the {most} {whole}of "
-                f"--{bound}; lower it"
-            )
+def given_run_options(ctx: typer.Context) -> list[str]:
+    """Names of the options of runs that the user wrote."""
+    return [name for name in given_options(ctx) if name in owners_of()]
 
 
 def with_run_options(
@@ -299,12 +213,12 @@ def with_run_options(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of `source` that are fields of a run, `omitted` ones excepted.
 
-    The command finds their values with `config_of`; it is called with its own options alone.
+    The command finds their values with `options_of`; it is called with its own options alone.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function).parameters
-        known = {field.name for field in fields(RunConfig)} - set(omitted) - set(own)
+        known = {*owners_of(), "method"} - set(omitted) - set(own)
         shared = [p for name, p in inspect.signature(source).parameters.items() if name in known]
         hints = typing.get_type_hints(source, include_extras=True)
         hints |= typing.get_type_hints(function, include_extras=True)

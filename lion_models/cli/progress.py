@@ -42,8 +42,8 @@ class ProgressBars:
         if config != self._config or self._bar is None:
             self.__exit__()
             self._config = config
-            name = f"{config.method} seed {config.seed}"
-            self._bar = _bar(config.epochs, row["epoch"] - 1, name)
+            name = f"{config.method.name} seed {config.training.seed}"
+            self._bar = _bar(config.training.epochs, row["epoch"] - 1, name)
         steps = "/".join(f"{figures['steps']:.0f}" for figures in row["solver"].values())
         shown = {"loss": f"{row['loss']:.3f}", "val": f"{100 * row['validation_accuracy']:.1f}%"}
         self._bar.set_postfix(shown | ({"steps": steps} if steps else {}), refresh=False)
@@ -80,7 +80,7 @@ class CellBars:
     def together(self, cells: Sequence[Cell]) -> Any:
         """The same with one bar, which counts epochs."""
         self.__exit__()
-        epochs = [cell.config.epochs for cell in cells]
+        epochs = [cell.config.training.epochs for cell in cells]
         seen = [0 if cell.result() is None else epochs[i] for i, cell in enumerate(cells)]
         done = {index for index, count in enumerate(seen) if count}
         bar = self._all = _bar(sum(epochs), sum(seen), "runs")

@@ -253,7 +253,7 @@ def export(
             raise UserError("--moved-data: --images are compared on instead; leave one out")
         paths = gather_images(images)[:COMPARED_IMAGES]
         shape = loaded.model.backbone.channels, loaded.model.backbone.image_size
-        decoded = [decode_image(path, *shape, loaded.config.transform) for path in paths]
+        decoded = [decode_image(path, *shape, loaded.config.data.transform) for path in paths]
         pixels = torch.stack(decoded * (1 if len(decoded) > 1 else 2))
     else:
         own = Run(folder, loaded.config, moved_data=moved_data)
@@ -318,8 +318,8 @@ def _run_facts(run: Path) -> dict[str, Any]:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in solve.items())
             facts[f"solver, {side}"] = shown
     side = model.backbone.image_size
-    images = torch.rand(config.batch, model.backbone.channels, side, side)
-    facts[f"memory, batch of {config.batch}"] = (
+    images = torch.rand(config.training.batch, model.backbone.channels, side, side)
+    facts[f"memory, batch of {config.training.batch}"] = (
         f"{kept_bytes(model, images) / 2**20:.2f} MiB kept for the backward pass"
     )
     return facts

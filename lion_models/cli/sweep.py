@@ -19,17 +19,18 @@ from lion_models.cli.options import (
     Shots,
     Threads,
     Workers,
-    check_given,
-    config_of,
     distinct,
     folder_in,
+    given_run_options,
     numbers,
+    options_of,
     set_up,
     short_name,
 )
 from lion_models.cli.progress import CellBars
 from lion_models.data.loader import IMAGE_CACHE
-from lion_models.run.config import METHODS, SHOWN_METHODS
+from lion_models.methods import METHODS, SHOWN_METHODS
+from lion_models.run.config import check_felt
 from lion_models.study.report import sweep_tables
 from lion_models.study.runner import CellRunner
 from lion_models.study.sweep import Plan, parse_axis, run_sweep
@@ -82,7 +83,7 @@ def sweep(
         raise UserError("--test-seeds: goes with --test-best, which is not there")
     names = METHODS if methods == "all" else methods.split(",")
     plan = Plan(
-        config_of(ctx),
+        options_of(ctx),
         tuple(
             distinct("--methods", [choose("--methods", part.strip(), METHODS) for part in names])
         ),
@@ -93,7 +94,7 @@ def sweep(
     tested = (
         distinct("--test-seeds", numbers("--test-seeds", test_seeds, int)) if test_seeds else []
     )
-    check_given(ctx, plan.methods, plan.values_of)
+    check_felt(given_run_options(ctx), plan.configs())
     folder = folder_in(runs, name, f"sweep-{short_name(data)}")
     options = CellOptions(device, plot=False, workers=workers, image_cache=image_cache)
     with CellBars(jobs) as bars, CellRunner(jobs, threads, options) as runner:

@@ -1,18 +1,17 @@
-"""Methods that LION is compared with, written from their papers."""
+"""The methods: LION and those that it is compared with, written from their papers.
 
-from lion_models.methods.adapter import ADAPTER_PLACES, Adapters
-from lion_models.methods.finetune import FineTune
-from lion_models.methods.linear import LinearProbe
-from lion_models.methods.lora import LoRA
-from lion_models.methods.vpt import VPTDeep, VPTPad, VPTShallow
+A method is one file, which registers what it brings; see `registry`.
+"""
 
-__all__ = [
-    "ADAPTER_PLACES",
-    "Adapters",
-    "FineTune",
-    "LinearProbe",
-    "LoRA",
-    "VPTDeep",
-    "VPTPad",
-    "VPTShallow",
-]
+from importlib import import_module
+
+from lion_models.methods.registry import METHODS, MethodConfig, register
+
+__all__ = ["METHODS", "SHOWN_METHODS", "MethodConfig", "register"]
+
+# What `lion demo` and, unless told otherwise, `lion compare` run.
+SHOWN_METHODS = ("linear", "vpt-deep", "lion")
+
+# In the order of tables.
+for _file in ("linear", "finetune", "adapter", "lora", "vpt", "lion"):
+    import_module(f"{__name__}.{_file}")

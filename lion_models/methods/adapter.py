@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.blocks import transformer_parts, with_modules
 from lion_models.base.errors import choose
+from lion_models.base.options import option
 from lion_models.methods.base import TunedClassifier
 from lion_models.methods.blocks import through, timm_linear
+from lion_models.methods.registry import MethodConfig, register
 
-__all__ = ["ADAPTER_PLACES", "Adapters", "Bottleneck"]
+__all__ = ["AdapterConfig", "Adapters", "Bottleneck"]
 
-ADAPTER_PLACES = ("both", "mlp")
+PLACES = ("both", "mlp")
 
 
 class Bottleneck(nn.Module):
@@ -53,11 +57,13 @@ class Adapters(TunedClassifier):
         UserError: a backbone without such blocks.
     """
 
+    method = "adapter"
+
     def __init__(
         self, backbone: FrozenBackbone, classes: int, hidden: int = 2, place: str = "both"
     ) -> None:
         super().__init__(backbone, classes)
-        choose("adapter_place", place, ADAPTER_PLACES)
+        choose("adapter_place", place, PLACES)
         blocks, self._pool = transformer_parts(
             backbone, "`method` adapter", "use lion, linear, full or vpt-pad"
         )
@@ -76,3 +82,15 @@ class Adapters(TunedClassifier):
 
     def tuned(self, fixed: Tensor) -> Tensor:  # (B, T, D) -> (B, classes)
         return self.head(self._pool(through(self._blocks, fixed)))
+
+
+@register("adapter", colour="#009E73")
+@dataclass(frozen=True)
+class AdapterConfig(MethodConfig):
+    """Where the adapters sit, and how wide they are."""
+
+    adapter_hidden: int = option(2, "Bottleneck width.", low=1)
+    adapter_place: str = option("both", "Behind attention and MLP, or the MLP.", choices=PLACES)
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> Adapters:
+        return Adapters(backbone, classes, self.adapter_hidden, self.adapter_place)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import deqcore
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError
+from lion_models.prompts.implicit_prompt import ImplicitPrompt
 
 __all__ = [
     "ParameterCount",
@@ -31,9 +32,11 @@ class TunedClassifier(nn.Module, ABC):
         classes: number of outputs of the linear head, 1 or more.
 
     Attributes:
+        method: the name that it is registered under; empty for a class of one's own.
         replaced: number of the backbone's parameters that a method computes with copies of.
     """
 
+    method: str = ""
     replaced: int = 0
 
     def __init__(self, backbone: FrozenBackbone, classes: int) -> None:
@@ -57,6 +60,19 @@ class TunedClassifier(nn.Module, ABC):
     @abstractmethod
     def tuned(self, fixed: Tensor) -> Tensor:
         """The rest: output of `frozen` -> logits (B, classes)."""
+
+    @property
+    def implicit_layers(self) -> dict[str, ImplicitPrompt]:
+        """The method's implicit layers by their names in figures and pictures."""
+        return {}
+
+    def residual_traces(self, fixed: Tensor) -> dict[str, Tensor]:
+        """Residual per step, (B, n), of each implicit layer that solves, for one batch.
+
+        Args:
+            fixed: output of `frozen`.
+        """
+        return {}
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) in [0, 1] -> (B, classes)
         if not images.is_floating_point():

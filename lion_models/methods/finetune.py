@@ -11,8 +11,9 @@ from torch.func import functional_call
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError, choose
 from lion_models.methods.base import TunedClassifier
+from lion_models.methods.registry import MethodConfig, Recipe, register
 
-__all__ = ["FineTune"]
+__all__ = ["BiasConfig", "FineTune", "FullConfig"]
 
 PARTS = ("all", "bias")
 
@@ -38,6 +39,7 @@ class FineTune(TunedClassifier):
     def __init__(self, backbone: FrozenBackbone, classes: int, part: str = "all") -> None:
         super().__init__(backbone, classes)
         choose("part", part, PARTS)
+        self.method = "full" if part == "all" else "bias"
         chosen = {
             name: value
             for name, value in backbone.module.named_parameters()
@@ -46,8 +48,8 @@ class FineTune(TunedClassifier):
         used = _used(backbone, chosen)
         if not used:
             raise UserError(
-                f"`method` {'full' if part == 'all' else 'bias'}: '{backbone.name}' has no "
-                "parameter of this kind; use another method"
+                f"`method` {self.method}: '{backbone.name}' has no parameter of this kind; use "
+                "another method"
             )
         self.weights = _tree(used)
         self.replaced = sum(value.numel() for value in used.values())
@@ -95,3 +97,23 @@ def _tree(values: Mapping[str, Tensor]) -> nn.Module:
             node = node.get_submodule(part)
         node.register_parameter(last, nn.Parameter(value.detach().clone()))
     return root
+
+
+@register("full", Recipe(lr=0.001), colour="#000000")
+class FullConfig(MethodConfig):
+    """There is nothing to choose."""
+
+    tunes_copies = True
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> FineTune:
+        return FineTune(backbone, classes)
+
+
+@register("bias", Recipe(lr=0.01), colour="#F0E442")
+class BiasConfig(MethodConfig):
+    """There is nothing to choose."""
+
+    tunes_copies = True
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> FineTune:
+        return FineTune(backbone, classes, "bias")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lion_models.backbones import FrozenBackbone
 from lion_models.methods.base import TunedClassifier
+from lion_models.methods.registry import MethodConfig, register
 
-__all__ = ["LinearProbe"]
+__all__ = ["LinearConfig", "LinearProbe"]
 
 
 class LinearProbe(TunedClassifier):
     """Only the head trains."""
+
+    method = "linear"
 
     @torch.no_grad()
     def frozen(self, images: Tensor) -> Tensor:  # (B, C, S, S) -> (B, F)
@@ -19,3 +23,13 @@ class LinearProbe(TunedClassifier):
 
     def tuned(self, fixed: Tensor) -> Tensor:  # (B, F) -> (B, classes)
         return self.head(fixed)
+
+
+@register("linear", colour="#999999")
+class LinearConfig(MethodConfig):
+    """There is nothing to choose."""
+
+    goes_back = False
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> LinearProbe:
+        return LinearProbe(backbone, classes)

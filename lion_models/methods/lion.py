@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+import deqcore
 from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.frozen import SPACES
 from lion_models.base.errors import UserError, choose
+from lion_models.base.options import Need, option
 from lion_models.methods.base import TunedClassifier
+from lion_models.methods.registry import MethodConfig, Recipe, register
 from lion_models.prompts.implicit_prompt import ImplicitPrompt, Solver
+from lion_models.prompts.pruning import Pruning, check_prunable
 
-__all__ = ["OUTPUT_INPUTS", "SIDES", "Lion"]
+__all__ = ["Lion", "LionConfig"]
 
 SIDES = ("both", "input", "output")
 OUTPUT_INPUTS = ("pooled", "embedding")
@@ -42,6 +49,8 @@ class Lion(TunedClassifier):
         UserError: a backbone without tokens where they are asked for, or with tokens of another
             width than the feature's for `embedding`.
     """
+
+    method = "lion"
 
     def __init__(
         self,
@@ -102,26 +111,20 @@ class Lion(TunedClassifier):
         return self.space == self.backbone.space
 
     @property
-    def prompts(self) -> dict[str, ImplicitPrompt]:
+    def implicit_layers(self) -> dict[str, ImplicitPrompt]:
         """The layers that exist, by side."""
         layers = {"input": self.input_prompt, "output": self.output_prompt}
         return {side: layer for side, layer in layers.items() if layer is not None}
 
     @torch.no_grad()
-    def residual_traces(self, fixed: Tensor, solver: Solver) -> dict[str, Tensor]:
-        """Residual per step, (B, n), of each implicit layer for one batch.
-
-        Args:
-            fixed: output of `frozen`.
-            solver: one with `record_trace=True`.
-        """
+    def residual_traces(self, fixed: Tensor) -> dict[str, Tensor]:
         traces = {}
         if self.input_prompt is not None:
-            traces["input"] = self.input_prompt.residual_trace(fixed, solver)
+            traces["input"] = self.input_prompt.residual_trace(fixed)
         if self.output_prompt is not None:
             feature, source = self._features(fixed)
             driver = feature if source is None else source
-            traces["output"] = self.output_prompt.residual_trace(driver, solver)
+            traces["output"] = self.output_prompt.residual_trace(driver)
         return {side: trace for side, trace in traces.items() if trace is not None}
 
     def _features(self, fixed: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -146,3 +149,101 @@ def _check_embedding(backbone: FrozenBackbone) -> None:
             f"`output_input` embedding: needs tokens as wide as the feature "
             f"({backbone.feature_dim}), '{backbone.name}' has {width}; use `output_input` pooled"
         )
+
+
+_SOLVERS: dict[str, Callable[..., Solver]] = {
+    "anderson": deqcore.Anderson,
+    "broyden": deqcore.Broyden,
+    "picard": deqcore.Picard,
+}
+_SOLVES = Need(
+    lambda run: run.method.iterations is None,
+    "is about solving for the equilibrium, and `iterations` applies explicit layers instead; "
+    "leave one out",
+)
+_INPUT = Need(
+    lambda run: run.method.sides != "output",
+    "is about the input layer, which `sides` output leaves out; leave one out",
+)
+_OUTPUT = Need(
+    lambda run: run.method.sides != "input",
+    "is about the output layer, which `sides` input leaves out; leave one out",
+)
+
+
+@register("lion", Recipe(augment="affine"), colour="#D55E00")
+@dataclass(frozen=True)
+class LionConfig(MethodConfig):
+    """The implicit layers, how they are solved, and what is pruned of them."""
+
+    implicit = True
+
+    sides: str = option("both", "Where there is an implicit layer.", choices=SIDES)
+    hidden: int = option(8, "Bottleneck width.", low=1)
+    strength: float = option(1.0, "Initial lambda of both layers.", expected="a number such as 1.0")
+    solver: str = option("anderson", "Of the equilibrium.", choices=_SOLVERS, needs=_SOLVES)
+    rtol: float | None = option(
+        None,
+        "Relative tolerance of the solver.",
+        above=0,
+        below=1000,
+        unset="deqcore's, 1e-4",
+        needs=_SOLVES,
+    )
+    max_steps: int = option(50, "Most evaluations of the cell per solve.", low=1, needs=_SOLVES)
+    iterations: int | None = option(
+        None, "This many explicit layers instead of an equilibrium.", low=1, unset="equilibrium"
+    )
+    space: str | None = option(
+        None,
+        "Where the input layer acts.",
+        choices=SPACES,
+        unset="token where the backbone has tokens",
+        needs=_INPUT,
+    )
+    output_input: str = option(
+        "pooled", "What drives the output layer.", choices=OUTPUT_INPUTS, needs=_OUTPUT
+    )
+    sparsity: float = option(
+        0.0,
+        "Share of the implicit layers' weights that is pruned.",
+        low=0,
+        below=1,
+        expected="a share from 0 to below 1",
+    )
+    prune_at: int | None = option(None, "Epoch that ends with pruning.", low=1, unset="the last")
+
+    def check(self) -> None:
+        if self.prune_at is not None and not self.sparsity:
+            raise UserError("`prune_at`: says when to prune; say how much with `sparsity`, too")
+
+    def pruning(self, epochs: int) -> Pruning | None:
+        if not self.sparsity:
+            return None
+        epoch = epochs if self.prune_at is None else self.prune_at
+        if epoch > epochs:
+            raise UserError(f"`prune_at`: expected an epoch from 1 to {epochs}, got {epoch}")
+        return Pruning(self.sparsity, epoch)
+
+    @property
+    def goes_back(self) -> bool:
+        return self.sides != "output"
+
+    def __str__(self) -> str:
+        return self.name if self.goes_back else "lion with `sides` output"
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> Lion:
+        model = Lion(
+            backbone,
+            classes,
+            self.sides,
+            self.hidden,
+            self.strength,
+            _SOLVERS[self.solver](rtol=self.rtol, max_steps=self.max_steps),
+            self.iterations,
+            self.space,
+            self.output_input,
+        )
+        if self.sparsity:
+            check_prunable(model)
+        return model

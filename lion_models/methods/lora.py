@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.blocks import transformer_parts, with_modules
 from lion_models.base.errors import UserError
+from lion_models.base.options import option
 from lion_models.methods.base import TunedClassifier
 from lion_models.methods.blocks import through, timm_linear
+from lion_models.methods.registry import MethodConfig, Recipe, register
 
-__all__ = ["LoRA", "QueryValueDelta"]
+__all__ = ["LoRA", "LoRAConfig", "QueryValueDelta"]
 
 
 class QueryValueDelta(nn.Module):
@@ -78,6 +82,8 @@ class LoRA(TunedClassifier):
         UserError: a backbone without such blocks.
     """
 
+    method = "lora"
+
     def __init__(
         self, backbone: FrozenBackbone, classes: int, rank: int = 2, alpha: float | None = None
     ) -> None:
@@ -102,3 +108,17 @@ class LoRA(TunedClassifier):
 
     def tuned(self, fixed: Tensor) -> Tensor:  # (B, T, D) -> (B, classes)
         return self.head(self._pool(through(self._blocks, fixed)))
+
+
+@register("lora", Recipe(augment="affine"), colour="#CC79A7")
+@dataclass(frozen=True)
+class LoRAConfig(MethodConfig):
+    """Rank and scale of the additions."""
+
+    lora_rank: int = option(2, "Rank.", low=1)
+    lora_alpha: float | None = option(
+        None, "The scale is alpha / rank.", above=0, below=1000, unset="the rank"
+    )
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> LoRA:
+        return LoRA(backbone, classes, self.lora_rank, self.lora_alpha)

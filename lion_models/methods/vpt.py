@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,19 @@ from torch import Tensor, nn
 from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.blocks import transformer_parts
 from lion_models.base.errors import UserError
+from lion_models.base.options import option
 from lion_models.methods.base import TunedClassifier
 from lion_models.methods.blocks import through
+from lion_models.methods.registry import MethodConfig, Recipe, register
 
-__all__ = ["VPTDeep", "VPTPad", "VPTShallow"]
+__all__ = [
+    "VPTDeep",
+    "VPTDeepConfig",
+    "VPTPad",
+    "VPTPadConfig",
+    "VPTShallow",
+    "VPTShallowConfig",
+]
 
 
 class VPTDeep(TunedClassifier):
@@ -34,6 +44,8 @@ class VPTDeep(TunedClassifier):
     Raises:
         UserError: a backbone without blocks.
     """
+
+    method = "vpt-deep"
 
     def __init__(
         self,
@@ -78,6 +90,8 @@ class VPTShallow(TunedClassifier):
         UserError: a backbone without blocks.
     """
 
+    method = "vpt-shallow"
+
     def __init__(
         self,
         backbone: FrozenBackbone,
@@ -118,6 +132,7 @@ class VPTPad(TunedClassifier):
         UserError: a frame that leaves no image.
     """
 
+    method = "vpt-pad"
     place: Tensor  # of the frame's pixels, in a flattened image
 
     def __init__(self, backbone: FrozenBackbone, classes: int, pad: int = 2) -> None:
@@ -156,3 +171,42 @@ def _draw_prompts(
         patch_pixels = pixels.numel() // (backbone.embed(pixels.to(device)).shape[1] - 1)
     bound = math.sqrt(6 / (patch_pixels + backbone.token_dim))
     return torch.empty(shape).uniform_(-bound, bound)
+
+
+@dataclass(frozen=True)
+class _PromptConfig(MethodConfig):
+    """What both kinds of tokens share."""
+
+    prompts: int = option(10, "Tokens; of vpt-deep in each block.", low=1)
+
+
+@register("vpt-shallow", Recipe(augment="affine"), colour="#56B4E9")
+class VPTShallowConfig(_PromptConfig):
+    """How many tokens there are."""
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> VPTShallow:
+        return VPTShallow(backbone, classes, self.prompts)
+
+
+@register("vpt-deep", colour="#0072B2")
+@dataclass(frozen=True)
+class VPTDeepConfig(_PromptConfig):
+    """How many tokens there are, and their dropout."""
+
+    prompt_dropout: float = option(
+        0.1, "Dropout on the prompts.", low=0, below=1, expected="0 <= p < 1"
+    )
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> VPTDeep:
+        return VPTDeep(backbone, classes, self.prompts, self.prompt_dropout)
+
+
+@register("vpt-pad", colour="#E69F00")
+@dataclass(frozen=True)
+class VPTPadConfig(MethodConfig):
+    """How wide the frame is."""
+
+    pad: int = option(2, "Width of the learned frame in pixels.", low=1)
+
+    def build(self, backbone: FrozenBackbone, classes: int) -> VPTPad:
+        return VPTPad(backbone, classes, self.pad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -127,17 +128,17 @@ class ImplicitPrompt(nn.Module):
         return x + self.strength * z
 
     @torch.no_grad()
-    def residual_trace(self, source: Tensor, solver: Solver) -> Tensor | None:
+    def residual_trace(self, source: Tensor) -> Tensor | None:
         """Residual after each step for every row, (B, n); None for explicit layers.
 
         Args:
             source: what drives the equilibrium in the network, (B, ..., D) or (B, C, H, W).
-            solver: one with `record_trace=True`.
         """
         if self.iterations is not None:
             return None
         injected = self._normalise(source)
         cell, z0 = self.layer.cell, torch.zeros_like(injected)
+        solver = replace(self.layer.solver, record_trace=True)
         return deqcore.fixed_point(cell, z0, injected, solver=solver).trace
 
     @property

@@ -8,26 +8,39 @@ weights alone. Convolutions (the space `pixel`) stay dense.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import deqcore
 from lion_models.base.errors import UserError
-from lion_models.methods.base import TunedClassifier
-from lion_models.methods.lion import Lion
 from lion_models.prompts.cdr import RobustOptimizer
+from lion_models.prompts.implicit_prompt import ImplicitPrompt
 
-__all__ = ["check_prunable", "prune_and_rebuild", "prune_model"]
+__all__ = ["Pruning", "check_prunable", "prune_and_rebuild", "prune_model"]
 
 
-def check_prunable(model: TunedClassifier) -> None:
+class Pruning(NamedTuple):
+    """What is pruned in training, and when.
+
+    Attributes:
+        sparsity: share of each matrix of the implicit layers that is dropped.
+        epoch: after whose training that happens, and before its validation; 1 is the first. Later
+            epochs train the kept weights, without robust training.
+    """
+
+    sparsity: float
+    epoch: int
+
+
+def check_prunable(model: nn.Module) -> None:
     """Make sure that there is something to prune.
 
     Raises:
         UserError: the model has no implicit layer on tokens or features.
     """
-    if not isinstance(model, Lion) or not any(p.space == "token" for p in model.prompts.values()):
+    if not _prunable(model):
         raise UserError(
             "`sparsity`: prunes the linear layers of LION's implicit layers, and this model has "
             "none (a layer on pixels is made of convolutions); use `sides` both or leave it out"
@@ -35,7 +48,9 @@ def check_prunable(model: TunedClassifier) -> None:
 
 
 def prune_model(
-    model: Lion, sparsity: float, critical_of: Callable[[Tensor], Tensor | None] = lambda _: None
+    model: nn.Module,
+    sparsity: float,
+    critical_of: Callable[[Tensor], Tensor | None] = lambda _: None,
 ) -> dict[str, deqcore.SparsityPattern]:
     """Replace the linears of the implicit layers by masked ones, in place.
 
@@ -49,9 +64,7 @@ def prune_model(
         What is kept of each weight, by the weight's name before.
     """
     patterns: dict[str, deqcore.SparsityPattern] = {}
-    for side, prompt in model.prompts.items():
-        if prompt.space != "token":
-            continue
+    for place, prompt in _prunable(model).items():
         cell = prompt.layer.cell
         linears = {n: m for n, m in cell.named_modules() if isinstance(m, nn.Linear)}
         scores = {n: _scores(m.weight, critical_of(m.weight)) for n, m in linears.items()}
@@ -59,12 +72,12 @@ def prune_model(
         for name in linears:
             masked = cell.get_submodule(name)
             assert isinstance(masked, deqcore.MaskedLinear)
-            patterns[f"{side}_prompt.layer.cell.{name}.weight"] = masked.pattern
+            patterns[f"{place}.layer.cell.{name}.weight"] = masked.pattern
     return patterns
 
 
 def prune_and_rebuild(
-    model: TunedClassifier,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     sparsity: float,
     rebuild: Callable[[], torch.optim.Optimizer],
@@ -76,7 +89,7 @@ def prune_and_rebuild(
     to learn.
 
     Args:
-        model: a `Lion`.
+        model: with implicit layers.
         optimizer: its own, with state.
         sparsity: share of each matrix that is dropped.
         rebuild: makes an optimizer for the pruned model's parameters.
@@ -88,7 +101,6 @@ def prune_and_rebuild(
         UserError: there is nothing to prune.
     """
     check_prunable(model)
-    assert isinstance(model, Lion)
     robust = optimizer if isinstance(optimizer, RobustOptimizer) else None
     states = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
     patterns = prune_model(model, sparsity, robust.critical_of if robust else lambda _: None)
@@ -100,6 +112,12 @@ def prune_and_rebuild(
         if old is not None:
             new.state[parameter] = {key: _kept(value, pattern) for key, value in old.items()}
     return new
+
+
+def _prunable(model: nn.Module) -> dict[str, ImplicitPrompt]:
+    """The implicit layers that are made of linears, by their place in the model."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, ImplicitPrompt)}
+    return {place: layer for place, layer in layers.items() if layer.space == "token"}
 
 
 def _kept(value: object, pattern: deqcore.SparsityPattern | None) -> object:

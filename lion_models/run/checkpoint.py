@@ -14,8 +14,7 @@ from lion_models.backbones import FrozenBackbone, fingerprint, load_backbone
 from lion_models.base.errors import UserError
 from lion_models.base.files import write_bytes
 from lion_models.methods.base import TunedClassifier, load_trained, trained_state
-from lion_models.run.config import RunConfig
-from lion_models.run.models import build_model
+from lion_models.run.config import RunConfig, build_model
 
 __all__ = ["CHECKPOINT", "LoadedRun", "load_run", "read_checkpoint", "save_checkpoint"]
 
@@ -50,7 +49,7 @@ def save_checkpoint(
     """Write trained weights and what is needed to use them, to a temporary file, then rename it."""
     metadata = {
         "format": FORMAT,
-        "method": config.method,
+        "method": config.method.name,
         "config": json.dumps(config.to_dict()),
         "backbone": backbone.name,
         "backbone_sha256": backbone.fingerprint,
@@ -122,7 +121,7 @@ def load_run(path: Path, backbone: FrozenBackbone | None = None) -> LoadedRun:
     classes = tuple(json.loads(metadata["classes"]))
     model = build_model(config, backbone, len(classes))
     unfit = (
-        f"{file}: its weights do not fit method '{config.method}': {{}}; "
+        f"{file}: its weights do not fit method '{config.method.name}': {{}}; "
         "it was written by another version"
     )
     try:

@@ -19,7 +19,6 @@ import deqcore
 from lion_models.base.errors import UserError, choose
 from lion_models.base.files import write_bytes
 from lion_models.methods.base import TunedClassifier
-from lion_models.methods.lion import Lion
 from lion_models.run.checkpoint import LoadedRun
 
 __all__ = ["FORMATS", "Export", "export_run", "unrolled"]
@@ -56,10 +55,9 @@ def unrolled(model: TunedClassifier, steps: int) -> TunedClassifier:
         model: changed and returned.
         steps: iterations of each implicit layer; explicit layers keep their own number.
     """
-    if isinstance(model, Lion):
-        for prompt in model.prompts.values():
-            if prompt.iterations is None:
-                prompt.iterations = steps
+    for prompt in model.implicit_layers.values():
+        if prompt.iterations is None:
+            prompt.iterations = steps
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, deqcore.MaskedLinear):
@@ -93,13 +91,13 @@ def export_run(
     pixels = images.float() / 255
     with torch.no_grad():
         solved = run.model.eval()(pixels)
-        has_steps = isinstance(run.model, Lion) and run.config.iterations is None
+        has_steps = any(p.iterations is None for p in run.model.implicit_layers.values())
         model = unrolled(run.model, steps)
         eager = model(pixels)
         metadata: dict[str, Any] = {
             "classes": list(run.classes),
-            "method": run.config.method,
-            "backbone": run.config.backbone,
+            "method": run.config.method.name,
+            "backbone": run.config.backbone.backbone,
             "weights_sha256": run.weights,
             "steps": steps if has_steps else None,
             "input": f"float32 (batch, {', '.join(map(str, pixels.shape[1:]))}) in [0, 1]",

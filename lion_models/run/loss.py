@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion_models.base.errors import choose
-from lion_models.run.config import CLASS_WEIGHTS
+from lion_models.run.training import CLASS_WEIGHTS
 
 __all__ = ["TrainingLoss"]
 

@@ -10,14 +10,21 @@ from torch import nn
 
 import deqcore
 from lion_models.methods.base import TunedClassifier
-from lion_models.methods.lion import Lion
+from lion_models.methods.registry import Recipe
 from lion_models.prompts.cdr import CDR, RobustOptimizer
-from lion_models.run.config import RunConfig
+from lion_models.prompts.config import RobustConfig
+from lion_models.run.training import TrainingConfig
 
 __all__ = ["make_optimizer"]
 
 
-def make_optimizer(model: TunedClassifier, config: RunConfig, steps: int) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: TunedClassifier,
+    training: TrainingConfig,
+    recipe: Recipe,
+    steps: int,
+    robust: RobustConfig | None = None,
+) -> torch.optim.Optimizer:
     """An optimizer for all that a model trains.
 
     Vectors and scalars have no weight decay, the kept values of a pruned matrix have that of the
@@ -25,13 +32,14 @@ def make_optimizer(model: TunedClassifier, config: RunConfig, steps: int) -> tor
 
     Args:
         model: pruned already or not; robust training is for dense weights.
-        config: optimizer, rates, and robust training.
+        training: its optimizer and epochs count.
+        recipe: its rates count.
         steps: optimizer steps in an epoch.
+        robust: None means that there is no robust training.
     """
-    lr, weight_decay, _ = config.recipe
     masked = [m for m in model.modules() if isinstance(m, deqcore.MaskedLinear)]
-    robust = [] if masked or config.robust == "none" else _robust_parameters(model, config)
-    under_rule = {id(p) for p in robust}
+    ruled = [] if masked or robust is None else _robust_parameters(model, robust)
+    under_rule = {id(p) for p in ruled}
     matrices = {id(m.values) for m in masked}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in under_rule]
     decayed = [p for p in trained if p.dim() >= 2 or id(p) in matrices]
@@ -40,29 +48,30 @@ def make_optimizer(model: TunedClassifier, config: RunConfig, steps: int) -> tor
         {"params": decayed},
         {"params": [p for p in trained if id(p) not in in_decayed], "weight_decay": 0.0},
     ]
-    if robust:
-        groups.append({"params": robust, "weight_decay": 0.0})
+    if ruled:
+        groups.append({"params": ruled, "weight_decay": 0.0})
+    lr, weight_decay, _ = recipe
     base: torch.optim.Optimizer
-    if config.optimizer == "sgd":
+    if training.optimizer == "sgd":
         base = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay)
     else:
         base = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
-    if not robust:
+    if robust is None or not ruled:
         return base
-    warm_up = max(1, math.ceil(config.epochs / 10)) * steps
+    warm_up = max(1, math.ceil(training.epochs / 10)) * steps
     rule = CDR(
-        tau=config.tau,
-        decay=config.robust_decay,
-        ramp=config.robust_ramp * steps,
-        fix_after=warm_up if config.robust_set == "fixed" else None,
-        threshold=config.robust_scope,
+        tau=robust.tau,
+        decay=robust.robust_decay,
+        ramp=robust.robust_ramp * steps,
+        fix_after=warm_up if robust.robust_set == "fixed" else None,
+        threshold=robust.robust_scope,
     )
-    return RobustOptimizer(base, robust, rule)
+    return RobustOptimizer(base, ruled, rule)
 
 
-def _robust_parameters(model: TunedClassifier, config: RunConfig) -> list[nn.Parameter]:
-    if config.robust_on == "all":
-        return [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    if not isinstance(model, Lion):
+def _robust_parameters(model: TunedClassifier, robust: RobustConfig) -> list[nn.Parameter]:
+    if robust.robust == "none":
         return []
-    return [p for prompt in model.prompts.values() for p in prompt.matrices]
+    if robust.robust_on == "all":
+        return [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    return [p for prompt in model.implicit_layers.values() for p in prompt.matrices]

@@ -12,22 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from lion_models.base.files import save_figure
+from lion_models.methods.registry import colour_of
 from lion_models.run.config import RunConfig
 
-__all__ = ["METHOD_COLOURS", "plot_comparison", "plot_confusion", "plot_run"]
+__all__ = ["plot_comparison", "plot_confusion", "plot_run"]
 
-# Okabe & Ito's palette: told apart with any colour vision.
-METHOD_COLOURS = {
-    "linear": "#999999",
-    "full": "#000000",
-    "bias": "#F0E442",
-    "adapter": "#009E73",
-    "lora": "#CC79A7",
-    "vpt-shallow": "#56B4E9",
-    "vpt-deep": "#0072B2",
-    "vpt-pad": "#E69F00",
-    "lion": "#D55E00",
-}
 SIDE_COLOURS = {"input": "#009E73", "output": "#CC79A7"}
 
 
@@ -45,8 +34,9 @@ def plot_run(
     traces = result["traces"]
     panels = 3 if traces["after"] else 2
     figure, axes = _figure(panels)
-    shots = f"{config.shots} images a class" if config.shots else "all images"
-    figure.suptitle(f"{config.method} on {config.data}, {shots}, seed {config.seed}")
+    shots = f"{config.data.shots} images a class" if config.data.shots else "all images"
+    about = f"{config.method.name} on {config.data.data}, {shots}, seed {config.training.seed}"
+    figure.suptitle(about)
     epochs = [row["epoch"] for row in history]
 
     accuracy = axes[0]
@@ -121,7 +111,7 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
         own = [cell for cell in cells if cell["method"] == method]
         values = [100 * cell["test_accuracy"] for cell in own]
         mean = sum(values) / len(values)
-        colour = METHOD_COLOURS.get(method, "#000000")
+        colour = colour_of(method)
         # Dots, not bars: the axis does not begin at zero, where a bar's length would mislead.
         points.hlines(mean, position - 0.25, position + 0.25, color=colour, linewidth=4)
         points.plot([position] * len(values), values, "o", color="black", markersize=5, alpha=0.6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lion_models.base.errors import UserError, choose
-from lion_models.run.config import AMP
+from lion_models.run.training import AMP
 
 __all__ = ["Precision"]
 

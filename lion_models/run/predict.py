@@ -75,7 +75,7 @@ def predict(
         errors: dict[Path, str] = {}
         for path in images[start : start + chunk]:
             try:
-                pixels.append(decode_image(path, *shape, run.config.transform))
+                pixels.append(decode_image(path, *shape, run.config.data.transform))
             except UnreadableError:
                 raise
             except UserError as error:
@@ -175,13 +175,13 @@ def evaluate_on(
         UserError: the data's classes are not the run's.
     """
     model = run.model
-    backbone, transform = model.backbone, run.config.transform
+    backbone, transform = model.backbone, run.config.data.transform
     source = open_source(
         data,
         backbone.channels,
         backbone.image_size,
         transform=transform,
-        bad_files=run.config.bad_files if bad_files is None else bad_files,
+        bad_files=run.config.data.bad_files if bad_files is None else bad_files,
     )
     if source.classes != run.classes:
         raise UserError(

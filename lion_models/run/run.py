@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from lion_models.data import (
 from lion_models.data.sources import user_folder
 from lion_models.data.splits import earlier_reading
 from lion_models.methods.base import TunedClassifier, count_parameters
-from lion_models.methods.lion import Lion
 from lion_models.run.checkpoint import (
     CHECKPOINT,
     LoadedRun,
@@ -39,7 +37,7 @@ from lion_models.run.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from lion_models.run.config import RunConfig
+from lion_models.run.config import RunConfig, build_model
 from lion_models.run.data_record import check_unchanged, data_place, record_data
 from lion_models.run.folder import (
     CURVES,
@@ -51,7 +49,6 @@ from lion_models.run.folder import (
     read_config,
 )
 from lion_models.run.log import METRICS, STATE, STATE_SECONDS, RunLog, read_state
-from lion_models.run.models import build_model, make_solver
 from lion_models.run.ranks import ALONE, Ranks
 from lion_models.run.report import CONFUSION, REPORT, read_report, write_report
 from lion_models.run.seeding import seed_all
@@ -72,7 +69,7 @@ class Run:
         folder: where its files lie or will lie.
         config: what to train; what it leaves to the method is filled in.
         bench: device, and what the runs of this process share; None makes one for the CPU.
-        moved_data: where its data lies now, as `config.data` would name it; None means where it
+        moved_data: where its data lies now, as `data` would name it; None means where it
             lay when the run was trained.
 
     Attributes:
@@ -114,23 +111,23 @@ class Run:
     @cached_property
     def place(self) -> str:
         if self._moved_data is None and is_new(self.folder):
-            return self.config.data
-        return data_place(self.folder, self.config.data, self._moved_data)
+            return self.config.data.data
+        return data_place(self.folder, self.config.data.data, self._moved_data)
 
     @cached_property
     def source(self) -> Source:
-        return self.bench.source(replace(self.config, data=self.place))
+        return self.bench.source(self.config.but(data=self.place))
 
     @cached_property
     def split(self) -> Split:
-        config = self.config
+        data = self.config.data
         return split_source(
             self.source,
-            config.seed,
-            config.shots,
-            config.validation_shots,
-            config.test_cap,
-            config.imbalance,
+            self.config.training.seed,
+            data.shots,
+            data.validation_shots,
+            data.test_cap,
+            data.imbalance,
         )
 
     @cached_property
@@ -141,7 +138,7 @@ class Run:
     @cached_property
     def model(self) -> TunedClassifier:
         classes, backbone = len(self.source.classes), self.backbone
-        seed_all(self.config.seed)
+        seed_all(self.config.training.seed)
         return build_model(self.config, backbone, classes).to(self.bench.device)
 
     @cached_property
@@ -157,7 +154,7 @@ class Run:
             anew: whatever run the folder holds goes, and with it what that knows of its data.
         """
         if anew and self._moved_data is None:
-            self.place = self.config.data
+            self.place = self.config.data.data
         _ = self.split, self.model
 
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -242,7 +239,7 @@ class Run:
         check_same(self.folder, self.config)
         result = self._read_result()
         if result is None:
-            raise UserError(f"{self.folder}: not finished; continue it with 'lion train --resume'")
+            raise UserError(f"{self.folder}: not finished; continue it with `resume`")
         test = None
         if (self.folder / REPORT).exists():
             weights, _ = read_checkpoint(self.folder / CHECKPOINT)
@@ -277,7 +274,7 @@ class Run:
             return len(self.split.train)
         if place is None or other is None or not (place in other.parents or other in place.parents):
             return 0
-        source = open_data(replace(self.config, data=self.place), self.backbone)
+        source = open_data(self.config.but(data=self.place), self.backbone)
         files = source.paths if isinstance(source, FolderSource) else ()
         folders = [files[row].parent.resolve() for row in self.split.train] if files else []
         return sum(other in (inside, *inside.parents) for inside in folders)
@@ -317,8 +314,18 @@ class Run:
                 log.add(state)
                 on_epoch(state)
 
-        shared = self.bench.features
-        state = fit(model, task, self.config, state, after_epoch, features=shared, ranks=ranks)
+        state = fit(
+            model,
+            task,
+            self.config.training,
+            state,
+            after_epoch,
+            robust=self.config.robust,
+            pruning=self.config.pruning,
+            transform=self.config.data.transform,
+            features=self.bench.features,
+            ranks=ranks,
+        )
         if log is None:
             return {}
         log.close()
@@ -336,8 +343,8 @@ class Run:
         """The content of result.json, before the test set is read."""
         chosen = state.history[state.best_epoch - 1]
         return {
-            "method": self.config.method,
-            "seed": self.config.seed,
+            "method": self.config.method.name,
+            "seed": self.config.training.seed,
             "best_epoch": state.best_epoch,
             "epochs": len(state.history),
             "validation_accuracy": chosen["validation_accuracy"],
@@ -355,10 +362,10 @@ class Run:
 
     def _traces(self, model: TunedClassifier) -> dict[str, list[list[float]]]:
         """Per layer and solver step: 10th, 50th, 90th percentile of the residual over images."""
-        if not isinstance(model, Lion):
+        if not model.implicit_layers:
             return {}
         fixed = freeze_images(model, self.task.validation_images[:TRACE_IMAGES])
-        traces = model.eval().residual_traces(fixed, make_solver(self.config, record_trace=True))
+        traces = model.eval().residual_traces(fixed)
         marks = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
         return {
             side: trace.double().cpu().quantile(marks, dim=0).T.tolist()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lion_models.base.errors import UserError
 from lion_models.data import Task, training_view
 from lion_models.methods.base import (
     TunedClassifier,
@@ -20,17 +21,17 @@ from lion_models.methods.base import (
     load_trained,
     trained_state,
 )
-from lion_models.methods.lion import Lion
-from lion_models.prompts.pruning import prune_and_rebuild
+from lion_models.methods.registry import recipe_of
+from lion_models.prompts.config import RobustConfig
+from lion_models.prompts.pruning import Pruning, prune_and_rebuild
 from lion_models.run.averaging import Average
-from lion_models.run.config import RunConfig
 from lion_models.run.features import FeatureCache, Inputs, freeze_images
 from lion_models.run.loss import TrainingLoss
-from lion_models.run.models import check_model
 from lion_models.run.optimizer import make_optimizer
 from lion_models.run.precision import Precision
 from lion_models.run.ranks import ALONE, Ranks
 from lion_models.run.seeding import seed_all
+from lion_models.run.training import TrainingConfig
 
 __all__ = ["FitState", "fit", "freeze_images", "score", "solver_figures", "stopped_early"]
 
@@ -80,9 +81,7 @@ def solver_figures(model: TunedClassifier) -> dict[str, dict[str, float]]:
     `backward_steps` is there once a backward pass has run through the layer.
     """
     figures: dict[str, dict[str, float]] = {}
-    if not isinstance(model, Lion):
-        return figures
-    for side, prompt in model.prompts.items():
+    for side, prompt in model.implicit_layers.items():
         report = prompt.layer.report
         if report is None:
             continue
@@ -132,10 +131,13 @@ def score(
 def fit(
     model: TunedClassifier,
     task: Task,
-    config: RunConfig,
+    training: TrainingConfig | None = None,
     state: FitState | None = None,
     on_epoch: Callable[[FitState], None] = lambda state: None,
     *,
+    robust: RobustConfig | None = None,
+    pruning: Pruning | None = None,
+    transform: str = "square",
     features: FeatureCache | None = None,
     ranks: Ranks = ALONE,
 ) -> FitState:
@@ -145,61 +147,72 @@ def fit(
     where the run prunes, it is one of those measured pruned.
 
     Args:
-        model: freshly built from `config.seed`; its device is used.
+        model: freshly built from the seed; its device is used.
         task: training and validation images.
-        config: budget, optimizer and seed.
+        training: seed, budget, optimizer and loss; None means their defaults. What it leaves open
+            is as the recipe of the model's method has it; a class of one's own goes by the one that
+            suits most methods.
         state: of an interrupted fit, to continue it.
         on_epoch: called after every epoch with the state so far.
+        robust: robust training; None means none.
+        pruning: of implicit layers; None means none.
+        transform: how the task's images were fitted to the backbone; see `Geometry`.
         features: outputs of frozen parts to share with other fits of this process.
         ranks: this process among those that train the model together.
 
     Raises:
-        UserError: the model is not one of the method, or of the task's classes.
+        UserError: the model is not one of the task's classes, or has nothing to prune.
     """
-    check_model(model, config, len(task.classes))
-    steps = math.ceil(len(task.train_labels) / config.batch)
-    if state is None:
-        state = FitState()
-        optimizer = make_optimizer(model, config, steps)
-    else:
+    made = model.head.out_features
+    if made != len(task.classes):
+        raise UserError(
+            f"expected a model of {len(task.classes)} classes, as the task has, got {made}; build "
+            "it with classes=len(task.classes)"
+        )
+    training = TrainingConfig() if training is None else training
+    recipe = training.recipe(recipe_of(model), transform)
+    steps = math.ceil(len(task.train_labels) / training.batch)
+    resumed, state = state is not None, FitState() if state is None else state
+    if resumed:
         load_trained(model, state.weights)  # pruned or not, which decides the optimizer
-        optimizer = make_optimizer(model, config, steps)
+    optimizer = make_optimizer(model, training, recipe, steps, robust)
+    if resumed:
         optimizer.load_state_dict(state.optimizer)
     ranks.align(_trained(model))
-    view = training_view(config.transform, config.recipe.augment, model.backbone.image_size)
+    view = training_view(transform, recipe.augment, model.backbone.image_size)
     train = Inputs(model, task.train_images, task.train_labels, view, features)
     validation = Inputs(model, task.validation_images, task.validation_labels, features=features)
     part = ranks.part(len(validation))
     validation_fixed = validation.take(torch.arange(len(validation)), part)
     tools = _Tools(
         optimizer,
-        TrainingLoss(config.class_weights, train.labels, len(task.classes)),
-        Precision(config.amp, train.labels.device.type, state.scaler),
-        Average(config.ema, state.average),
+        TrainingLoss(training.class_weights, train.labels, len(task.classes)),
+        Precision(training.amp, train.labels.device.type, state.scaler),
+        Average(training.ema, state.average),
         ranks,
     )
 
-    for epoch in range(len(state.history) + 1, config.epochs + 1):
-        if stopped_early(state, config):
+    for epoch in range(len(state.history) + 1, training.epochs + 1):
+        if stopped_early(state, training, pruning):
             break
         start = time.perf_counter()
-        row = _train_epoch(model, tools, train, config, epoch)
-        if epoch == config.prune_epoch:
+        row = _train_epoch(model, tools, train, training, recipe.lr, epoch)
+        if pruning is not None and epoch == pruning.epoch:
             tools.optimizer = prune_and_rebuild(
                 model,
                 tools.optimizer,
-                config.sparsity,
-                lambda: make_optimizer(model, config, steps),
+                pruning.sparsity,
+                lambda: make_optimizer(model, training, recipe, steps, robust),
             )
             tools.average.prune(model)
-        if config.prune_epoch is not None:
+        if pruning is not None:
             row["kept"] = count_parameters(model).kept
         with tools.average.applied(model):
             sums = ranks.add(score(model, validation_fixed, validation.labels[part]))
             row["validation_accuracy"] = sums["accuracy"] / len(validation)
             row["validation_loss"] = sums["loss"] / len(validation)
             row["seconds"] = time.perf_counter() - start
-            eligible = config.prune_epoch is None or epoch >= config.prune_epoch
+            eligible = pruning is None or epoch >= pruning.epoch
             best = state.history[state.best_epoch - 1] if state.best_epoch else None
             if eligible and (best is None or _rank(row) > _rank(best)):
                 state.best_epoch, state.best = epoch, trained_state(model)
@@ -213,12 +226,14 @@ def fit(
     return state
 
 
-def stopped_early(state: FitState, config: RunConfig) -> bool:
-    """Whether `config.patience` epochs have passed since the best one, or since pruning."""
-    if config.prune_epoch is not None and len(state.history) < config.prune_epoch:
+def stopped_early(
+    state: FitState, training: TrainingConfig, pruning: Pruning | None = None
+) -> bool:
+    """Whether `patience` epochs have passed since the best one, and none is left to prune after."""
+    if pruning is not None and len(state.history) < pruning.epoch:
         return False
-    return config.patience is not None and (
-        len(state.history) - state.best_epoch >= config.patience > 0
+    return training.patience is not None and (
+        len(state.history) - state.best_epoch >= training.patience
     )
 
 
@@ -227,22 +242,27 @@ def _rank(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _train_epoch(
-    model: TunedClassifier, tools: _Tools, train: Inputs, config: RunConfig, epoch: int
+    model: TunedClassifier,
+    tools: _Tools,
+    train: Inputs,
+    training: TrainingConfig,
+    lr: float,
+    epoch: int,
 ) -> dict[str, Any]:
     model.train()
-    seed_all(config.seed, epoch)
-    batches = torch.randperm(len(train)).split(config.batch)
+    seed_all(training.seed, epoch)
+    batches = torch.randperm(len(train)).split(training.batch)
     sums = {"loss": 0.0, "hits": 0.0}
     inputs = train.stream(batches, tools.ranks.part)
     for index, rows in enumerate(batches):
-        rate = _learning_rate(epoch - 1 + index / len(batches), config)
+        rate = _learning_rate(epoch - 1 + index / len(batches), lr, training.epochs)
         for group in tools.optimizer.param_groups:
             group["lr"] = rate
         # The frozen part belongs to the step, in its precision as in its random numbers.
         with tools.precision.autocast():
             fixed = next(inputs).float()
         labels = train.labels[rows]
-        loss, hits = _train_step(model, tools, fixed, labels, config.accumulate)
+        loss, hits = _train_step(model, tools, fixed, labels, training.accumulate)
         tools.average.update(model, (epoch - 1) * len(batches) + index)
         sums["loss"] += loss * len(rows)
         sums["hits"] += hits
@@ -311,10 +331,10 @@ def _merge_figures(
     return merged
 
 
-def _learning_rate(epochs_done: float, config: RunConfig) -> float:
+def _learning_rate(epochs_done: float, peak: float, epochs: int) -> float:
     """Linear warm-up over a tenth of the epochs, then half a cosine to zero."""
-    base, warm_up = config.recipe.lr, max(1.0, config.epochs / 10)
+    warm_up = max(1.0, epochs / 10)
     if epochs_done < warm_up:
-        return base * (epochs_done + 0.1) / (warm_up + 0.1)
-    share = (epochs_done - warm_up) / max(1e-9, config.epochs - warm_up)
-    return base * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        return peak * (epochs_done + 0.1) / (warm_up + 0.1)
+    share = (epochs_done - warm_up) / max(1e-9, epochs - warm_up)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))

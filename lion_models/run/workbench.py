@@ -16,14 +16,14 @@ MOST_WORKERS = 8  # by default; more decode faster than a GPU tunes
 
 
 def open_data(config: RunConfig, backbone: FrozenBackbone) -> Source:
-    """Open `config.data` for a backbone; see `open_source`."""
+    """Open the data of a configuration for a backbone; see `open_source`."""
     return open_source(
-        config.data,
+        config.data.data,
         backbone.channels,
         backbone.image_size,
-        transform=config.transform,
-        bad_files=config.bad_files,
-        verify=config.verify,
+        transform=config.data.transform,
+        bad_files=config.data.bad_files,
+        verify=config.data.verify,
     )
 
 
@@ -53,15 +53,17 @@ class Workbench:
 
     def backbone(self, config: RunConfig) -> FrozenBackbone:
         """The backbone that a configuration names, on the device."""
-        if config.backbone not in self._backbones:
-            self._backbones[config.backbone] = load_backbone(config.backbone).to(self.device)
-        return self._backbones[config.backbone]
+        name = config.backbone.backbone
+        if name not in self._backbones:
+            self._backbones[name] = load_backbone(name).to(self.device)
+        return self._backbones[name]
 
     def source(self, config: RunConfig) -> Source:
         """The data that a configuration names, for its backbone."""
         backbone = self.backbone(config)
-        geometry = (backbone.channels, backbone.image_size, config.transform)
-        key = (config.data, *geometry, config.bad_files, config.verify)
+        data = config.data
+        geometry = (backbone.channels, backbone.image_size, data.transform)
+        key = (data.data, *geometry, data.bad_files, data.verify)
         if key not in self._sources:
             self._sources[key] = open_data(config, backbone)
         return self._sources[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import make_folder, write_json
-from lion_models.run.config import RunConfig
+from lion_models.run.config import run_of
 from lion_models.run.folder import read_config
 from lion_models.run.run import Run
 from lion_models.study.runner import CellRunner
@@ -24,7 +24,7 @@ __all__ = ["comparison_table", "run_comparison", "summarise"]
 
 def run_comparison(
     folder: Path,
-    base: RunConfig,
+    base: Mapping[str, Any],
     methods: Sequence[str],
     seeds: Sequence[int],
     rates: Sequence[float] = (),
@@ -39,7 +39,7 @@ def run_comparison(
 
     Args:
         folder: holds one run per cell, `METHOD-sSEED` (and `-lrRATE` where rates are given).
-        base: what all cells share; its method and seed are replaced.
+        base: options that all cells share; its method and seed are replaced.
         methods: names of methods.
         seeds: one run per method and seed.
         rates: learning rates to try for each cell; validation chooses, and only the chosen one is
@@ -68,14 +68,14 @@ def run_comparison(
 
     if any(not (folder / f"{methods[0]}-s{seed}").exists() for seed in seeds):
         for method in methods:  # fail on what does not go together before anything has run
-            config = replace(base, method=method, seed=seeds[0])
+            config = run_of(base, method=method, seed=seeds[0])
             Run(folder / method, config, bench=runner.bench).check(anew=True)
     groups = []
     for seed in seeds:
         for method in methods:
             group = []
-            for lr in rates or (base.lr,):
-                config = replace(base, method=method, seed=seed, lr=lr).resolved()
+            for lr in rates or (base.get("lr"),):
+                config = run_of(base, method=method, seed=seed, lr=lr).resolved()
                 name = f"{method}-s{seed}" + (f"-lr{lr:g}" if rates else "")
                 group.append(Cell(folder / name, config, test=not rates))
             groups.append(group)
@@ -84,15 +84,13 @@ def run_comparison(
         groups = [[replace(_best(group), test=True)] for group in groups]
         run([group[0] for group in groups])
     cells = [_read_cell(group[0].folder) for group in groups]
-    options = base.to_dict()
-    for key in ("method", "seed"):
-        del options[key]
+    options = {key: value for key, value in base.items() if key not in ("method", "seed")}
     summary = summarise(cells)
     written = {"options": options, "cells": cells, "summary": summary}
     write_json(folder / "compare.json", written)
-    shots = f"{base.shots} images a class" if base.shots else "all images"
+    shots = f"{base['shots']} images a class" if base["shots"] else "all images"
     plural = "seed" if len(seeds) == 1 else "seeds"
-    title = f"{base.data}, {shots}, frozen {base.backbone}, {len(seeds)} {plural}"
+    title = f"{base['data']}, {shots}, frozen {base['backbone']}, {len(seeds)} {plural}"
     plot_comparison(folder / "compare.png", title, cells)
     return written
 

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lion_models.base.files import save_figure
-from lion_models.run.plots import METHOD_COLOURS
+from lion_models.methods.registry import colour_of
 
 __all__ = ["plot_sweep", "plot_tested"]
 
@@ -106,7 +106,7 @@ def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float
 
 
 def _tested_row(axis: Axes, row: int, method: str, values: list[float]) -> None:
-    colour = METHOD_COLOURS[method]
+    colour = colour_of(method)
     if method == "lion":
         axis.axhspan(row - 0.5, row + 0.5, color=colour, alpha=0.08, linewidth=0)
     axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.5, markersize=5)

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from lion_models.base.files import write_bytes
-from lion_models.run.config import METHODS
+from lion_models.methods import METHODS
 from lion_models.study.plot import plot_tested
 from lion_models.study.sweep import short_value
 
@@ -76,7 +76,7 @@ def measured_methods(content: Mapping[str, Any]) -> list[Measured]:
         for method, rows in found.items()
         if len(rows) == conditions
     ]
-    return sorted(tested, key=lambda one: (one.without_head, METHODS.index(one.method)))
+    return sorted(tested, key=lambda one: (one.without_head, list(METHODS).index(one.method)))
 
 
 def write_measured(folder: Path, content: Mapping[str, Any]) -> None:

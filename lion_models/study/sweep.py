@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lion_models.base.errors import UserError, choose
 from lion_models.base.files import make_folder, write_json
-from lion_models.run.config import CDR_OPTIONS, METHODS, ONLY_FOR, RunConfig
+from lion_models.methods import METHODS
+from lion_models.prompts.config import CDR_OPTIONS
+from lion_models.run.config import RunConfig, option_kinds, owners_of, run_of
 from lion_models.run.run import Run
 from lion_models.study.runner import CellRunner
 from lion_models.study.trial import Cell, OnEvent, check_cells
@@ -38,7 +38,7 @@ class Axis:
     method: str | None = None
 
     def applies_to(self, method: str) -> bool:
-        return self.method in (None, method) and method in ONLY_FOR.get(self.key, (method,))
+        return self.method in (None, method) and method in owners_of()[self.key]
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Plan:
     """What a sweep runs: methods x grid x seeds, separately for every combination of `over`.
 
     Attributes:
-        base: what all runs share; its method and seed are replaced.
+        base: options that all runs share; its method and seed are replaced.
         methods: names of methods.
         seeds: every setting is run with each; the mean of their validation accuracies counts.
         grid: axes that validation chooses from.
         over: axes that are conditions: each combination gets a choice of its own.
     """
 
-    base: RunConfig
+    base: Mapping[str, Any]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     grid: tuple[Axis, ...] = ()
@@ -79,7 +79,16 @@ class Plan:
     def values_of(self, key: str) -> set[Any]:
         """Every value that an option takes in some run."""
         axes = [axis.values for axis in (*self.grid, *self.over) if axis.key == key]
-        return {getattr(self.base, key)}.union(*axes)
+        return {self.base[key]}.union(*axes)
+
+    def configs(self) -> list[RunConfig]:
+        """Of every run with the first seed."""
+        return [
+            run_of(self.base, method=method, seed=self.seeds[0], **condition | setting)
+            for condition in self.conditions()
+            for method in self.methods
+            for setting in self.settings(method, condition)
+        ]
 
     def conditions(self) -> list[Setting]:
         return _combinations(self.over)
@@ -95,8 +104,8 @@ class Plan:
         own = {axis.key for axis in axes if axis.method is not None}
         found: list[Setting] = []
         for setting in _combinations([a for a in axes if a.method or a.key not in own]):
-            values = {"robust_on": self.base.robust_on} | (condition or {}) | setting
-            if method != "lion" and values["robust_on"] == "implicit":
+            values = {"robust_on": self.base["robust_on"]} | (condition or {}) | setting
+            if not METHODS[method].implicit and values["robust_on"] == "implicit":
                 inert = ("robust", *CDR_OPTIONS)
                 setting = {key: value for key, value in setting.items() if key not in inert}
             if setting not in found:
@@ -138,11 +147,11 @@ def parse_axis(option: str, text: str) -> Axis:
         raise UserError(f"{option}: expected OPTION=VALUE,VALUE such as lr=0.01,0.03, got '{text}'")
     if dot:
         choose(option, method, METHODS)
-    kinds = typing.get_type_hints(RunConfig)
-    choose(option, key, [field.name for field in fields(RunConfig)])
+    kinds = option_kinds()
+    choose(option, key, [*kinds, "method"])
     if key in ("method", "seed"):
         raise UserError(f"{option}: {key} has an option of its own, `{key}s`")
-    owners = ONLY_FOR.get(key, METHODS)
+    owners = owners_of()[key]
     if dot and method not in owners:
         have = "has" if len(owners) == 1 else "have"
         raise UserError(f"{option}: {method} has no option {key}, {' and '.join(owners)} {have}")
@@ -153,10 +162,13 @@ def parse_axis(option: str, text: str) -> Axis:
     return Axis(key, values, method or None)
 
 
-def _parse(option: str, key: str, kind: Any, text: str) -> Any:
-    union = isinstance(kind, types.UnionType)
-    inner = [one for one in typing.get_args(kind) if one is not type(None)] if union else [kind]
-    if union and text in ("all", "none", "default") and not (str in inner and text == "none"):
+def _parse(option: str, key: str, kinds: tuple[type, ...], text: str) -> Any:
+    inner = [one for one in kinds if one is not type(None)]
+    if (
+        inner != list(kinds)
+        and text in ("all", "none", "default")
+        and not (str in inner and text == "none")
+    ):
         return None
     if bool in inner:
         if text.lower() in ("true", "false"):
@@ -179,7 +191,7 @@ def run_sweep(
     test_best: bool = False,
     test_seeds: Sequence[int] = (),
     overwrite: bool = False,
-    on_cells: typing.Callable[[Sequence[Cell]], OnEvent] = lambda cells: lambda event: None,
+    on_cells: Callable[[Sequence[Cell]], OnEvent] = lambda cells: lambda event: None,
 ) -> dict[str, Any]:
     """Run what is missing of a grid, choose by validation, and write what came out.
 
@@ -206,7 +218,7 @@ def run_sweep(
     for options in plan.conditions():
         new = [r for r in rows if r.condition == options and not r.cells[0].folder.exists()]
         for method in dict.fromkeys(row.method for row in new):  # before anything has run
-            base = replace(plan.base, method=method, seed=plan.seeds[0], **options)
+            base = run_of(plan.base, method=method, seed=plan.seeds[0], **options)
             Run(folder / method, base, bench=runner.bench).check(anew=True)
     make_folder(folder)  # where nothing can be written, nothing is trained
     outcome = runner.run(cells, on_cells(cells))
@@ -219,7 +231,7 @@ def run_sweep(
         if one["chosen"]:
             chosen.append(one)
     content = {
-        "options": {k: v for k, v in plan.base.to_dict().items() if k not in ("method", "seed")},
+        "options": {k: v for k, v in plan.base.items() if k not in ("method", "seed")},
         "seeds": list(plan.seeds),
         "grid": [vars(axis) for axis in plan.grid],
         "over": [vars(axis) for axis in plan.over],
@@ -276,7 +288,7 @@ def _rows(
         for seed in seeds:
             # A setting last: an axis of one method may narrow what holds for all.
             options = row.condition | row.setting
-            config = replace(plan.base, method=row.method, seed=seed, **options).resolved()
+            config = run_of(plan.base, method=row.method, seed=seed, **options).resolved()
             parts = [row.method, *(f"{key}={short_value(value)}" for key, value in options.items())]
             name = "-".join([*parts, f"s{seed}"])
             if name in names:

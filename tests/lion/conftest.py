@@ -83,4 +83,4 @@ def frozen(backbone_file: Path) -> FrozenBackbone:
 @pytest.fixture
 def task(config: RunConfig) -> Task:
     """The images that the test's own `config` names."""
-    return make_task(open_source(config.data, 1, 12), config.seed, 4, 3)
+    return make_task(open_source(config.data.data, 1, 12), config.training.seed, 4, 3)

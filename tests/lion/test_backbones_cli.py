@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from lion_models.backbones import FrozenBackbone, freeze_vit
 from lion_models.cli import commands as cli
-from lion_models.methods import LinearProbe
+from lion_models.methods.linear import LinearProbe
 from lion_models.run.trainer import freeze_images, score
 from tests.support.command import Lion
 from tests.support.small import small_vit
@@ -35,8 +34,8 @@ def test_vit_demo_compares_three_methods_on_few_images(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    assert cli.VIT_DEMO.backbone.startswith("vit-s14-focus,")
-    small = replace(cli.VIT_DEMO, backbone=str(backbone_file), shots=3, epochs=1, batch=4)
+    assert cli.VIT_DEMO["backbone"].startswith("vit-s14-focus,")
+    small = cli.VIT_DEMO | {"backbone": str(backbone_file), "shots": 3, "epochs": 1, "batch": 4}
     monkeypatch.setattr(cli, "VIT_DEMO", small)
     done = lion("demo", "--vit", "--data", image_folder, "--runs", tmp_path)
     assert done.code == 0, done.err

@@ -15,8 +15,8 @@ from lion_models.backbones import FrozenBackbone, load_backbone
 from lion_models.backbones.huggingface import load_huggingface
 from lion_models.backbones.vit import resize_positions
 from lion_models.base.errors import UserError
-from lion_models.methods import VPTDeep
 from lion_models.methods.lion import Lion
+from lion_models.methods.vpt import VPTDeep
 from tests.support.libraries import package
 
 

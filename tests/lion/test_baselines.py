@@ -12,11 +12,14 @@ from torch import nn
 from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
 from lion_models.backbones.blocks import checkpoint_blocks
 from lion_models.base.errors import UserError
-from lion_models.methods import Adapters, FineTune, LoRA, VPTDeep, VPTPad, VPTShallow
+from lion_models.methods import METHODS
+from lion_models.methods.adapter import Adapters
 from lion_models.methods.base import TunedClassifier, count_parameters, trained_state
+from lion_models.methods.finetune import FineTune
 from lion_models.methods.lion import Lion
+from lion_models.methods.lora import LoRA
+from lion_models.methods.vpt import VPTDeep, VPTPad, VPTShallow
 from lion_models.run import RunConfig, build_model
-from lion_models.run.config import METHODS
 from tests.support.small import SMALL, small_vit
 
 D, DEPTH = SMALL.dim, SMALL.depth
@@ -27,7 +30,8 @@ Build = Callable[[FrozenBackbone], TunedClassifier]
 
 def build(method: str, backbone: FrozenBackbone, **options: object) -> TunedClassifier:
     torch.manual_seed(3)
-    return build_model(RunConfig(data="digits", method=method, **options), backbone, 3)
+    config = RunConfig.from_dict({"data": "digits", "method": method, **options})
+    return build_model(config, backbone, 3)
 
 
 def convolutional() -> FrozenBackbone:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from tests.support.command import Lion
 
 @pytest.fixture
 def config(image_folder: Path, backbone_file: Path) -> RunConfig:
-    return RunConfig(str(image_folder), method="linear", backbone=str(backbone_file), shots=3,
+    return RunConfig.of(str(image_folder), method="linear", backbone=str(backbone_file), shots=3,
                      validation_shots=2, epochs=2).resolved()  # fmt: skip
 
 
@@ -38,9 +37,9 @@ def test_run_of_other_options_is_not_taken_for_ones_own(config: RunConfig, tmp_p
 
     def meddle(event: Event) -> None:
         if event.kind == "epoch" and event.epoch == 1 and event.index == 0:
-            train(tmp_path / "before", replace(config, epochs=1))
+            train(tmp_path / "before", config.but(epochs=1))
         if event.kind == "done":
-            first = Run(tmp_path / "first", replace(config, epochs=1))
+            first = Run(tmp_path / "first", config.but(epochs=1))
             first.prepare(overwrite=True)
             first.train(test=False, plot=False)
 
@@ -56,7 +55,7 @@ def test_interrupted_run_of_other_options_is_not_continued(config: RunConfig, tm
     def stop(state: FitState) -> None:
         raise KeyboardInterrupt
 
-    other = replace(config, lr=0.5)
+    other = config.but(lr=0.5)
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path / "a", other).train(on_epoch=stop, plot=False, state_seconds=0)
     state = (tmp_path / "a" / "training_state.pt").read_bytes()
@@ -71,7 +70,7 @@ def test_remains_of_a_run_are_no_result_and_are_replaced_when_asked(
 ):
     """Older versions, killed in --overwrite, left a result without its configuration."""
     cell = Cell(tmp_path / "a", config)
-    train(cell.folder, replace(config, epochs=1))
+    train(cell.folder, config.but(epochs=1))
     (cell.folder / "config.json").unlink()
     assert cell.result() is None
     with pytest.raises(UserError, match=r"not a run \(no config\.json\).*use `overwrite`"):
@@ -99,11 +98,11 @@ def test_kill_while_a_run_is_replaced_leaves_no_half_of_it(
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        Run(folder, replace(config, epochs=1)).prepare(overwrite=True)
+        Run(folder, config.but(epochs=1)).prepare(overwrite=True)
     assert not folder.exists()
     monkeypatch.setattr(shutil, "rmtree", real)
     train(folder, config)
-    Run(folder, replace(config, epochs=1)).prepare(overwrite=True)
+    Run(folder, config.but(epochs=1)).prepare(overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert not list((tmp_path / ".locks").iterdir())
 
@@ -129,14 +128,14 @@ def test_run_of_another_version_is_named_and_replaced_when_asked(
 def test_any_error_of_a_cell_is_its_own(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    cells = [Cell(tmp_path / str(seed), replace(config, seed=seed)) for seed in range(7)]
+    cells = [Cell(tmp_path / str(seed), config.but(seed=seed)) for seed in range(7)]
     errors: list[Exception] = [ValueError("a"), TypeError("b"), AttributeError("c"), KeyError("d"),
                                ImportError("e"), json.JSONDecodeError("f", "", 0)]  # fmt: skip
     real = Run.train
 
     def failing(run: Run, **options: object) -> object:
-        if run.config.seed < len(errors):
-            raise errors[run.config.seed]
+        if run.config.training.seed < len(errors):
+            raise errors[run.config.training.seed]
         return real(run, **options)
 
     monkeypatch.setattr(Run, "train", failing)

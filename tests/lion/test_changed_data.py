@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def photos(image_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(photos: Path, backbone_file: Path) -> RunConfig:
-    return RunConfig(str(photos), method="linear", backbone=str(backbone_file), shots=3,
+    return RunConfig.of(str(photos), method="linear", backbone=str(backbone_file), shots=3,
                      validation_shots=2, epochs=3).resolved()  # fmt: skip
 
 
@@ -56,7 +55,7 @@ def test_run_is_not_tested_on_data_that_has_changed(lion: Lion, config: RunConfi
 def test_file_that_is_skipped_later_is_a_change_and_a_new_name_is_one(
     config: RunConfig, photos: Path
 ):
-    config = replace(config, bad_files="skip")
+    config = config.but(bad_files="skip")
     run = train(photos.parent / "run", config)
     whole = (photos / "light" / "0.png").read_bytes()
     (photos / "light" / "0.png").write_bytes(b"cut")
@@ -80,7 +79,7 @@ def test_moved_data_is_the_same_data_and_older_runs_are_measured(config: RunConf
     check_unchanged(photos.parent, again, split_source(again, 42, 3, 2))
     with pytest.raises(UserError, match="has changed since"):
         check_unchanged(photos.parent, source, split_source(source, 7, 3, 2))
-    old = train(photos.parent / "old", replace(config, data=str(moved)))
+    old = train(photos.parent / "old", config.but(data=str(moved)))
     (old / "data.json").unlink()
     shutil.copy(moved / "dark" / "0.png", moved / "dark" / "extra.png")
     assert Run.open(old).measure(plot=False)["test"]["images"] == 12

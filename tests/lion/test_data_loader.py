@@ -27,14 +27,14 @@ from lion_models.data import (
 from lion_models.data import loader as loader_module
 from lion_models.data.loader import ImageCache, in_batches
 from lion_models.data.splits import take_task
-from lion_models.run import RunConfig, build_model, fit
+from lion_models.run import RunConfig, build_model
 from lion_models.run import features as features_module
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import FitState
 from lion_models.study.runner import CellRunner
 from lion_models.study.trial import Cell, CellOptions
 from tests.support.command import Lion
-from tests.support.small import cats_and_dogs, noise
+from tests.support.small import cats_and_dogs, fit_run, noise
 
 IMAGE = 12 * 12 / 2**30  # GiB of one decoded image of the small backbone
 
@@ -72,8 +72,8 @@ def weights(
     config: RunConfig, backbone: FrozenBackbone, cache: ImageCache | None, stop: int = 0
 ) -> dict[str, torch.Tensor]:
     """What training ends with; `stop` ends it after that epoch and resumes from its state."""
-    source = open_source(config.data, 1, 12, transform=config.transform)
-    task = take_task(source, split_source(source, config.seed, config.shots), cache)
+    source = open_source(config.data.data, 1, 12, transform=config.data.transform)
+    task = take_task(source, split_source(source, config.training.seed, config.data.shots), cache)
     assert isinstance(task.train_images, torch.Tensor) == (cache is None)
 
     def on_epoch(state: FitState) -> None:
@@ -83,11 +83,11 @@ def weights(
 
     reached: list[FitState] = []
     while True:
-        seed_all(config.seed)
+        seed_all(config.training.seed)
         model = build_model(config, backbone, 3)
         try:
             state = reached[0] if reached else None
-            return fit(model, task, config, state, on_epoch).best
+            return fit_run(model, task, config, state, on_epoch).best
         except StoppedError:
             continue
 
@@ -109,7 +109,7 @@ def plain(image_folder: Path, backbone: FrozenBackbone) -> dict[str, dict]:
 def run_config(folder: Path, name: str) -> RunConfig:
     method = {"method": "lion" if "large" in name else "linear"}
     options = method | RUNS[name]
-    return RunConfig(str(folder), shots=4, epochs=3, batch=5, lr=0.02, **options).resolved()
+    return RunConfig.of(str(folder), shots=4, epochs=3, batch=5, lr=0.02, **options).resolved()
 
 
 @settings(
@@ -259,9 +259,9 @@ def test_sources_can_be_sent_to_processes_that_are_not_forked(source):
 
 
 def test_jobs_have_workers_too(image_folder: Path, backbone_file: Path, tmp_path: Path):
-    config = RunConfig(str(image_folder), "linear", str(backbone_file), shots=3, epochs=2,
+    config = RunConfig.of(str(image_folder), "linear", backbone=str(backbone_file), shots=3, epochs=2,
                        augment="affine", lr=0.1).resolved()  # fmt: skip
-    cells = [Cell(tmp_path / str(seed), replace(config, seed=seed)) for seed in (1, 2)]
+    cells = [Cell(tmp_path / str(seed), config.but(seed=seed)) for seed in (1, 2)]
     options = CellOptions(plot=False, workers=1, image_cache=0)
     with CellRunner(2, 1, options) as runner:
         outcome = runner.run(cells)

@@ -125,9 +125,9 @@ def test_images_without_the_margin_of_crops_are_refused():
 
 
 def test_protocols_bring_their_own_augmentation():
-    assert RunConfig("digits", "lion").recipe.augment == "affine"
-    assert RunConfig("digits", "lion", transform="vtab").recipe.augment == "none"
-    chosen = RunConfig("digits", "lion", transform="fgvc", augment="affine")
+    assert RunConfig.of("digits", "lion").recipe.augment == "affine"
+    assert RunConfig.of("digits", "lion", transform="vtab").recipe.augment == "none"
+    chosen = RunConfig.of("digits", "lion", transform="fgvc", augment="affine")
     assert chosen.recipe.augment == "affine"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lion_models.base.errors import UserError
-from lion_models.run import RunConfig
+from lion_models.run.config import all_options
 from lion_models.study.sweep import Axis, Plan, parse_axis
 from tests.support.command import Lion
 
@@ -23,13 +23,13 @@ LION = ("--method", "lion", "--sides")
         (("--lora-alpha", 9), "--lora-alpha: is an option of lora, not of linear"),
         (("--tau", 0.9), "--tau: belongs to --robust cdr, which is not there; add it"),
         (("--method", "lion", "--robust-set", "fixed"), "--robust-set: belongs to --robust cdr"),
-        (("--robust", "cdr"), "--robust cdr: leaves linear alone; add --robust-on all"),
+        (("--robust", "cdr"), "--robust: cdr leaves linear alone; add --robust-on all"),
         (("--checkpoint-backbone",), "--checkpoint-backbone: saves memory of the backward pass"),
         (("--method", "lion", "--iterations", 2, "--max-steps", 9), "--max-steps: is about"),
         (("--method", "lion", "--iterations", 2, "--solver", "picard"), "--iterations applies"),
         ((*LION, "output", "--space", "pixel"), "--space: is about the input layer, which --sides"),
         ((*LION, "input", "--output-input", "embedding"), "--output-input: is about the output"),
-        ((*LION, "output", "--checkpoint-backbone"), "and lion with --sides output has none"),
+        ((*LION, "output", "--checkpoint-backbone"), "there is none with lion with --sides output"),
         (
             ("--robust", "cdr", "--robust-on", "all", "--robust-ramp", 2),
             "--robust-ramp: 2 epochs are more than the 1 of --epochs",
@@ -112,11 +112,11 @@ def test_axis_of_a_method_that_lacks_the_option_is_refused():
 )  # fmt: skip
 def test_axis_that_no_listed_method_feels_is_refused(axis: Axis):
     with pytest.raises(UserError, match=f"{axis.key}.*changes no run of linear and lora"):
-        Plan(RunConfig(data="digits"), ("linear", "lora"), (1,), (axis,))
+        Plan(all_options(data="digits"), ("linear", "lora"), (1,), (axis,))
 
 
 def test_robust_axes_do_not_repeat_the_runs_of_methods_that_they_leave_alone():
-    base = RunConfig(data="digits")
+    base = all_options(data="digits")
     axes = (Axis("robust", ("none", "cdr")), Axis("tau", (0.2, 0.5)), Axis("lr", (0.1,)))
     plan = Plan(base, ("linear", "lion"), (1,), axes)
     assert plan.settings("linear") == [{"lr": 0.1}]

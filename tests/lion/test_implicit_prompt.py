@@ -14,9 +14,10 @@ import deqcore
 import lion_models
 from lion_models.backbones import FrozenBackbone, freeze_vit
 from lion_models.base.errors import UserError
-from lion_models.methods import LinearProbe, VPTDeep
 from lion_models.methods.base import count_parameters
+from lion_models.methods.linear import LinearProbe
 from lion_models.methods.lion import SIDES, Lion
+from lion_models.methods.vpt import VPTDeep
 from lion_models.prompts.implicit_prompt import BottleneckCell, ImplicitPrompt
 from tests.support.small import SMALL, small_vit
 
@@ -129,13 +130,13 @@ def test_lion_gradients_equal_backpropagation_through_many_explicit_steps(sides:
 def test_explicit_layers_report_no_trace_and_no_solve(backbone: FrozenBackbone):
     model = Lion(backbone, 3, hidden=4, iterations=2)
     fixed = model.frozen(torch.rand(2, 1, 12, 12))
-    assert model.residual_traces(fixed, deqcore.Anderson(record_trace=True)) == {}
+    assert model.residual_traces(fixed) == {}
 
 
 def test_traces_fall_to_the_tolerance(backbone: FrozenBackbone):
     model = Lion(backbone, 3, hidden=4)
     fixed = model.frozen(torch.rand(6, 1, 12, 12))
-    traces = model.residual_traces(fixed, deqcore.Anderson(record_trace=True))
+    traces = model.residual_traces(fixed)
     assert set(traces) == {"input", "output"}
     for trace in traces.values():
         assert trace.shape[0] == 6
@@ -206,7 +207,7 @@ def test_backbone_without_tokens_is_prompted_in_pixels():
         Lion(backbone, 3, space="token")
     with pytest.raises(UserError, match="`output_input` embedding: needs tokens as wide"):
         Lion(backbone, 3, output_input="embedding")
-    traces = model.residual_traces(model.frozen(images), deqcore.Anderson(record_trace=True))
+    traces = model.residual_traces(model.frozen(images))
     assert set(traces) == {"input", "output"}
 
 
@@ -237,7 +238,7 @@ def test_output_layer_can_be_driven_by_the_embedding(
     injected = torch.nn.functional.layer_norm(source, (SMALL.dim,))
     torch.testing.assert_close(model.output_prompt.layer(injected), z, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(images), model.head(model.output_prompt(feature, source)))
-    traces = model.residual_traces(model.frozen(images), deqcore.Anderson(record_trace=True))
+    traces = model.residual_traces(model.frozen(images))
     assert len(traces) == (2 if sides == "both" else 1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,12 @@ from lion_models.run import (
     Run,
     RunConfig,
     build_model,
-    fit,
     load_run,
 )
 from lion_models.run.checkpoint import read_checkpoint, save_checkpoint
-from lion_models.run.optimizer import make_optimizer
 from lion_models.run.seeding import seed_all
 from tests.support.command import Lion as Command
-from tests.support.small import SMALL, small_vit
+from tests.support.small import SMALL, fit_run, optimizer_of, small_vit
 
 D, H = SMALL.dim, 4
 MATRICES = [
@@ -45,7 +42,7 @@ EXACT = deqcore.Anderson(rtol=1e-12, atol=1e-13, max_steps=200)
 
 @pytest.fixture
 def config(image_folder: Path, backbone_file: Path) -> RunConfig:
-    return RunConfig(
+    return RunConfig.of(
         data=str(image_folder), backbone=str(backbone_file), shots=4, validation_shots=3,
         epochs=4, batch=8, hidden=H, lr=0.02, sparsity=0.75, prune_at=2,
     )  # fmt: skip
@@ -89,7 +86,7 @@ def test_the_largest_weights_are_kept_and_critical_ones_before_others():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_training_goes_on_as_dense_training_with_masks_would(optimizer: str, config: RunConfig):
     """Momentum, moments, weight decay and rates of the kept weights are those they had."""
-    config = replace(config, optimizer=optimizer, weight_decay=0.1, lr=0.01)
+    config = config.but(optimizer=optimizer, weight_decay=0.1, lr=0.01)
     images = torch.rand(6, 1, 12, 12, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -99,13 +96,13 @@ def test_training_goes_on_as_dense_training_with_masks_would(optimizer: str, con
         tool.step()
 
     dense = double_lion()
-    dense_tool = make_optimizer(dense, config, 2)
+    dense_tool = optimizer_of(dense, config, 2)
     for _ in range(3):
         step(dense, dense_tool)
     pruned = copy.deepcopy(dense)
-    tool = make_optimizer(pruned, config, 2)
+    tool = optimizer_of(pruned, config, 2)
     tool.load_state_dict(copy.deepcopy(dense_tool.state_dict()))
-    tool = prune_and_rebuild(pruned, tool, 0.75, lambda: make_optimizer(pruned, config, 2))
+    tool = prune_and_rebuild(pruned, tool, 0.75, lambda: optimizer_of(pruned, config, 2))
     masks = {
         name: pruned.get_submodule(name.removesuffix(".weight")).pattern.mask() for name in MATRICES
     }
@@ -158,10 +155,12 @@ def test_trained_state_carries_the_patterns():
 def test_fit_prunes_once_and_chooses_among_pruned_epochs(
     config: RunConfig, task: Task, backbone_file: Path
 ):
-    seed_all(config.seed)
+    seed_all(config.training.seed)
     model = build_model(config, load_backbone(str(backbone_file)), 3)
     dense, kept = count_parameters(model).kept, []
-    state = fit(model, task, config, on_epoch=lambda state: kept.append(state.history[-1]["kept"]))
+    state = fit_run(
+        model, task, config, on_epoch=lambda state: kept.append(state.history[-1]["kept"])
+    )
     assert kept == [dense, *[dense - 4 * D * H * 3 // 4] * 3]
     assert state.best_epoch >= 2
     assert isinstance(model.input_prompt.layer.cell.down, deqcore.MaskedLinear)
@@ -173,8 +172,8 @@ def test_average_goes_on_over_the_kept_weights(
 ):
     def run(**options: object) -> tuple[nn.Module, FitState]:
         seed_all(3)
-        model = build_model(replace(config, **options), backbone, len(task.classes))
-        return model, fit(model, task, replace(config, **options))
+        model = build_model(config.but(**options), backbone, len(task.classes))
+        return model, fit_run(model, task, config.but(**options))
 
     _, plain = run()
     model, state = run(ema=0.5)
@@ -191,15 +190,15 @@ def test_average_is_pruned_and_not_begun_anew(
     prune_at: int | None, config: RunConfig, backbone: FrozenBackbone, task: Task
 ):
     """At the pruned epoch the average is that of the dense run, at the kept entries."""
-    config = replace(config, ema=0.9, epochs=3, prune_at=prune_at)
+    config = config.but(ema=0.9, epochs=3, prune_at=prune_at)
 
     def average(**options: object) -> dict[str, torch.Tensor]:
-        changed = replace(config, **options)
+        changed = config.but(**options)
         seed_all(3)
         model = build_model(changed, backbone, len(task.classes))
         averages = []
-        fit(model, task, changed, on_epoch=lambda s: averages.append(copy.deepcopy(s.average)))
-        return averages[(prune_at or config.epochs) - 1]
+        fit_run(model, task, changed, on_epoch=lambda s: averages.append(copy.deepcopy(s.average)))
+        return averages[(prune_at or config.training.epochs) - 1]
 
     pruned, dense = average(), average(sparsity=0.0, prune_at=None)
     matrix = "input_prompt.layer.cell.down."
@@ -210,10 +209,10 @@ def test_average_is_pruned_and_not_begun_anew(
 
 
 def test_patience_waits_for_pruning(config: RunConfig, backbone: FrozenBackbone, task: Task):
-    config = replace(config, epochs=12, prune_at=6, patience=2, lr=1e-7)
+    config = config.but(epochs=12, prune_at=6, patience=2, lr=1e-7)
     seed_all(3)
     model = build_model(config, backbone, len(task.classes))
-    state = fit(model, task, config)
+    state = fit_run(model, task, config)
     assert state.best_epoch >= 6
     assert len(state.history) == min(12, state.best_epoch + 2)
 
@@ -221,17 +220,17 @@ def test_patience_waits_for_pruning(config: RunConfig, backbone: FrozenBackbone,
 def test_pruning_at_the_end_measures_the_pruned_model(
     config: RunConfig, task: Task, backbone_file: Path
 ):
-    config = replace(config, prune_at=None)
-    seed_all(config.seed)
-    state = fit(build_model(config, load_backbone(str(backbone_file)), 3), task, config)
-    assert state.best_epoch == config.epochs
+    config = config.but(prune_at=None)
+    seed_all(config.training.seed)
+    state = fit_run(build_model(config, load_backbone(str(backbone_file)), 3), task, config)
+    assert state.best_epoch == config.training.epochs
     assert state.history[-1]["kept"] < state.history[-2]["kept"]
 
 
 def test_values_of_a_pruned_matrix_have_its_weight_decay(config: RunConfig):
     model = double_lion()
     prune_model(model, 0.75)
-    optimizer = make_optimizer(model, replace(config, weight_decay=0.1), 2)
+    optimizer = optimizer_of(model, config.but(weight_decay=0.1), 2)
     values = model.input_prompt.layer.cell.down.values
     (group,) = [g for g in optimizer.param_groups if any(p is values for p in g["params"])]
     assert group["weight_decay"] == 0.1
@@ -239,35 +238,35 @@ def test_values_of_a_pruned_matrix_have_its_weight_decay(config: RunConfig):
 
 @pytest.mark.parametrize("robust_set", ["step", "fixed"])
 def test_robust_training_acts_on_the_implicit_layers_matrices(robust_set: str, config: RunConfig):
-    config = replace(config, robust="cdr", robust_set=robust_set, tau=0.5, robust_ramp=3)
+    config = config.but(robust="cdr", robust_set=robust_set, tau=0.5, robust_ramp=3)
     model = double_lion()
-    optimizer = make_optimizer(model, config, 7)
+    optimizer = optimizer_of(model, config, 7)
     assert isinstance(optimizer, RobustOptimizer)
     (group,) = optimizer.param_groups[2:]
     assert [id(p) for p in group["params"]] == [id(model.get_parameter(n)) for n in MATRICES]
     assert group["weight_decay"] == 0
     assert optimizer.rule.ramp == 21
     assert optimizer.rule.fix_after == (7 if robust_set == "fixed" else None)
-    everything = make_optimizer(model, replace(config, robust_on="all"), 7)
+    everything = optimizer_of(model, config.but(robust_on="all"), 7)
     assert any(p is model.head.weight for p in everything.param_groups[2]["params"])
     prune_model(model, 0.75)
-    assert not isinstance(make_optimizer(model, config, 7), RobustOptimizer)
+    assert not isinstance(optimizer_of(model, config, 7), RobustOptimizer)
 
 
 @pytest.mark.parametrize("robust_on", ["implicit", "all"])
 def test_robust_training_of_other_methods_is_opt_in(
     robust_on: str, config: RunConfig, backbone: FrozenBackbone
 ):
-    config = replace(config, method="linear", robust="cdr", robust_on=robust_on)
-    optimizer = make_optimizer(build_model(config, backbone, 3), config, 2)
+    config = config.but(method="linear", robust="cdr", robust_on=robust_on)
+    optimizer = optimizer_of(build_model(config, backbone, 3), config, 2)
     assert isinstance(optimizer, RobustOptimizer) == (robust_on == "all")
 
 
 def test_fixed_critical_set_decides_what_pruning_keeps(
     config: RunConfig, task: Task, backbone_file: Path
 ):
-    config = replace(config, robust="cdr", robust_set="fixed", tau=0.75, robust_decay=0.5, epochs=3)
-    seed_all(config.seed)
+    config = config.but(robust="cdr", robust_set="fixed", tau=0.75, robust_decay=0.5, epochs=3)
+    seed_all(config.training.seed)
     model = build_model(config, load_backbone(str(backbone_file)), 3)
     seen: list[torch.Tensor] = []
 
@@ -275,7 +274,7 @@ def test_fixed_critical_set_decides_what_pruning_keeps(
         if len(state.history) == 1:
             seen.extend(state.optimizer["robust"]["fixed"])
 
-    fit(model, task, config, on_epoch=note)
+    fit_run(model, task, config, on_epoch=note)
     kept = [model.get_submodule(name.removesuffix(".weight")).pattern.mask() for name in MATRICES]
     assert all(torch.equal(mask, critical) for mask, critical in zip(kept, seen, strict=True))
 
@@ -298,7 +297,7 @@ def test_resume_across_pruning_gives_the_same_weights_bit_for_bit(
     options: dict[str, object], killed_after: int, config: RunConfig, task: Task,
     backbone_file: Path, tmp_path: Path,
 ):  # fmt: skip
-    config = replace(config, **options)
+    config = config.but(**options)
     backbone = load_backbone(str(backbone_file))
 
     def train(state: FitState | None = None, until: int | None = None) -> FitState:
@@ -307,8 +306,8 @@ def test_resume_across_pruning_gives_the_same_weights_bit_for_bit(
             if len(state.history) == until:
                 raise KilledError
 
-        seed_all(config.seed)
-        return fit(build_model(config, backbone, 3), task, config, state, die)
+        seed_all(config.training.seed)
+        return fit_run(build_model(config, backbone, 3), task, config, state, die)
 
     whole = train()
     with pytest.raises(KilledError):
@@ -342,8 +341,8 @@ def test_checkpoint_with_a_pattern_of_another_width_is_named(config: RunConfig, 
     folder = tmp_path / "run"
     Run(folder, config).train(test=False)
     weights, metadata = read_checkpoint(folder / "checkpoint.safetensors")
-    backbone = load_backbone(config.backbone)
-    other = replace(config, hidden=H + 1)
+    backbone = load_backbone(config.backbone.backbone)
+    other = config.but(hidden=H + 1)
     classes = tuple(json.loads(metadata["classes"]))
     save_checkpoint(folder / "checkpoint.safetensors", weights, other, backbone, classes)
     with pytest.raises(UserError, match="its weights do not fit method 'lion'"):
@@ -362,23 +361,26 @@ def test_checkpoint_with_a_pattern_of_another_width_is_named(config: RunConfig, 
         ({"robust_scope": "all"}, "`robust_scope`: expected one of global, layer"),
         ({"robust_decay": -1.0}, "`robust_decay`: expected 0 or more"),
         ({"robust_decay": float("nan")}, "`robust_decay`: expected 0 or more"),
-        ({"lora_alpha": 0.0}, "`lora_alpha`: expected a number above 0"),
-        ({"pad": 0}, "`pad`: expected 1 or more"),
+        ({"method": "lora", "lora_alpha": 0.0}, "`lora_alpha`: expected a number above 0"),
+        ({"method": "vpt-pad", "pad": 0}, "`pad`: expected 1 or more"),
         ({"space": "pixels"}, "did you mean 'pixel'"),
         ({"output_input": "tokens"}, "`output_input`: expected one of embedding, pooled"),
-        ({"adapter_place": "attn"}, "`adapter_place`: expected one of both, mlp"),
+        (
+            {"method": "adapter", "adapter_place": "attn"},
+            "`adapter_place`: expected one of both, mlp",
+        ),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str):
     with pytest.raises(UserError, match=message):
-        RunConfig(data="digits", **options)
+        RunConfig.of(data="digits", **options)
 
 
 def test_pixels_alone_cannot_be_pruned(backbone: FrozenBackbone):
-    config = RunConfig(data="digits", space="pixel", sides="input", sparsity=0.5)
+    config = RunConfig.of(data="digits", space="pixel", sides="input", sparsity=0.5)
     with pytest.raises(UserError, match="`sparsity`: prunes the linear layers of LION's"):
         build_model(config, backbone, 3)
-    model = build_model(replace(config, sides="both"), backbone, 3)
+    model = build_model(config.but(sides="both"), backbone, 3)
     assert list(prune_model(model, 0.5)) == MATRICES[2:]
 
 

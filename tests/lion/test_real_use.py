@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import resource
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from lion_models.base.errors import UserError
 from lion_models.base.files import replacing, write_json
 from lion_models.data import Task, open_source
 from lion_models.methods.base import TunedClassifier, trained_state
-from lion_models.run import FitState, RunConfig, build_model, fit
+from lion_models.run import FitState, RunConfig, build_model
 from lion_models.run.averaging import Average
 from lion_models.run.features import FeatureCache, Inputs, freeze_images
 from lion_models.run.loss import TrainingLoss
@@ -29,11 +28,12 @@ from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import score
 from lion_models.run.workbench import Workbench
 from tests.support.command import CLASSES, Lion
+from tests.support.small import fit_run
 
 
 @pytest.fixture
 def config(image_folder: Path, backbone_file: Path) -> RunConfig:
-    return RunConfig(
+    return RunConfig.of(
         data=str(image_folder),
         backbone=str(backbone_file),
         shots=4,
@@ -41,7 +41,6 @@ def config(image_folder: Path, backbone_file: Path) -> RunConfig:
         epochs=3,
         batch=7,
         hidden=4,
-        prompts=2,
         lr=0.02,
     )
 
@@ -49,9 +48,9 @@ def config(image_folder: Path, backbone_file: Path) -> RunConfig:
 def fitted(
     config: RunConfig, frozen: FrozenBackbone, task: Task
 ) -> tuple[TunedClassifier, FitState]:
-    seed_all(config.seed)
+    seed_all(config.training.seed)
     model = build_model(config, frozen, len(task.classes))
-    return model, fit(model, task, config)
+    return model, fit_run(model, task, config)
 
 
 @pytest.mark.parametrize("weights", ["none", "balanced", "balanced-softmax"])
@@ -59,9 +58,9 @@ def fitted(
 def test_parts_of_a_batch_give_the_step_of_the_whole(
     accumulate: int, weights: str, config: RunConfig, frozen: FrozenBackbone, task: Task
 ):
-    config = replace(config, augment="affine", class_weights=weights)
+    config = config.but(augment="affine", class_weights=weights)
     _, whole = fitted(config, frozen, task)
-    _, parts = fitted(replace(config, accumulate=accumulate), frozen, task)
+    _, parts = fitted(config.but(accumulate=accumulate), frozen, task)
     for name, value in whole.weights.items():
         torch.testing.assert_close(parts.weights[name], value, rtol=1e-4, atol=1e-5)
     for first, second in zip(whole.history, parts.history, strict=True):
@@ -69,7 +68,7 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(
 
 
 def test_average_follows_its_formula(frozen: FrozenBackbone, config: RunConfig):
-    model = build_model(replace(config, method="linear"), frozen, 3)
+    model = build_model(config.but(method="linear"), frozen, 3)
     average = Average(0.5)
     values = [0.0, 1.0, 3.0, 3.0]
     expected = 0.0
@@ -88,14 +87,14 @@ def test_average_follows_its_formula(frozen: FrozenBackbone, config: RunConfig):
 def test_average_is_what_is_validated_and_kept(
     config: RunConfig, frozen: FrozenBackbone, task: Task
 ):
-    model, state = fitted(replace(config, ema=0.99, epochs=4), frozen, task)
+    model, state = fitted(config.but(ema=0.99, epochs=4), frozen, task)
     assert any(not torch.equal(state.weights[name], state.average[name]) for name in state.weights)
     assert all(torch.equal(state.best[name], value) for name, value in trained_state(model).items())
     sums = score(model, freeze_images(model, task.validation_images), task.validation_labels)
     row = state.history[state.best_epoch - 1]
     assert sums["accuracy"] / len(task.validation_labels) == row["validation_accuracy"]
     assert sums["loss"] / len(task.validation_labels) == pytest.approx(row["validation_loss"])
-    _, plain = fitted(replace(config, epochs=4), frozen, task)
+    _, plain = fitted(config.but(epochs=4), frozen, task)
     for name, value in plain.weights.items():  # the average changes nothing about the steps
         assert torch.equal(state.weights[name], value)
 
@@ -103,16 +102,16 @@ def test_average_is_what_is_validated_and_kept(
 def test_training_stops_when_validation_has_not_improved(
     config: RunConfig, frozen: FrozenBackbone, task: Task
 ):
-    _, state = fitted(replace(config, lr=1e-7, epochs=60, patience=3), frozen, task)
+    _, state = fitted(config.but(lr=1e-7, epochs=60, patience=3), frozen, task)
     assert len(state.history) == state.best_epoch + 3 < 60
 
 
 def test_bf16_trains_float32_weights_near_those_of_float32(
     config: RunConfig, frozen: FrozenBackbone, task: Task
 ):
-    config = replace(config, method="lion", lr=0.003)
+    config = config.but(method="lion", lr=0.003)
     _, full = fitted(config, frozen, task)
-    _, half = fitted(replace(config, amp="bf16"), frozen, task)
+    _, half = fitted(config.but(amp="bf16"), frozen, task)
     assert all(value.dtype == torch.float32 for value in half.weights.values())
     assert any(not torch.equal(half.weights[name], full.weights[name]) for name in full.weights)
     assert half.history[-1]["loss"] == pytest.approx(full.history[-1]["loss"], rel=0.05)
@@ -120,7 +119,7 @@ def test_bf16_trains_float32_weights_near_those_of_float32(
 
 def test_fp16_without_a_gpu_is_refused(config: RunConfig, frozen: FrozenBackbone, task: Task):
     with pytest.raises(UserError, match="`amp` fp16: needs `device` cuda, got cpu; use `amp` bf16"):
-        fitted(replace(config, amp="fp16"), frozen, task)
+        fitted(config.but(amp="fp16"), frozen, task)
 
 
 def test_class_weights_follow_their_formulas():
@@ -151,7 +150,7 @@ def test_class_weights_lift_the_rare_class(frozen: FrozenBackbone, config: RunCo
     chances = {}
     for kind in ("none", "balanced", "balanced-softmax"):
         model, _ = fitted(
-            replace(config, method="linear", class_weights=kind, lr=0.01, epochs=20), frozen, task
+            config.but(method="linear", class_weights=kind, lr=0.01, epochs=20), frozen, task
         )
         with torch.no_grad():
             chances[kind] = model(images.float() / 255).softmax(1)[:, 1].mean().item()
@@ -172,8 +171,8 @@ def test_features_are_shared_by_runs_with_the_same_frozen_part_alone(
         return freeze_images(model, some)
 
     monkeypatch.setattr("lion_models.run.features.freeze_images", freeze)
-    for method, sides in (("linear", "both"), ("lion", "both"), ("lion", "output")):
-        model = build_model(replace(config, method=method, sides=sides), frozen, 3)
+    for options in ({"method": "linear"}, {"sides": "both"}, {"sides": "output"}):
+        model = build_model(config.but(**options), frozen, 3)
         inputs = Inputs(model, images, labels, features=features)
         taken = inputs.take(torch.arange(len(labels)))
         assert torch.equal(taken, freeze_images(model, images))
@@ -193,12 +192,12 @@ def test_images_are_decoded_once_for_many_runs(config: RunConfig, monkeypatch: p
     bench = Workbench()
     first, second = (
         bench.images.images(bench.source(each), torch.tensor(rows))[:]
-        for each, rows in ((config, [0, 5, 7]), (replace(config, seed=9), [7, 1, 0]))
+        for each, rows in ((config, [0, 5, 7]), (config.but(seed=9), [7, 1, 0]))
     )
     assert len(decoded) == len(set(decoded)) == 4
     assert torch.equal(second[0], first[2])
     assert torch.equal(second[2], first[0])
-    assert torch.equal(second[1], open_source(config.data, 1, 12).load(torch.tensor([1]))[0])
+    assert torch.equal(second[1], open_source(config.data.data, 1, 12).load(torch.tensor([1]))[0])
 
 
 def test_frozen_parts_that_agree_on_a_black_image_are_told_apart(frozen: FrozenBackbone):
@@ -206,14 +205,14 @@ def test_frozen_parts_that_agree_on_a_black_image_are_told_apart(frozen: FrozenB
     images[0] = 0
     features = FeatureCache()
     for method, pad in (("vpt-pad", 1), ("vpt-pad", 3), ("full", 2), ("bias", 2), ("linear", 2)):
-        config = RunConfig(data="digits", method=method, pad=pad)
+        config = RunConfig.from_dict({"data": "digits", "method": method, "pad": pad})
         model = build_model(config, frozen, 3)
         inputs = Inputs(model, images, torch.zeros(4, dtype=torch.int64), features=features)
         assert torch.equal(inputs.take(torch.arange(4)), freeze_images(model, images))
 
 
 def test_process_without_a_validation_image_adds_nothing(frozen: FrozenBackbone):
-    model = build_model(RunConfig(data="digits", method="lion"), frozen, 3)
+    model = build_model(RunConfig.of(data="digits", method="lion"), frozen, 3)
     nothing = freeze_images(model, torch.zeros(1, 1, 12, 12, dtype=torch.uint8))[:0]
     sums = score(model, nothing, torch.zeros(0, dtype=torch.int64))
     assert sums == {"accuracy": 0.0, "loss": 0.0}
@@ -369,4 +368,4 @@ def test_full_disk_under_predictions_is_named_and_nothing_is_left(
 )
 def test_bad_values_are_named(option: str, value: object, message: str):
     with pytest.raises(UserError, match=message):
-        RunConfig(data="digits", **{option: value})
+        RunConfig.of(data="digits", **{option: value})

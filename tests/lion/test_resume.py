@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ MOMENTS = [
 @pytest.fixture(scope="module")
 def config(image_folder: Path, backbone_file: Path) -> RunConfig:
     """Everything that a state has to hold: an average, early stopping, parts, augmentation."""
-    return RunConfig(
+    return RunConfig.of(
         data=str(image_folder),
         backbone=str(backbone_file),
         shots=4,
@@ -210,14 +210,14 @@ def test_state_of_every_method_continues_bit_for_bit(
         if len(state.history) == 3:  # type: ignore[attr-defined]
             raise Stop
 
-    config = replace(config, method=method, prompts=2, amp="none")
+    config = config.but(method=method, amp="none")
     with pytest.raises(Stop):
         Run(tmp_path / "run", config).train(test=False, on_epoch=stop, state_seconds=0)
     assert finish(tmp_path / "run", config) == finish(tmp_path / "whole", config)
 
 
 def test_run_that_had_stopped_early_does_not_go_on(config: RunConfig, tmp_path: Path):
-    config = replace(config, patience=1, epochs=50, lr=1e-6, ema=None)
+    config = config.but(patience=1, epochs=50, lr=1e-6, ema=None)
     result = Run(tmp_path / "run", config).train(test=False, plot=False, state_seconds=0)
     assert result["epochs"] < 50
     assert result["epochs"] == result["best_epoch"] + 1

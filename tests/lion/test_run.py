@@ -20,7 +20,7 @@ from tests.support.command import Lion
 
 @pytest.fixture
 def config(image_folder: Path, backbone_file: Path) -> RunConfig:
-    return RunConfig(str(image_folder), method="linear", backbone=str(backbone_file), shots=3,
+    return RunConfig.of(str(image_folder), method="linear", backbone=str(backbone_file), shots=3,
                      validation_shots=2, epochs=2)  # fmt: skip
 
 
@@ -47,8 +47,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_training_command_computes_one_split_and_builds_one_model(
     lion: Lion, config: RunConfig, counts: Counter[str], tmp_path: Path
 ):
-    arguments = ("train", "--data", config.data, "--backbone", config.backbone, "--shots", 3,
-                 "--validation-shots", 2, "--epochs", 2, "--hidden", 4, "--name", "r",
+    arguments = ("train", "--data", config.data.data, "--backbone", config.backbone.backbone,
+                 "--shots", 3, "--validation-shots", 2, "--epochs", 2, "--hidden", 4, "--name", "r",
                  "--runs", tmp_path)  # fmt: skip
     done = lion(*arguments)
     assert done.code == 0, done.err

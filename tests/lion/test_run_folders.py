@@ -31,7 +31,7 @@ def test_overwrite_spares_a_folder_whose_configuration_is_of_something_else(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps({"model_type": "vit", "hidden_size": 8}))
     with pytest.raises(UserError, match=message):
-        Run(folder, RunConfig("digits")).prepare(overwrite=True)
+        Run(folder, RunConfig.of("digits")).prepare(overwrite=True)
     assert all((folder / name).is_file() for name in files)
 
 
@@ -40,7 +40,7 @@ def test_overwrite_spares_a_run_that_holds_a_file_of_the_users(trained: Path):
         (trained / name).parent.mkdir(exist_ok=True)
         (trained / name).write_text("of the run")
     (trained / "thesis.txt").write_text("years of work")
-    config = RunConfig("digits", epochs=1)
+    config = RunConfig.of("digits", epochs=1)
     with pytest.raises(UserError, match=r"holds thesis\.txt, which is no file of a run"):
         Run(trained, config).prepare(overwrite=True)
     assert (trained / "thesis.txt").exists()

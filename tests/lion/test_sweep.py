@@ -13,13 +13,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import claim, holding, run_lock
 from lion_models.cli.progress import CellBars
-from lion_models.run import Run, RunConfig
+from lion_models.run import Run
+from lion_models.run.config import all_options, run_of
 from lion_models.study.compare import run_comparison
 from lion_models.study.runner import CellRunner
 from lion_models.study.sweep import Axis, Plan, parse_axis, run_sweep
@@ -28,8 +30,8 @@ from tests.support.command import Lion
 
 
 @pytest.fixture
-def base(image_folder: Path, backbone_file: Path) -> RunConfig:
-    return RunConfig(
+def base(image_folder: Path, backbone_file: Path) -> dict[str, Any]:
+    return all_options(
         data=str(image_folder),
         backbone=str(backbone_file),
         shots=3,
@@ -52,17 +54,17 @@ def team() -> Iterator[CellRunner]:
         yield runner
 
 
-def cells_of(folder: Path, base: RunConfig, count: int) -> list[Cell]:
+def cells_of(folder: Path, base: dict[str, Any], count: int) -> list[Cell]:
     return [
-        Cell(folder / f"s{seed}", replace(base, seed=seed, method="linear").resolved())
+        Cell(folder / f"s{seed}", run_of(base, seed=seed, method="linear").resolved())
         for seed in range(count)
     ]
 
 
 def test_sweep_command_makes_a_table_json_and_picture_and_never_reads_the_test_set(
-    lion: Lion, base: RunConfig, tmp_path: Path
+    lion: Lion, base: dict[str, Any], tmp_path: Path
 ):
-    arguments = ("sweep", "--data", base.data, "--backbone", base.backbone, "--shots", 3,
+    arguments = ("sweep", "--data", base["data"], "--backbone", base["backbone"], "--shots", 3,
                  "--validation-shots", 3, "--epochs", 2, "--methods", "linear,lion",
                  "--grid", "lr=0.001,0.05", "--grid", "lion.hidden=2,4", "--seeds", "1,2",
                  "--runs", tmp_path, "--name", "s")  # fmt: skip
@@ -95,7 +97,7 @@ def test_sweep_command_makes_a_table_json_and_picture_and_never_reads_the_test_s
 
 
 def test_choice_is_the_best_mean_validation_accuracy_of_each_condition(
-    base: RunConfig, tmp_path: Path
+    base: dict[str, Any], tmp_path: Path
 ):
     plan = Plan(base, ("linear",), (1, 2), (Axis("lr", (1e-5, 0.05)),), (Axis("shots", (2, 3)),))
     with quick() as runner:
@@ -113,8 +115,10 @@ def test_choice_is_the_best_mean_validation_accuracy_of_each_condition(
         2, 3}  # fmt: skip
 
 
-def test_finished_cells_are_skipped_and_interrupted_ones_go_on(base: RunConfig, tmp_path: Path):
-    cells = cells_of(tmp_path, replace(base, epochs=4), 2)
+def test_finished_cells_are_skipped_and_interrupted_ones_go_on(
+    base: dict[str, Any], tmp_path: Path
+):
+    cells = cells_of(tmp_path, base | {"epochs": 4}, 2)
 
     def stop(event: Event) -> None:
         if event.index == 1 and event.epoch == 2:
@@ -134,10 +138,10 @@ def test_finished_cells_are_skipped_and_interrupted_ones_go_on(base: RunConfig, 
 
 
 def test_processes_share_the_cells_and_a_failed_cell_stops_no_other(
-    base: RunConfig, team: CellRunner, tmp_path: Path
+    base: dict[str, Any], team: CellRunner, tmp_path: Path
 ):
     cells = cells_of(tmp_path, base, 4)
-    cells[1] = Cell(cells[1].folder, replace(cells[1].config, shots=400))
+    cells[1] = Cell(cells[1].folder, cells[1].config.but(shots=400))
     outcome = team.run(cells)
     again = team.run(cells)  # only the failed cell is tried
     assert [result is None for result in outcome.results] == [False, True, False, False]
@@ -152,7 +156,9 @@ def test_processes_share_the_cells_and_a_failed_cell_stops_no_other(
     assert trained[0] == trained[1]
 
 
-def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(base: RunConfig, tmp_path: Path):
+def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(
+    base: dict[str, Any], tmp_path: Path
+):
     """A process that is terminated leaves its locks behind, and Python warns of each."""
     others = set(multiprocessing.active_children())  # the team of the tests around this one
     with quick(2) as runner:
@@ -167,7 +173,7 @@ def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(base: RunConfig,
     def give_up(event: Event) -> None:
         raise StopIteration
 
-    endless = cells_of(tmp_path / "busy", replace(base, epochs=10**6), 2)
+    endless = cells_of(tmp_path / "busy", base | {"epochs": 10**6}, 2)
     begun = time.monotonic()
     with pytest.raises(StopIteration), quick(2) as runner:
         runner.run(endless, give_up)
@@ -176,9 +182,9 @@ def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(base: RunConfig,
 
 
 def test_worker_that_is_killed_loses_its_cell_alone(
-    base: RunConfig, team: CellRunner, tmp_path: Path
+    base: dict[str, Any], team: CellRunner, tmp_path: Path
 ):
-    cells = cells_of(tmp_path, replace(base, epochs=400), 1) + cells_of(tmp_path / "b", base, 2)
+    cells = cells_of(tmp_path, base | {"epochs": 400}, 1) + cells_of(tmp_path / "b", base, 2)
     killed = []
 
     def kill(event: Event) -> None:
@@ -195,9 +201,9 @@ def test_worker_that_is_killed_loses_its_cell_alone(
 
 
 def test_progress_in_a_file_is_a_few_lines_with_the_last_state(
-    base: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    cells = cells_of(tmp_path, replace(base, epochs=100), 50)
+    cells = cells_of(tmp_path, base | {"epochs": 100}, 50)
     with CellBars(2) as bars:
         hear = bars.together(cells)
         for index in range(len(cells)):
@@ -246,7 +252,7 @@ def test_run_that_another_process_trains_is_neither_continued_nor_replaced(
     assert (trained / "result.json").exists()
 
 
-def test_cell_of_another_command_is_waited_for(base: RunConfig, tmp_path: Path):
+def test_cell_of_another_command_is_waited_for(base: dict[str, Any], tmp_path: Path):
     [cell] = cells_of(tmp_path, base, 1)
     held = []
     with quick() as runner, claim(run_lock(cell.folder)):
@@ -264,10 +270,10 @@ def test_cell_of_another_command_is_waited_for(base: RunConfig, tmp_path: Path):
 
 
 def test_sweep_killed_at_any_time_ends_as_if_it_had_not_been(
-    base: RunConfig, tmp_path: Path, image_folder: Path
+    base: dict[str, Any], tmp_path: Path, image_folder: Path
 ):
-    command = [sys.executable, "-m", "lion_models", "sweep", "--data", base.data, "--backbone",
-               base.backbone, "--shots", "3", "--validation-shots", "3", "--epochs", "30",
+    command = [sys.executable, "-m", "lion_models", "sweep", "--data", base["data"], "--backbone",
+               base["backbone"], "--shots", "3", "--validation-shots", "3", "--epochs", "30",
                "--methods", "lion", "--grid", "lr=0.01,0.02,0.03", "--runs", str(tmp_path),
                "--name", "s", "--jobs", "2"]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
@@ -278,10 +284,10 @@ def test_sweep_killed_at_any_time_ends_as_if_it_had_not_been(
         process.send_signal(signal.SIGKILL)
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").glob("*/result.json")}
     assert 1 <= len(finished) < 3
-    plan = Plan(replace(base, epochs=30, hidden=8, batch=64), ("lion",), (42,),
+    plan = Plan(base | {"epochs": 30, "hidden": 8, "batch": 64}, ("lion",), (42,),
                 (Axis("lr", (0.01, 0.02, 0.03)),))  # fmt: skip
     with quick() as runner:
-        plan = replace(plan, base=replace(plan.base, prompts=RunConfig.prompts))
+        plan = replace(plan, base=plan.base | {"prompts": 10})
         content = run_sweep(tmp_path / "s", plan, runner)
     assert not content["failed"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
@@ -322,12 +328,12 @@ def test_bad_axes_are_named(text: str, message: str):
 
 def test_options_of_one_method_do_not_repeat_the_runs_of_another():
     axes = (Axis("lr", (1.0, 2.0)), Axis("hidden", (4, 8)), Axis("rtol", (1e-3,), "lion"))
-    plan = Plan(RunConfig(data="digits"), ("linear", "lion"), (1,), axes)
+    plan = Plan(all_options(data="digits"), ("linear", "lion"), (1,), axes)
     assert plan.settings("linear") == [{"lr": 1.0}, {"lr": 2.0}]
     assert len(plan.settings("lion")) == 4
 
 
-def test_axis_of_one_method_stands_in_for_that_of_all(base: RunConfig):
+def test_axis_of_one_method_stands_in_for_that_of_all(base: dict[str, Any]):
     grid = (Axis("lr", (0.01, 0.03)), Axis("lr", (0.003,), "lion"), Axis("hidden", (2, 4)))
     plan = Plan(base, ("linear", "lion"), (1,), grid)
     assert plan.settings("linear") == [{"lr": 0.01}, {"lr": 0.03}]
@@ -335,18 +341,18 @@ def test_axis_of_one_method_stands_in_for_that_of_all(base: RunConfig):
 
 
 def test_bad_sweeps_are_named_before_anything_is_written(
-    lion: Lion, base: RunConfig, tmp_path: Path
+    lion: Lion, base: dict[str, Any], tmp_path: Path
 ):
     for arguments, message in [
         (("--data", "digit"), "did you mean 'digits'?"),
-        (("--data", base.data, "--jobs", 0), "--jobs: expected 1 or more, got 0"),
-        (("--data", base.data, "--test-seeds", "1"), "goes with --test-best"),
-        (("--data", base.data, "--seeds", "1,2,1"), "--seeds: 1 is there twice"),
-        (("--data", base.data, "--methods", "lion,lion"), "--methods: lion is there twice"),
-        (("--data", base.data, "--backbone", base.backbone, "--shots", 3, "--pad", 6, "--methods",
-          "linear,vpt-pad"), "--pad"),
-        (("--data", base.data, "--grid", "hidden=0"), "--hidden: expected 1 or more, got 0"),
-        (("--data", base.data, "--over", "shots=5,900", "--backbone", base.backbone),
+        (("--data", base["data"], "--jobs", 0), "--jobs: expected 1 or more, got 0"),
+        (("--data", base["data"], "--test-seeds", "1"), "goes with --test-best"),
+        (("--data", base["data"], "--seeds", "1,2,1"), "--seeds: 1 is there twice"),
+        (("--data", base["data"], "--methods", "lion,lion"), "--methods: lion is there twice"),
+        (("--data", base["data"], "--backbone", base["backbone"], "--shots", 3, "--pad", 6,
+          "--methods", "linear,vpt-pad"), "--pad"),
+        (("--data", base["data"], "--grid", "hidden=0"), "--hidden: expected 1 or more, got 0"),
+        (("--data", base["data"], "--over", "shots=5,900", "--backbone", base["backbone"]),
          "lower --shots"),
     ]:  # fmt: skip
         outcome = lion("sweep", *arguments, "--runs", tmp_path)
@@ -355,8 +361,8 @@ def test_bad_sweeps_are_named_before_anything_is_written(
     assert not list(tmp_path.rglob("config.json"))
 
 
-def test_sweep_refuses_a_folder_of_other_options(lion: Lion, base: RunConfig, tmp_path: Path):
-    arguments = ("sweep", "--data", base.data, "--backbone", base.backbone, "--shots", 3,
+def test_sweep_refuses_a_folder_of_other_options(lion: Lion, base: dict[str, Any], tmp_path: Path):
+    arguments = ("sweep", "--data", base["data"], "--backbone", base["backbone"], "--shots", 3,
                  "--validation-shots", 2, "--methods", "linear", "--runs", tmp_path)  # fmt: skip
     assert lion(*arguments, "--epochs", 1).code == 0
     refused = lion(*arguments, "--epochs", 2)
@@ -367,7 +373,7 @@ def test_sweep_refuses_a_folder_of_other_options(lion: Lion, base: RunConfig, tm
 
 
 def test_compare_gives_the_same_figures_with_several_processes(
-    base: RunConfig, team: CellRunner, tmp_path: Path
+    base: dict[str, Any], team: CellRunner, tmp_path: Path
 ):
     figures = []
     for name, runner in (("one", quick()), ("two", team)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -14,24 +13,24 @@ from safetensors.torch import load_file, save_file
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError
 from lion_models.data import Task
+from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.methods.base import trained_state
 from lion_models.run import (
     FitState,
     Run,
     RunConfig,
     build_model,
-    fit,
     load_run,
 )
 from lion_models.run.checkpoint import read_checkpoint
-from lion_models.run.config import METHODS, SHOWN_METHODS
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import solver_figures
+from tests.support.small import fit_run
 
 
 @pytest.fixture
 def config(image_folder: Path, backbone_file: Path) -> RunConfig:
-    return RunConfig(
+    return RunConfig.of(
         data=str(image_folder),
         backbone=str(backbone_file),
         shots=4,
@@ -39,7 +38,6 @@ def config(image_folder: Path, backbone_file: Path) -> RunConfig:
         epochs=4,
         batch=8,
         hidden=4,
-        prompts=2,
         lr=0.02,
     )
 
@@ -48,12 +46,12 @@ def config(image_folder: Path, backbone_file: Path) -> RunConfig:
 def test_training_changes_what_is_trained_and_no_bit_of_the_backbone(
     method: str, config: RunConfig, frozen: FrozenBackbone, task: Task
 ):
-    config = replace(config, method=method, epochs=15, lr=0.1)
+    config = config.but(method=method, epochs=15, lr=0.1)
     before = copy.deepcopy(frozen.module.state_dict())
-    seed_all(config.seed)
+    seed_all(config.training.seed)
     model = build_model(config, frozen, 3)
     start = trained_state(model)
-    state = fit(model, task, config)
+    state = fit_run(model, task, config)
     after = frozen.module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(not torch.equal(start[name], state.weights[name]) for name in start)
@@ -64,14 +62,14 @@ def test_training_changes_what_is_trained_and_no_bit_of_the_backbone(
 def test_fit_ends_with_the_weights_that_validation_chose(
     config: RunConfig, frozen: FrozenBackbone, task: Task
 ):
-    seed_all(config.seed)
+    seed_all(config.training.seed)
     model = build_model(config, frozen, 3)
     kept: dict[int, dict[str, torch.Tensor]] = {}
 
     def keep(state: FitState) -> None:
         kept[len(state.history)] = state.weights
 
-    state = fit(model, task, config, on_epoch=keep)
+    state = fit_run(model, task, config, on_epoch=keep)
     ranks = [(row["validation_accuracy"], -row["validation_loss"]) for row in state.history]
     assert state.best_epoch == 1 + max(range(len(ranks)), key=ranks.__getitem__)
     for name, value in trained_state(model).items():
@@ -82,13 +80,13 @@ def test_solver_figures_cover_both_layers_and_both_directions(
     config: RunConfig, frozen: FrozenBackbone, task: Task
 ):
     model = build_model(config, frozen, 3)
-    state = fit(model, task, config)
+    state = fit_run(model, task, config)
     assert set(state.history[0]["solver"]) == {"input", "output"}
     for figures in state.history[0]["solver"].values():
         assert figures["converged"] == 1
         assert figures["steps"] > 0
         assert figures["backward_steps"] > 0
-    assert solver_figures(build_model(replace(config, method="linear"), frozen, 3)) == {}
+    assert solver_figures(build_model(config.but(method="linear"), frozen, 3)) == {}
 
 
 class KilledError(Exception):
@@ -102,7 +100,7 @@ class KilledError(Exception):
 def test_resumed_run_gives_the_same_weights_bit_for_bit(
     method: str, optimizer: str, config: RunConfig, tmp_path: Path
 ):
-    config = replace(config, method=method, optimizer=optimizer)
+    config = config.but(method=method, optimizer=optimizer)
 
     def die(state: FitState) -> None:
         if len(state.history) == 2:
@@ -138,9 +136,9 @@ def test_loaded_run_predicts_like_the_trained_one(
     config: RunConfig, frozen: FrozenBackbone, task: Task, tmp_path: Path
 ):
     Run(tmp_path / "run", config).train(test=False)
-    seed_all(config.seed)
+    seed_all(config.training.seed)
     model = build_model(config, frozen, 3)
-    fit(model, task, config)
+    fit_run(model, task, config)
     images = task.validation_images.float() / 255
     with torch.no_grad():
         assert torch.equal(load_run(tmp_path / "run").model(images), model(images))
@@ -194,11 +192,11 @@ def test_damaged_training_state_is_named(config: RunConfig, tmp_path: Path):
 )
 def test_bad_option_values_are_named(option: str, value: object, message: str):
     with pytest.raises(UserError, match=message):
-        RunConfig(data="digits", **{option: value})
+        RunConfig.from_dict({"data": "digits", "method": "vpt-deep", option: value})
 
 
 def test_configuration_round_trip_is_strict():
-    config = RunConfig(data="digits", hidden=3)
+    config = RunConfig.of(data="digits", hidden=3)
     assert RunConfig.from_dict(config.to_dict()) == config
     with pytest.raises(UserError, match="unknown keys hiden"):
         RunConfig.from_dict(config.to_dict() | {"hiden": 3})

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from lion_models.backbones.vit import VisionTransformer, ViTConfig
+from lion_models.data import Task
+from lion_models.methods.base import TunedClassifier
+from lion_models.run import FitState, RunConfig, fit
+from lion_models.run.optimizer import make_optimizer
 
 SMALL = ViTConfig(image_size=12, patch_size=6, dim=8, depth=2, heads=2, classes=3)
 
@@ -42,3 +47,16 @@ def idx_bytes(values: np.ndarray) -> bytes:
     """A file of Yann LeCun's IDX format, of unsigned bytes."""
     header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
     return header + values.astype(np.uint8).tobytes()
+
+
+def fit_run(
+    model: TunedClassifier, task: Task, config: RunConfig, *more: Any, **options: Any
+) -> FitState:
+    """`fit` as a run's configuration says."""
+    return fit(model, task, config.training, *more, robust=config.robust, pruning=config.pruning,
+               transform=config.data.transform, **options)  # fmt: skip
+
+
+def optimizer_of(model: TunedClassifier, config: RunConfig, steps: int) -> torch.optim.Optimizer:
+    """`make_optimizer` as a run's configuration says."""
+    return make_optimizer(model, config.training, config.recipe, steps, config.robust)

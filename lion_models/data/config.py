@@ -1,0 +1,47 @@
+"""The options that say which images a run uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lion_models.base.options import Options, option
+from lion_models.data.transforms import TRANSFORMS
+from lion_models.data.verify import BAD_FILES, VERIFY
+
+__all__ = ["DataConfig"]
+
+
+@dataclass(frozen=True)
+class DataConfig(Options):
+    """Images, and how they are split into training, validation and test."""
+
+    data: str = option(
+        help="A name of 'lion data list', torchvision:NAME, hf:NAME, or a folder: a sub-folder of "
+        "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set."
+    )
+    shots: int | None = option(
+        20, "Training images per class, or 'all' (70/10/20 split).", low=1, word="all"
+    )
+    validation_shots: int | None = option(
+        None, "Validation images per class.", low=1, unset="as many as `shots`"
+    )
+    test_cap: int | None = option(
+        None, "Most test images per class.", low=1, unset="all that are left"
+    )
+    imbalance: float | None = option(
+        None,
+        "Training images of the first class over those of the last, exponential between.",
+        low=1,
+        below=1e6,
+        expected="1 or more and below 1,000,000",
+        unset="balanced",
+    )
+    transform: str = option(
+        "square", "How pictures are fitted to the backbone's square.", choices=TRANSFORMS
+    )
+    bad_files: str = option("fail", "Missing and damaged image files.", choices=BAD_FILES)
+    verify: str = option(
+        "full",
+        "Decode every image file once before the start, or read its beginning only.",
+        choices=VERIFY,
+    )
