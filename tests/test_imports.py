@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import deqcore
+from tools.import_graph import arrows, circles, imports
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = [
@@ -20,19 +21,10 @@ CLIENTS = [
     if (ROOT / folder).exists()
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
+# Of lion_models, from the ground up: a room knows those before it alone.
+ROOMS = ("base", "data", "backbones", "prompts", "methods", "run", "study", "cli")
 # Sub-packages that are public by their own name.
 PUBLIC_MODULES = {"deqcore", "deqcore.compat", "deqcore.compat.torchdeq"}
-
-
-def imports(path: Path) -> list[tuple[str, str | None]]:
-    """(module, name): `import a.b` is ("a.b", None), `from a import b` is ("a", "b")."""
-    found: list[tuple[str, str | None]] = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found += [(node.module or "", alias.name) for alias in node.names]
-    return found
 
 
 def attributes_of_deqcore(path: Path) -> set[str]:
@@ -153,3 +145,32 @@ print([name for name in {slow} if name in set(sys.modules) - before])
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["deqcore", "lion_models"])
+def test_no_rooms_import_each_other_in_a_circle(package):
+    assert circles(arrows(ROOT / package)) == []
+
+
+def test_the_rooms_of_lion_models_know_those_below_alone():
+    graph = arrows(ROOT / "lion_models")
+    assert set(graph) == {*ROOMS, "__init__", "__main__"}
+    for height, room in enumerate(ROOMS):
+        above = {other: files for other, files in graph[room].items()
+                 if other not in ROOMS[:height]}  # fmt: skip
+        assert not above, f"{room} imports {above}"
+
+
+def test_circles_and_imports_inside_functions_are_seen(tmp_path):
+    package = tmp_path / "house"
+    for room, text in {
+        "attic": "from house.cellar.wine import red",
+        "cellar": "def fetch():\n    from house import hall",
+        "hall": "import house.attic.trunk",
+        "porch": "from house import hall",
+    }.items():
+        (package / room).mkdir(parents=True)
+        (package / room / "inside.py").write_text(text)
+    graph = arrows(package)
+    assert graph["cellar"] == {"hall": ["cellar/inside.py"]}
+    assert circles(graph) == [["attic", "cellar", "hall"]]
