@@ -78,7 +78,7 @@ from lion_models.cli.options import (
     short_name,
     with_run_options,
 )
-from lion_models.cli.progress import CellBars, ProgressBars
+from lion_models.cli.progress import ProgressBars, TrialBars
 from lion_models.cli.runs import evaluate, export, info, predict_command
 from lion_models.cli.sweep import sweep
 from lion_models.data.loader import IMAGE_CACHE
@@ -89,9 +89,10 @@ from lion_models.run.data_record import stored_name
 from lion_models.run.folder import read_config
 from lion_models.run.ranks import joined_ranks
 from lion_models.run.workbench import Workbench
-from lion_models.study.compare import comparison_table, run_comparison
-from lion_models.study.runner import CellRunner
-from lion_models.study.trial import CellOptions
+from lion_models.study.presets import run_comparison
+from lion_models.study.report import comparison_table
+from lion_models.study.runner import TrialRunner
+from lion_models.study.trial import TrialOptions
 
 __all__ = ["app", "main"]
 
@@ -312,7 +313,7 @@ def compare(
         distinct("--seeds", numbers("--seeds", seeds, int)),
         rates,
         overwrite,
-        CellRunner(jobs, threads, CellOptions(device, workers=workers, image_cache=image_cache)),
+        TrialRunner(jobs, threads, TrialOptions(device, workers=workers, image_cache=image_cache)),
         jobs,
     )
 
@@ -337,8 +338,8 @@ def demo(
     base = VIT_DEMO if vit else all_options(data="mnist5k", shots=20, epochs=100)
     base = base if data is None else base | {"data": data}
     folder = runs / ("demo-vit" if vit else "demo")
-    options = CellOptions(workers=workers, image_cache=image_cache)
-    _compare(folder, base, list(SHOWN_METHODS), [42], [], overwrite, CellRunner(options=options))
+    options = TrialOptions(workers=workers, image_cache=image_cache)
+    _compare(folder, base, list(SHOWN_METHODS), [42], [], overwrite, TrialRunner(options=options))
 
 
 def _compare(
@@ -348,10 +349,10 @@ def _compare(
     seeds: list[int],
     rates: list[float],
     overwrite: bool,
-    runner: CellRunner,
+    runner: TrialRunner,
     jobs: int = 1,
 ) -> None:
-    with CellBars(jobs) as bars, runner:
+    with TrialBars(jobs) as bars, runner:
         result = run_comparison(
             folder,
             base,
@@ -360,7 +361,7 @@ def _compare(
             rates,
             runner=runner,
             overwrite=overwrite,
-            on_cells=bars.one_by_one,
+            on_trials=bars.one_by_one,
         )
     shots = f"{base['shots']} images a class" if base["shots"] else "all images"
     seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lion_models.cli.options import dashed
 from lion_models.run import FitState, RunConfig
-from lion_models.study.trial import Cell, Event
+from lion_models.study.trial import Event, Trial
 
 LOG_SECONDS = 30.0  # between two lines in a file or a pipe, where a bar cannot be drawn over
 
@@ -50,7 +50,7 @@ class ProgressBars:
         self._bar.update()
 
 
-class CellBars:
+class TrialBars:
     """Progress over many runs: a bar for each where they run one by one, else one for all."""
 
     def __init__(self, jobs: int) -> None:
@@ -58,7 +58,7 @@ class CellBars:
         self._single = ProgressBars()
         self._all: tqdm[Any] | None = None
 
-    def __enter__(self) -> CellBars:
+    def __enter__(self) -> TrialBars:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,22 +66,22 @@ class CellBars:
         if self._all is not None:
             self._all.close()
 
-    def one_by_one(self, cells: Sequence[Cell]) -> Any:
-        """What to call with the events of `cells`."""
+    def one_by_one(self, trials: Sequence[Trial]) -> Any:
+        """What to call with the events of `trials`."""
         if self._jobs > 1:
-            return self.together(cells)
+            return self.together(trials)
 
         def hear(event: Event) -> None:
             if event.state is not None:
-                self._single.update(cells[event.index].config, event.state)
+                self._single.update(trials[event.index].config, event.state)
 
         return hear
 
-    def together(self, cells: Sequence[Cell]) -> Any:
+    def together(self, trials: Sequence[Trial]) -> Any:
         """The same with one bar, which counts epochs."""
         self.__exit__()
-        epochs = [cell.config.training.epochs for cell in cells]
-        seen = [0 if cell.result() is None else epochs[i] for i, cell in enumerate(cells)]
+        epochs = [trial.config.training.epochs for trial in trials]
+        seen = [0 if trial.result() is None else epochs[i] for i, trial in enumerate(trials)]
         done = {index for index, count in enumerate(seen) if count}
         bar = self._all = _bar(sum(epochs), sum(seen), "runs")
         best = 0.0
@@ -96,11 +96,11 @@ class CellBars:
                 done.add(event.index)
                 best = max(best, event.accuracy)
                 failed += event.kind == "failed"
-            shown = {"done": f"{len(done)}/{len(cells)}", "best val": f"{100 * best:.1f}%"}
+            shown = {"done": f"{len(done)}/{len(trials)}", "best val": f"{100 * best:.1f}%"}
             bar.set_postfix(shown | ({"failed": failed} if failed else {}), refresh=False)
             bar.update(max(0, now - seen[event.index]))
             seen[event.index] = max(now, seen[event.index])
             if event.kind == "failed":
-                bar.write(f"{cells[event.index].folder.name}: {dashed(event.message)}")
+                bar.write(f"{trials[event.index].folder.name}: {dashed(event.message)}")
 
         return hear

@@ -27,14 +27,15 @@ from lion_models.cli.options import (
     set_up,
     short_name,
 )
-from lion_models.cli.progress import CellBars
+from lion_models.cli.progress import TrialBars
 from lion_models.data.loader import IMAGE_CACHE
 from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.run.config import check_felt
+from lion_models.study.plan import Plan, parse_axis
+from lion_models.study.presets import run_sweep
 from lion_models.study.report import sweep_tables
-from lion_models.study.runner import CellRunner
-from lion_models.study.sweep import Plan, parse_axis, run_sweep
-from lion_models.study.trial import CellOptions
+from lion_models.study.runner import TrialRunner
+from lion_models.study.trial import TrialOptions
 
 __all__ = ["sweep"]
 
@@ -88,16 +89,16 @@ def sweep(
             distinct("--methods", [choose("--methods", part.strip(), METHODS) for part in names])
         ),
         tuple(distinct("--seeds", numbers("--seeds", seeds, int))),
-        tuple(parse_axis("--grid", text) for text in grid or ()),
-        tuple(parse_axis("--over", text) for text in over or ()),
+        tuple(parse_axis("grid", text) for text in grid or ()),
+        tuple(parse_axis("over", text) for text in over or ()),
     )
     tested = (
         distinct("--test-seeds", numbers("--test-seeds", test_seeds, int)) if test_seeds else []
     )
     check_felt(given_run_options(ctx), plan.configs())
     folder = folder_in(runs, name, f"sweep-{short_name(data)}")
-    options = CellOptions(device, plot=False, workers=workers, image_cache=image_cache)
-    with CellBars(jobs) as bars, CellRunner(jobs, threads, options) as runner:
+    options = TrialOptions(device, plot=False, workers=workers, image_cache=image_cache)
+    with TrialBars(jobs) as bars, TrialRunner(jobs, threads, options) as runner:
         content = run_sweep(
             folder,
             plan,
@@ -105,7 +106,7 @@ def sweep(
             test_best=test_best,
             test_seeds=tested,
             overwrite=overwrite,
-            on_cells=bars.together,
+            on_trials=bars.together,
         )
     plural = "seed" if len(plan.seeds) == 1 else "seeds"
     marked = "what was chosen" if plan.over else "* is chosen"

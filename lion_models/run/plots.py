@@ -1,10 +1,10 @@
-"""The PNGs: curves of one run, and the comparison of methods."""
+"""The PNGs of a run: its curves and its confusion matrix; and what pictures of studies share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from lion_models.base.files import save_figure
-from lion_models.methods.registry import colour_of
 from lion_models.run.config import RunConfig
 
-__all__ = ["plot_comparison", "plot_confusion", "plot_run"]
+__all__ = ["draw_traces", "dress", "new_figure", "plot_confusion", "plot_run", "quiet_grid"]
 
 SIDE_COLOURS = {"input": "#009E73", "output": "#CC79A7"}
 
@@ -33,10 +32,10 @@ def plot_run(
     """
     traces = result["traces"]
     panels = 3 if traces["after"] else 2
-    figure, axes = _figure(panels)
-    shots = f"{config.data.shots} images a class" if config.data.shots else "all images"
-    about = f"{config.method.name} on {config.data.data}, {shots}, seed {config.training.seed}"
-    figure.suptitle(about)
+    figure, [axes] = new_figure(4.6 * panels, 4.2, columns=panels)
+    data = config.data
+    shots = f"{data.shots} images a class" if data.shots else "all images"
+    figure.suptitle(f"{config.method.name} on {data.data}, {shots}, seed {config.training.seed}")
     epochs = [row["epoch"] for row in history]
 
     accuracy = axes[0]
@@ -61,7 +60,7 @@ def plot_run(
         value = 100 * result["test"]["accuracy"]
         accuracy.axhline(value, color="#D55E00", linestyle="--", label=f"test {value:.1f}%")
     accuracy.set_ylim(top=101)
-    _dress(accuracy, "Accuracy", "epoch", "accuracy (%)")
+    dress(accuracy, "Accuracy", "epoch", "accuracy (%)")
 
     loss = axes[1]
     loss.plot(epochs, [row["loss"] for row in history], color="#999999", label="train")
@@ -70,7 +69,7 @@ def plot_run(
     )
     loss.set_yscale("log")
     loss.yaxis.set_major_formatter(ScalarFormatter())
-    _dress(loss, "Loss", "epoch", "cross-entropy (nats, log scale)")
+    dress(loss, "Loss", "epoch", "cross-entropy (nats, log scale)")
 
     if traces["after"]:
         draw_traces(axes[2], traces)
@@ -91,74 +90,7 @@ def draw_traces(axis: Axes, traces: dict[str, dict[str, list[list[float]]]]) -> 
             if moment == "after":
                 axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     axis.set_yscale("log")
-    _dress(axis, "Equilibrium solves", "solver step", "residual, rms(f(z) - z), 10-90% of images")
-
-
-def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> None:
-    """Draw accuracy per method, accuracy against trained weights, and validation curves.
-
-    Args:
-        path: PNG to write.
-        title: above the panels.
-        cells: one per run: `method`, `seed`, `test_accuracy`, `without_head`, `curve` (validation
-            accuracy per epoch) and `traces`.
-    """
-    methods = list(dict.fromkeys(cell["method"] for cell in cells))
-    figure, axes = _figure(3)
-    figure.suptitle(title)
-    points, curves, last = axes
-    for position, method in enumerate(methods):
-        own = [cell for cell in cells if cell["method"] == method]
-        values = [100 * cell["test_accuracy"] for cell in own]
-        mean = sum(values) / len(values)
-        colour = colour_of(method)
-        # Dots, not bars: the axis does not begin at zero, where a bar's length would mislead.
-        points.hlines(mean, position - 0.25, position + 0.25, color=colour, linewidth=4)
-        points.plot([position] * len(values), values, "o", color="black", markersize=5, alpha=0.6)
-        points.annotate(
-            f"{mean:.1f}",
-            (position + 0.3, mean),
-            xytext=(2, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold",
-            color=colour,
-        )
-        epochs = list(zip(*(cell["curve"] for cell in own), strict=True))
-        means = [100 * sum(epoch) / len(epoch) for epoch in epochs]
-        curves.plot(range(1, len(means) + 1), means, color=colour, label=method)
-        if len(own) > 1:
-            curves.fill_between(
-                range(1, len(means) + 1),
-                [100 * min(epoch) for epoch in epochs],
-                [100 * max(epoch) for epoch in epochs],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-    labels = []
-    for method in methods:
-        count = next(cell["without_head"] for cell in cells if cell["method"] == method)
-        labels.append(f"{method}\n{count:,} weights\n+ head")
-    points.set_xticks(range(len(methods)), labels)
-    points.set_xlim(-0.5, len(methods) - 0.3)
-    everything = [100 * cell["test_accuracy"] for cell in cells]
-    points.set_ylim(max(0.0, min(everything) - 5), min(101.0, max(everything) + 5))
-    _dress(
-        points,
-        "Test accuracy (a dot is a seed, a line their mean)",
-        "",
-        "accuracy (%)",
-        legend=False,
-    )
-    points.grid(axis="x", visible=False)
-    _dress(curves, "Validation while training (band: all seeds)", "epoch", "accuracy (%)")
-    traced = [cell for cell in cells if cell["traces"]["after"]]
-    if traced:
-        draw_traces(last, traced[0]["traces"])
-    else:
-        last.set_axis_off()
-    save_figure(path, figure)
+    dress(axis, "Equilibrium solves", "solver step", "residual, rms(f(z) - z), 10-90% of images")
 
 
 def plot_confusion(path: Path, report: dict[str, Any]) -> None:
@@ -172,9 +104,7 @@ def plot_confusion(path: Path, report: dict[str, Any]) -> None:
     counts = report["confusion"]
     shares = [[value / max(1, sum(row)) for value in row] for row in counts]
     side = min(16.0, 2.4 + 0.5 * len(names))
-    figure = Figure(figsize=(side + 0.8, side), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, [[axis]] = new_figure(side + 0.8, side)
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     ticks = range(len(names))
@@ -194,22 +124,30 @@ def plot_confusion(path: Path, report: dict[str, Any]) -> None:
     save_figure(path, figure)
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, dpi: int = 130, **shared: Any
+) -> tuple[Figure, Any]:
+    """A figure of so many inches and its panels, an array (rows, columns) of axes."""
     # Figure and canvas by hand: pyplot would pick a window system and keep every figure alive.
-    figure = Figure(figsize=(4.6 * panels, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)
-    return figure, list(axes[0])
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def _dress(axis: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
+def dress(axis: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
+    """Title, labels and a quiet grid."""
     axis.set_title(title, fontsize=11)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    axis.grid(True, color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    quiet_grid(axis)
     if x in ("epoch", "solver step"):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if legend:
         axis.legend(fontsize=8, frameon=False)
+
+
+def quiet_grid(axis: Axes, which: Literal["both", "x", "y"] = "both") -> None:
+    """A pale grid behind what is drawn, and no frame on the right and above."""
+    axis.grid(axis=which, color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)

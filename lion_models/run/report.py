@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lion_models.base.errors import UserError
-from lion_models.base.files import write_json
 
-__all__ = ["CONFUSION", "REPORT", "class_report", "read_report", "write_report"]
+__all__ = ["CONFUSION", "REPORT", "class_report", "read_report"]
 
 REPORT = "report.json"
 CONFUSION = "confusion.png"
@@ -56,11 +55,6 @@ def class_report(classes: tuple[str, ...], truth: Tensor, predicted: Tensor) -> 
         "classes": rows,
         "confusion": confusion_matrix(truth.numpy(), predicted.numpy(), labels=labels).tolist(),
     }
-
-
-def write_report(path: Path, classes: tuple[str, ...], truth: Tensor, predicted: Tensor) -> None:
-    """Write `class_report` as JSON."""
-    write_json(path, class_report(classes, truth, predicted))
 
 
 def read_report(path: Path) -> dict[str, Any]:

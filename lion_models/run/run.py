@@ -50,7 +50,7 @@ from lion_models.run.folder import (
 )
 from lion_models.run.log import METRICS, STATE, STATE_SECONDS, RunLog, read_state
 from lion_models.run.ranks import ALONE, Ranks
-from lion_models.run.report import CONFUSION, REPORT, read_report, write_report
+from lion_models.run.report import CONFUSION, REPORT, class_report, read_report
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import FitState, fit, freeze_images, score
 from lion_models.run.workbench import Workbench, open_data
@@ -222,7 +222,7 @@ class Run:
         finished, state = ranks.share(progress) or (None, None)
         if finished is None:
             finished = self._fit(state, on_epoch, ranks, tensorboard, state_seconds)
-            if ranks.first and plot:
+            if ranks.first and plot and not test:
                 self._plot(finished)
         return self.measure(plot=plot) if test and ranks.first else finished
 
@@ -388,7 +388,8 @@ class Run:
         # A ledger without a report is of a version that wrote none: the same weights are scored
         # again.
         test = sealed.measure(self.folder / TEST_LEDGER, run.weights, measure, again=True)
-        write_report(self.folder / REPORT, run.classes, torch.cat(truths), torch.cat(predicted))
+        report = class_report(run.classes, torch.cat(truths), torch.cat(predicted))
+        write_json(self.folder / REPORT, report)
         return test
 
     def _lacks_pictures(self) -> bool:

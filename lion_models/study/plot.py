@@ -1,22 +1,88 @@
-"""The PNGs of a sweep: validation accuracy over the grid, test accuracy over trained weights."""
+"""The PNGs of studies: a comparison of methods, a sweep's grid, and what the test set gave."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from lion_models.base.files import save_figure
 from lion_models.methods.registry import colour_of
+from lion_models.run.plots import draw_traces, dress, new_figure, quiet_grid
 
-__all__ = ["plot_sweep", "plot_tested"]
+__all__ = ["plot_comparison", "plot_sweep", "plot_tested"]
 
 SHOWN_SETTINGS = 15
+
+
+def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> None:
+    """Draw accuracy per method, accuracy against trained weights, and validation curves.
+
+    Args:
+        path: PNG to write.
+        title: above the panels.
+        cells: one per run: `method`, `seed`, `test_accuracy`, `without_head`, `curve` (validation
+            accuracy per epoch) and `traces`.
+    """
+    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    figure, [axes] = new_figure(4.6 * 3, 4.2, columns=3)
+    figure.suptitle(title)
+    points, curves, last = axes
+    for position, method in enumerate(methods):
+        own = [cell for cell in cells if cell["method"] == method]
+        values = [100 * cell["test_accuracy"] for cell in own]
+        mean = sum(values) / len(values)
+        colour = colour_of(method)
+        # Dots, not bars: the axis does not begin at zero, where a bar's length would mislead.
+        points.hlines(mean, position - 0.25, position + 0.25, color=colour, linewidth=4)
+        points.plot([position] * len(values), values, "o", color="black", markersize=5, alpha=0.6)
+        points.annotate(
+            f"{mean:.1f}",
+            (position + 0.3, mean),
+            xytext=(2, 0),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold",
+            color=colour,
+        )
+        epochs = list(zip(*(cell["curve"] for cell in own), strict=True))
+        means = [100 * sum(epoch) / len(epoch) for epoch in epochs]
+        curves.plot(range(1, len(means) + 1), means, color=colour, label=method)
+        if len(own) > 1:
+            curves.fill_between(
+                range(1, len(means) + 1),
+                [100 * min(epoch) for epoch in epochs],
+                [100 * max(epoch) for epoch in epochs],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+    labels = []
+    for method in methods:
+        count = next(cell["without_head"] for cell in cells if cell["method"] == method)
+        labels.append(f"{method}\n{count:,} weights\n+ head")
+    points.set_xticks(range(len(methods)), labels)
+    points.set_xlim(-0.5, len(methods) - 0.3)
+    everything = [100 * cell["test_accuracy"] for cell in cells]
+    points.set_ylim(max(0.0, min(everything) - 5), min(101.0, max(everything) + 5))
+    dress(
+        points,
+        "Test accuracy (a dot is a seed, a line their mean)",
+        "",
+        "accuracy (%)",
+        legend=False,
+    )
+    points.grid(axis="x", visible=False)
+    dress(curves, "Validation while training (band: all seeds)", "epoch", "accuracy (%)")
+    traced = [cell for cell in cells if cell["traces"]["after"]]
+    if traced:
+        draw_traces(last, traced[0]["traces"])
+    else:
+        last.set_axis_off()
+    save_figure(path, figure)
 
 
 def plot_sweep(path: Path, content: dict[str, Any]) -> None:
@@ -40,9 +106,7 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     conditions = sorted({condition for condition, _ in groups})
     methods = sorted({method for _, method in groups})
     size = (5.6 * len(methods), 4.0 * len(conditions) + 0.4)
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(conditions), len(methods), squeeze=False)
+    figure, panels = new_figure(*size, len(conditions), len(methods), dpi=110)
     seeds = ", ".join(map(str, content["seeds"]))
     data = (
         "" if "data" in content["settings"][0]["condition"] else f" on {content['options']['data']}"
@@ -81,9 +145,7 @@ def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float
     columns = min(len(titles), 3)
     rows = -(-len(titles) // columns)
     size = (1.6 + 3.6 * columns, 0.6 + (1.2 + 0.26 * len(tested)) * rows)
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    figure, panels = new_figure(*size, rows, columns, dpi=110, sharey=True)
     for position, axis in enumerate(panels.flat):
         if position >= len(titles):
             axis.set_axis_off()
@@ -93,10 +155,11 @@ def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float
         for row, (method, (_, accuracies)) in enumerate(tested.items()):
             seeds = zip(*accuracies.values(), strict=True)
             values = accuracies.get(title) or [statistics.fmean(seed) for seed in seeds]
-            _tested_row(axis, row, method, [100 * value for value in values])
-        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+            colour = colour_of(method)
+            if method == "lion":
+                axis.axhspan(row - 0.5, row + 0.5, color=colour, alpha=0.08, linewidth=0)
+            _dots_of_seeds(axis, row, [100 * value for value in values], colour)
+        quiet_grid(axis, "x")
     labels = [f"{method}  {count:,}" for method, (count, _) in tested.items()]
     panels[0][0].set_yticks(range(len(labels)), labels, fontsize=9)
     panels[0][0].set_ylim(len(labels) - 0.5, -0.5)
@@ -105,10 +168,8 @@ def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float
     save_figure(path, figure)
 
 
-def _tested_row(axis: Axes, row: int, method: str, values: list[float]) -> None:
-    colour = colour_of(method)
-    if method == "lion":
-        axis.axhspan(row - 0.5, row + 0.5, color=colour, alpha=0.08, linewidth=0)
+def _dots_of_seeds(axis: Axes, row: int, values: Sequence[float], colour: str) -> None:
+    """A dot for each seed and a bar at their mean."""
     axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.5, markersize=5)
     mean = statistics.fmean(values)
     axis.plot([mean], [row], "|", color="black", markersize=14, markeredgewidth=2)
@@ -159,18 +220,14 @@ def _dots(
     shown = settings[:SHOWN_SETTINGS]
     for position, one in enumerate(shown):
         values = [100 * value for run in one["runs"] if (value := by_run.get(run)) is not None]
-        axis.plot(values, [position] * len(values), "o", color="#0072B2", alpha=0.5, markersize=5)
-        mean = 100 * one["validation_accuracy"]
-        axis.plot([mean], [position], "|", color="black", markersize=14, markeredgewidth=2)
+        _dots_of_seeds(axis, position, values, "#0072B2")
     labels = [", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-" for one in shown]
     axis.set_yticks(range(len(shown)), labels, fontsize=8)
     for label, one in zip(axis.get_yticklabels(), shown, strict=True):
         label.set_fontweight("bold" if one["chosen"] else "normal")
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.set_xlabel("a dot is a seed, the bar their mean")
-    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    quiet_grid(axis, "x")
     if len(settings) > len(shown):
         axis.annotate(f"best {len(shown)} of {len(settings)}", (1, 0), xycoords="axes fraction",
                       ha="right", va="bottom", fontsize=8)  # fmt: skip

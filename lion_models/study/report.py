@@ -1,24 +1,162 @@
-"""What a sweep says at its end: tables for the terminal, and tested.md and tested.png."""
+"""What a study says at its end: compare.json and sweep.json, their tables, and tested.md."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from lion_models.base.files import write_bytes
 from lion_models.methods import METHODS
-from lion_models.study.plot import plot_tested
-from lion_models.study.sweep import short_value
+from lion_models.run.log import METRICS
+from lion_models.study.plan import short_value
+from lion_models.study.study import Study
+from lion_models.study.trial import Trial
 
-__all__ = ["Measured", "measured_markdown", "measured_methods", "sweep_tables", "write_measured"]
+__all__ = [
+    "Measured",
+    "comparison_content",
+    "comparison_table",
+    "measured_markdown",
+    "measured_methods",
+    "summarise",
+    "sweep_content",
+    "sweep_tables",
+]
 
 TABLE_ROWS = 40
+OF_TRIALS = ("method", "seed", "best_epoch", "epochs", "validation_accuracy", "validation_loss",
+             "seconds", "parameters", "solver")  # fmt: skip
+
+
+def sweep_content(study: Study) -> dict[str, Any]:
+    """The content of sweep.json.
+
+    Returns:
+        `options`, `seeds`, `grid`, `over`, `settings` (best first), `chosen`, `tested`, `cells` (a
+        row for each trial) and `failed`.
+    """
+    plan, settings = study.plan, study.settings()
+    cells = []
+    for trial in (trial for row in study.rows for trial in row.trials):
+        result = study.results[trial.folder] or {}
+        figures = {key: result[key] for key in OF_TRIALS if key in result}
+        cells.append({"run": trial.folder.name, "recipe": _recipe(trial)} | figures)
+    return {
+        "options": _options(study),
+        "seeds": list(plan.seeds),
+        "grid": [vars(axis) for axis in plan.grid],
+        "over": [vars(axis) for axis in plan.over],
+        "settings": settings,
+        "chosen": [one for one in settings if one["chosen"]],
+        "tested": [study.summary(row, test=True) for row in study.tested],
+        "cells": cells,
+        "failed": study.failed,
+    }
+
+
+def comparison_content(study: Study) -> dict[str, Any]:
+    """The content of compare.json: `options`, `cells` (a row for each trial) and `summary`."""
+    cells = []
+    for trial in (trial for row in study.tested for trial in row.trials):
+        result = study.results[trial.folder] or {}
+        rows = [json.loads(line) for line in (trial.folder / METRICS).read_text().splitlines()]
+        counts = result["parameters"]
+        steps = [value for key, value in result["test"].items() if key.startswith("steps_")]
+        cells.append(
+            {
+                "method": result["method"],
+                "seed": result["seed"],
+                "run": trial.folder.name,
+                "recipe": _recipe(trial),
+                "test_accuracy": result["test"]["accuracy"],
+                "validation_accuracy": result["validation_accuracy"],
+                "trained": counts["trained"],
+                "without_head": counts["without_head"],
+                # Runs of versions without pruning kept everything.
+                "kept": counts.get("kept", counts["trained"]),
+                "kept_without_head": counts.get("kept_without_head", counts["without_head"]),
+                "nonzero_without_head": counts.get("nonzero_without_head", counts["without_head"]),
+                "seconds": result["seconds"],
+                "solver_steps": statistics.fmean(steps) if steps else None,
+                "curve": [row["validation_accuracy"] for row in rows],
+                "traces": result["traces"],
+            }
+        )
+    return {"options": _options(study), "cells": cells, "summary": summarise(cells)}
+
+
+def _options(study: Study) -> dict[str, Any]:
+    return {k: v for k, v in study.plan.base.items() if k not in ("method", "seed")}
+
+
+def _recipe(trial: Trial) -> dict[str, Any]:
+    return trial.config.recipe._asdict()
+
+
+def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over the seeds, one row per method.
+
+    Args:
+        cells: of compare.json.
+    """
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        by_method.setdefault(cell["method"], []).append(cell)
+    rows = []
+    for method, own in by_method.items():
+
+        def mean(key: str, own: list[Mapping[str, Any]] = own) -> float:
+            return statistics.fmean(cell[key] for cell in own)
+
+        accuracies = [cell["test_accuracy"] for cell in own]
+        rows.append(
+            {
+                "method": method,
+                "seeds": len(own),
+                "test_accuracy": mean("test_accuracy"),
+                "test_spread": statistics.stdev(accuracies) if len(own) > 1 else None,
+                "validation_accuracy": mean("validation_accuracy"),
+                **{key: own[0][key] for key in ("without_head", "trained", "kept",
+                                                "kept_without_head")},
+                "nonzero_without_head": mean("nonzero_without_head"),
+                "seconds": mean("seconds"),
+                "solver_steps": own[0]["solver_steps"] and mean("solver_steps"),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def comparison_table(summary: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Test accuracy, trained weights with and without the head, seconds, solver steps.
+
+    Where a method pruned, a column shows the weights that are kept, without the head. VPT-deep is
+    compared with the weights trained, not with those kept.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    pruned = any(row["kept_without_head"] != row["without_head"] for row in summary)
+    kept = ["kept"] if pruned else []  # all columns fit a terminal of 80 characters without it
+    for heading in ("accuracy", "trained", "no head", *kept, "vs VPT-deep", "seconds", "steps"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    vpt = next((row["without_head"] for row in summary if row["method"] == "vpt-deep"), None)
+    for row in summary:
+        spread = f" ± {100 * row['test_spread']:.1f}" if row["test_spread"] is not None else ""
+        table.add_row(
+            row["method"],
+            f"{100 * row['test_accuracy']:.1f}%{spread}",
+            f"{row['trained']:,}",
+            f"{row['without_head']:,}",
+            *([f"{row['kept_without_head']:,}"] if pruned else []),
+            f"{100 * (row['without_head'] / vpt - 1):+.1f}%" if vpt else "",
+            f"{row['seconds']:.1f}",
+            f"{row['solver_steps']:.1f}" if row["solver_steps"] else "-",
+        )
+    return table
 
 
 @dataclass(frozen=True)
@@ -77,22 +215,6 @@ def measured_methods(content: Mapping[str, Any]) -> list[Measured]:
         if len(rows) == conditions
     ]
     return sorted(tested, key=lambda one: (one.without_head, list(METHODS).index(one.method)))
-
-
-def write_measured(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write tested.md and tested.png, if the test set has been read.
-
-    Args:
-        folder: of the sweep.
-        content: of sweep.json.
-    """
-    tested = measured_methods(content)
-    if tested:
-        write_bytes(folder / "tested.md", measured_markdown(content).encode())
-        plot_tested(
-            folder / "tested.png",
-            {one.method: (one.without_head, one.accuracies) for one in tested},
-        )
 
 
 def _figure(values: Sequence[float]) -> str:

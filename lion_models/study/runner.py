@@ -1,4 +1,4 @@
-"""Run many cells, in this process or in several that are kept for all of them."""
+"""Run many trials, in this process or in several that are kept for all of them."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from typing import Any
 import torch
 
 from lion_models.base.errors import UserError
-from lion_models.study.trial import Cell, CellOptions, Event, OnEvent, Outcome, attempt
+from lion_models.study.trial import Event, OnEvent, Outcome, Trial, TrialOptions, attempt
 
-__all__ = ["CellRunner"]
+__all__ = ["TrialRunner"]
 
 LOOK_AGAIN_SECONDS = 1.0
 REPORT_SECONDS = 0.5
 END_SECONDS = 10.0  # that an idle process has to end by itself
 
 
-class CellRunner:
-    """Runs cells that are not finished and waits for those that other commands run.
+class TrialRunner:
+    """Runs trials that are not finished and waits for those that other commands run.
 
-    A cell that failed, by an error or because its process died, does not stop the others; the next
-    command tries it again. Use it in a `with` statement, which ends its processes.
+    A trial that failed, by an error or because its process died, does not stop the others; the
+    next command tries it again. Use it in a `with` statement, which ends its processes.
 
     Args:
-        jobs: processes; each takes cell after cell and keeps backbones, images and features. With
-            1 the cells run in this process.
+        jobs: processes; each takes trial after trial and keeps backbones, images and features.
+            With 1 the trials run in this process.
         threads: of each process; None divides the cores (one job: leaves them as they are).
         options: device, pictures, and how often a state is saved.
     """
 
     def __init__(
-        self, jobs: int = 1, threads: int | None = None, options: CellOptions | None = None
+        self, jobs: int = 1, threads: int | None = None, options: TrialOptions | None = None
     ) -> None:
         if jobs < 1:
             raise UserError(f"`jobs`: expected 1 or more, got {jobs}")
         self._jobs = jobs
         self._threads = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
-        self._options = options or CellOptions()
+        self._options = options or TrialOptions()
         self._team: _Team | None = None
         self.bench = self._options.bench()
 
-    def __enter__(self) -> CellRunner:
+    def __enter__(self) -> TrialRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,11 +56,11 @@ class CellRunner:
             self._team.end()
             self._team = None
 
-    def run(self, cells: Sequence[Cell], on_event: OnEvent = lambda event: None) -> Outcome:
-        """Run what is missing of `cells`, which `check_cells` has seen.
+    def run(self, trials: Sequence[Trial], on_event: OnEvent = lambda event: None) -> Outcome:
+        """Run what is missing of `trials`, which `check_trials` has seen.
 
         Args:
-            cells: in the order in which they are begun.
+            trials: in the order in which they are begun.
             on_event: called in this process with what happens.
         """
         failures: dict[int, str] = {}
@@ -70,25 +70,25 @@ class CellRunner:
                 failures[event.index] = event.message
             on_event(event)
 
-        todo = [index for index, cell in enumerate(cells) if cell.result() is None]
+        todo = [index for index, trial in enumerate(trials) if trial.result() is None]
         if self._jobs == 1:
-            self._run_here(cells, todo, tell)
+            self._run_here(trials, todo, tell)
         elif todo:
             if self._team is None:
                 self._team = _Team(self._jobs, self._threads, self._options)
-            self._team.run(cells, todo, tell)
-        results = [cell.result() for cell in cells]
-        for index, cell in enumerate(cells):
+            self._team.run(trials, todo, tell)
+        results = [trial.result() for trial in trials]
+        for index, trial in enumerate(trials):
             if results[index] is None and index not in failures:
-                why = cell.conflict() or f"{cell.folder} was removed while the command ran"
+                why = trial.conflict() or f"{trial.folder} was removed while the command ran"
                 tell(Event(index, "failed", message=why))
         return Outcome(results, failures)
 
-    def _run_here(self, cells: Sequence[Cell], todo: Sequence[int], tell: OnEvent) -> None:
+    def _run_here(self, trials: Sequence[Trial], todo: Sequence[int], tell: OnEvent) -> None:
         while todo:
             held = []
             for index in todo:
-                event = attempt(index, cells[index], self._options, self.bench, tell)
+                event = attempt(index, trials[index], self._options, self.bench, tell)
                 tell(event)
                 if event.kind == "held":
                     held.append(index)
@@ -99,7 +99,7 @@ class CellRunner:
 
 @dataclass
 class _Worker:
-    """A process, its pipe, and the cell that it has at hand."""
+    """A process, its pipe, and the trial that it has at hand."""
 
     process: Any
     pipe: Connection
@@ -108,19 +108,19 @@ class _Worker:
 
 
 class _Team:
-    """Processes that are handed one cell after the other.
+    """Processes that are handed one trial after the other.
 
     Each has a pipe of its own: with a queue that all write to, a process that is killed while it
     writes would keep the queue's lock.
     """
 
-    def __init__(self, jobs: int, threads: int, options: CellOptions) -> None:
+    def __init__(self, jobs: int, threads: int, options: TrialOptions) -> None:
         self._threads, self._options = threads, options
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
         self._jobs = jobs
 
-    def run(self, cells: Sequence[Cell], todo: Sequence[int], tell: OnEvent) -> None:
+    def run(self, trials: Sequence[Trial], todo: Sequence[int], tell: OnEvent) -> None:
         pending, held = deque(todo), deque[int]()
         look_again = 0.0
         while len(self._workers) < min(self._jobs, len(todo)):
@@ -133,7 +133,7 @@ class _Team:
                 if worker.current is None and worker.ready and pending:
                     worker.current = pending.popleft()
                     with suppress(OSError):  # if it has died, the end of its pipe will say so
-                        worker.pipe.send((worker.current, cells[worker.current]))
+                        worker.pipe.send((worker.current, trials[worker.current]))
             for pipe in wait([worker.pipe for worker in self._workers], timeout=0.2):
                 event = self._hear(next(w for w in self._workers if w.pipe is pipe))
                 if event is not None:
@@ -177,7 +177,7 @@ class _Team:
         return event
 
     def _replace(self, worker: _Worker) -> Event | None:
-        """Start another process for one that died; the event says what became of its cell."""
+        """Start another process for one that died; the event says what became of its trial."""
         worker.process.join()
         code = worker.process.exitcode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -203,8 +203,8 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _work(pipe: Connection, threads: int, options: CellOptions) -> None:
-    """A worker's life: cells, until the pipe ends."""
+def _work(pipe: Connection, threads: int, options: TrialOptions) -> None:
+    """A worker's life: trials, until the pipe ends."""
     torch.set_num_threads(threads)
     bench = options.bench()
     told = time.monotonic()
@@ -224,7 +224,7 @@ def _work(pipe: Connection, threads: int, options: CellOptions) -> None:
     try:
         send(None)
         while True:
-            index, cell = pipe.recv()
-            send(attempt(index, cell, options, bench, tell))
+            index, trial = pipe.recv()
+            send(attempt(index, trial, options, bench, tell))
     except (EOFError, KeyboardInterrupt):
         pass

@@ -1,4 +1,4 @@
-"""Cells: runs of which many lie in one folder, each claimed by one process at a time."""
+"""Trials: runs of which many lie in one folder, each claimed by one process at a time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lion_models.run.log import STATE_SECONDS
 from lion_models.run.trainer import FitState
 from lion_models.run.workbench import Workbench
 
-__all__ = ["Cell", "CellOptions", "Event", "OnEvent", "Outcome", "attempt", "check_cells"]
+__all__ = ["Event", "OnEvent", "Outcome", "Trial", "TrialOptions", "attempt", "check_trials"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One run of many.
 
     Attributes:
@@ -36,7 +36,7 @@ class Cell:
     test: bool = False
 
     def conflict(self) -> str | None:
-        """Why the folder cannot be this cell's; None where it is, or is new."""
+        """Why the folder cannot be this trial's; None where it is, or is new."""
         if is_new(self.folder):
             return None
         try:
@@ -50,7 +50,7 @@ class Cell:
         )
 
     def result(self) -> dict[str, Any] | None:
-        """Content of result.json, if the run is this cell's and has all that is asked for."""
+        """Content of result.json, if the run is this trial's and has all that is asked for."""
         path = self.folder / "result.json"
         if not path.is_file() or self.conflict() is not None:
             return None
@@ -60,16 +60,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Event:
-    """News of a cell.
+    """News of a trial.
 
     Attributes:
-        index: of the cell among those given.
+        index: of the trial among those given.
         kind: `epoch` (one has ended), `done`, `failed`, `held` (another command runs it; it is
             looked at again) or `elsewhere` (another command has finished it).
         epoch: epochs done.
         accuracy: on validation data.
         message: why it failed.
-        state: of the fit; only where the cell runs in this process.
+        state: of the fit; only where the trial runs in this process.
     """
 
     index: int
@@ -85,15 +85,15 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the cells: results in their order (None: failed), and messages by index."""
+    """What became of the trials: results in their order (None: failed), and messages by index."""
 
     results: list[dict[str, Any] | None]
     failures: dict[int, str]
 
 
 @dataclass(frozen=True)
-class CellOptions:
-    """How cells run: see `CellRunner` and, for what each process has, `Workbench`."""
+class TrialOptions:
+    """How trials run: see `TrialRunner` and, for what each process has, `Workbench`."""
 
     device: str = "cpu"
     plot: bool = True
@@ -106,69 +106,66 @@ class CellOptions:
         return Workbench(self.device, self.workers, self.image_cache)
 
 
-def check_cells(cells: Sequence[Cell], overwrite: bool = False) -> None:
+def check_trials(trials: Sequence[Trial], overwrite: bool = False) -> None:
     """Refuse, before anything runs, folders that hold something else.
 
-    With `overwrite`, cells that were run with other options are cleared away here, once.
+    With `overwrite`, trials that were run with other options are cleared away here, once.
 
     Raises:
         UserError: a folder was run with other options, or holds no run, or the folder of them all
             is a run's itself.
     """
-    for folder in {cell.folder.parent for cell in cells}:
+    for folder in {trial.folder.parent for trial in trials}:
         if (folder / "config.json").exists():
             raise UserError(
                 f"{folder} holds a run; expected a folder for many, or a new one; use another "
                 "`name` or `runs`"
             )
-    for cell in cells:
-        why = cell.conflict()
+    for trial in trials:
+        why = trial.conflict()
         if why is not None and not overwrite:
             raise UserError(why)
         if why is not None:
-            with holding(cell.folder):
-                prepare_folder(cell.folder, cell.config, resume=False, overwrite=True)
+            with holding(trial.folder):
+                prepare_folder(trial.folder, trial.config, resume=False, overwrite=True)
 
 
-def attempt(index: int, cell: Cell, options: CellOptions, bench: Workbench, tell: OnEvent) -> Event:
-    """Run a cell unless another process holds or has finished it; the event says what became."""
+def attempt(
+    index: int, trial: Trial, options: TrialOptions, bench: Workbench, tell: OnEvent
+) -> Event:
+    """Run a trial unless another process holds or has finished it; the event says what became."""
     try:
-        if cell.result() is not None:
+        if trial.result() is not None:
             return Event(index, "elsewhere")
-        with claim(run_lock(cell.folder)) as mine:
+        with claim(run_lock(trial.folder)) as mine:
             if not mine:
                 return Event(index, "held")
-            # Another command may have begun or replaced it since `check_cells`.
-            why = cell.conflict()
+            # Another command may have begun or replaced it since `check_trials`.
+            why = trial.conflict()
             if why is not None:
                 return Event(index, "failed", message=why)
-            if cell.result() is not None:
+            if trial.result() is not None:
                 return Event(index, "elsewhere")
-            return _run_cell(index, cell, options, bench, tell)
+            return _run_trial(index, trial, options, bench, tell)
     except UserError as error:
         return Event(index, "failed", message=str(error))
-    except Exception as error:  # of whatever kind: the other cells go on
+    except Exception as error:  # of whatever kind: the other trials go on
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         return Event(index, "failed", message=message)
 
 
-def _run_cell(
-    index: int, cell: Cell, options: CellOptions, bench: Workbench, tell: OnEvent
+def _run_trial(
+    index: int, trial: Trial, options: TrialOptions, bench: Workbench, tell: OnEvent
 ) -> Event:
     def on_epoch(state: FitState) -> None:
         row = state.history[-1]
         tell(Event(index, "epoch", row["epoch"], row["validation_accuracy"], state=state))
 
-    run = Run(cell.folder, cell.config, bench=bench)
-    if not (cell.folder / "result.json").is_file():
-        run.train(
-            test=False,
-            on_epoch=on_epoch,
-            plot=options.plot and not cell.test,
-            state_seconds=options.state_seconds,
-        )
-    if cell.test:
-        run.measure(plot=options.plot)
-    result = cell.result() or {}
+    result = Run(trial.folder, trial.config, bench=bench).train(
+        test=trial.test,
+        on_epoch=on_epoch,
+        plot=options.plot,
+        state_seconds=options.state_seconds,
+    )
     return Event(index, "done", result.get("epochs", 0), result["validation_accuracy"])

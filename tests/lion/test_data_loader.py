@@ -31,8 +31,8 @@ from lion_models.run import RunConfig, build_model
 from lion_models.run import features as features_module
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import FitState
-from lion_models.study.runner import CellRunner
-from lion_models.study.trial import Cell, CellOptions
+from lion_models.study.runner import TrialRunner
+from lion_models.study.trial import Trial, TrialOptions
 from tests.support.command import Lion
 from tests.support.small import cats_and_dogs, fit_run, noise
 
@@ -259,12 +259,12 @@ def test_sources_can_be_sent_to_processes_that_are_not_forked(source):
 
 
 def test_jobs_have_workers_too(image_folder: Path, backbone_file: Path, tmp_path: Path):
-    config = RunConfig.of(str(image_folder), "linear", backbone=str(backbone_file), shots=3, epochs=2,
-                       augment="affine", lr=0.1).resolved()  # fmt: skip
-    cells = [Cell(tmp_path / str(seed), config.but(seed=seed)) for seed in (1, 2)]
-    options = CellOptions(plot=False, workers=1, image_cache=0)
-    with CellRunner(2, 1, options) as runner:
-        outcome = runner.run(cells)
+    config = RunConfig.of(str(image_folder), "linear", backbone=str(backbone_file), shots=3,
+                          epochs=2, augment="affine", lr=0.1).resolved()  # fmt: skip
+    trials = [Trial(tmp_path / str(seed), config.but(seed=seed)) for seed in (1, 2)]
+    options = TrialOptions(plot=False, workers=1, image_cache=0)
+    with TrialRunner(2, 1, options) as runner:
+        outcome = runner.run(trials)
     assert outcome.failures == {}
 
 

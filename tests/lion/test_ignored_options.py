@@ -8,7 +8,7 @@ import pytest
 
 from lion_models.base.errors import UserError
 from lion_models.run.config import all_options
-from lion_models.study.sweep import Axis, Plan, parse_axis
+from lion_models.study.plan import Axis, Plan, parse_axis
 from tests.support.command import Lion
 
 LION = ("--method", "lion", "--sides")
@@ -101,8 +101,8 @@ def test_options_that_act_in_some_run_of_a_sweep_are_taken(
 
 
 def test_axis_of_a_method_that_lacks_the_option_is_refused():
-    with pytest.raises(UserError, match="--grid: linear has no option hidden, lion has"):
-        parse_axis("--grid", "linear.hidden=4,8")
+    with pytest.raises(UserError, match="`grid`: linear has no option hidden, lion has"):
+        parse_axis("grid", "linear.hidden=4,8")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The sweep: what it runs, what it chooses, what it reads, and who may run a cell."""
+"""The sweep: what it runs, what it chooses, what it reads, and who may run a trial."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import pytest
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import claim, holding, run_lock
-from lion_models.cli.progress import CellBars
+from lion_models.cli.progress import TrialBars
 from lion_models.run import Run
 from lion_models.run.config import all_options, run_of
-from lion_models.study.compare import run_comparison
-from lion_models.study.runner import CellRunner
-from lion_models.study.sweep import Axis, Plan, parse_axis, run_sweep
-from lion_models.study.trial import Cell, CellOptions, Event
+from lion_models.study.plan import Axis, Plan, parse_axis
+from lion_models.study.presets import run_comparison, run_sweep
+from lion_models.study.runner import TrialRunner
+from lion_models.study.trial import Event, Trial, TrialOptions
 from tests.support.command import Lion
 
 
@@ -43,20 +43,20 @@ def base(image_folder: Path, backbone_file: Path) -> dict[str, Any]:
     )
 
 
-def quick(jobs: int = 1) -> CellRunner:
-    return CellRunner(jobs, 1, CellOptions(plot=False, state_seconds=0))
+def quick(jobs: int = 1) -> TrialRunner:
+    return TrialRunner(jobs, 1, TrialOptions(plot=False, state_seconds=0))
 
 
 @pytest.fixture(scope="module")
-def team() -> Iterator[CellRunner]:
+def team() -> Iterator[TrialRunner]:
     """Two processes for all tests that need several: starting one takes longer than most tests."""
     with quick(2) as runner:
         yield runner
 
 
-def cells_of(folder: Path, base: dict[str, Any], count: int) -> list[Cell]:
+def trials_of(folder: Path, base: dict[str, Any], count: int) -> list[Trial]:
     return [
-        Cell(folder / f"s{seed}", run_of(base, seed=seed, method="linear").resolved())
+        Trial(folder / f"s{seed}", run_of(base, seed=seed, method="linear").resolved())
         for seed in range(count)
     ]
 
@@ -115,44 +115,44 @@ def test_choice_is_the_best_mean_validation_accuracy_of_each_condition(
         2, 3}  # fmt: skip
 
 
-def test_finished_cells_are_skipped_and_interrupted_ones_go_on(
+def test_finished_trials_are_skipped_and_interrupted_ones_go_on(
     base: dict[str, Any], tmp_path: Path
 ):
-    cells = cells_of(tmp_path, base | {"epochs": 4}, 2)
+    trials = trials_of(tmp_path, base | {"epochs": 4}, 2)
 
     def stop(event: Event) -> None:
         if event.index == 1 and event.epoch == 2:
             raise KeyboardInterrupt
 
     with quick() as runner, pytest.raises(KeyboardInterrupt):
-        runner.run(cells, stop)
-    stamp = (cells[0].folder / "result.json").stat().st_mtime_ns
+        runner.run(trials, stop)
+    stamp = (trials[0].folder / "result.json").stat().st_mtime_ns
     seen: list[tuple[int, int]] = []
     with quick() as runner:
         outcome = runner.run(
-            cells, lambda e: seen.append((e.index, e.epoch)) if e.kind == "epoch" else None
+            trials, lambda e: seen.append((e.index, e.epoch)) if e.kind == "epoch" else None
         )
     assert seen == [(1, 3), (1, 4)]
     assert not outcome.failures
-    assert (cells[0].folder / "result.json").stat().st_mtime_ns == stamp
+    assert (trials[0].folder / "result.json").stat().st_mtime_ns == stamp
 
 
-def test_processes_share_the_cells_and_a_failed_cell_stops_no_other(
-    base: dict[str, Any], team: CellRunner, tmp_path: Path
+def test_processes_share_the_trials_and_a_failed_trial_stops_no_other(
+    base: dict[str, Any], team: TrialRunner, tmp_path: Path
 ):
-    cells = cells_of(tmp_path, base, 4)
-    cells[1] = Cell(cells[1].folder, cells[1].config.but(shots=400))
-    outcome = team.run(cells)
-    again = team.run(cells)  # only the failed cell is tried
+    trials = trials_of(tmp_path, base, 4)
+    trials[1] = Trial(trials[1].folder, trials[1].config.but(shots=400))
+    outcome = team.run(trials)
+    again = team.run(trials)  # only the failed trial is tried
     assert [result is None for result in outcome.results] == [False, True, False, False]
     assert list(outcome.failures) == [1]
     assert "lower `shots`" in outcome.failures[1]
     assert again.failures == outcome.failures
     with quick(1) as runner:
-        alone = runner.run([Cell(tmp_path / "alone", cells[2].config)])
+        alone = runner.run([Trial(tmp_path / "alone", trials[2].config)])
     assert alone.results[0] is not None
     trained = [(folder / "checkpoint.safetensors").read_bytes()
-               for folder in (tmp_path / "alone", cells[2].folder)]  # fmt: skip
+               for folder in (tmp_path / "alone", trials[2].folder)]  # fmt: skip
     assert trained[0] == trained[1]
 
 
@@ -162,7 +162,7 @@ def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(
     """A process that is terminated leaves its locks behind, and Python warns of each."""
     others = set(multiprocessing.active_children())  # the team of the tests around this one
     with quick(2) as runner:
-        runner.run(cells_of(tmp_path / "idle", base, 3))
+        runner.run(trials_of(tmp_path / "idle", base, 3))
         assert runner._team is not None
         workers = list(runner._team._workers)
     # One may have done all while the other was still starting, with no lock to leave behind.
@@ -173,7 +173,7 @@ def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(
     def give_up(event: Event) -> None:
         raise StopIteration
 
-    endless = cells_of(tmp_path / "busy", base | {"epochs": 10**6}, 2)
+    endless = trials_of(tmp_path / "busy", base | {"epochs": 10**6}, 2)
     begun = time.monotonic()
     with pytest.raises(StopIteration), quick(2) as runner:
         runner.run(endless, give_up)
@@ -182,18 +182,18 @@ def test_idle_workers_end_by_themselves_and_busy_ones_are_ended(
 
 
 def test_worker_that_is_killed_loses_its_cell_alone(
-    base: dict[str, Any], team: CellRunner, tmp_path: Path
+    base: dict[str, Any], team: TrialRunner, tmp_path: Path
 ):
-    cells = cells_of(tmp_path, base | {"epochs": 400}, 1) + cells_of(tmp_path / "b", base, 2)
+    trials = trials_of(tmp_path, base | {"epochs": 400}, 1) + trials_of(tmp_path / "b", base, 2)
     killed = []
 
     def kill(event: Event) -> None:
         if event.index == 0 and event.kind == "epoch" and not killed:
-            holder = int(run_lock(cells[0].folder).read_text().split()[1])
+            holder = int(run_lock(trials[0].folder).read_text().split()[1])
             os.kill(holder, signal.SIGKILL)
             killed.append(holder)
 
-    outcome = team.run(cells, kill)
+    outcome = team.run(trials, kill)
     assert killed
     assert list(outcome.failures) == [0]
     assert "ended by signal 9" in outcome.failures[0]
@@ -203,10 +203,10 @@ def test_worker_that_is_killed_loses_its_cell_alone(
 def test_progress_in_a_file_is_a_few_lines_with_the_last_state(
     base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    cells = cells_of(tmp_path, base | {"epochs": 100}, 50)
-    with CellBars(2) as bars:
-        hear = bars.together(cells)
-        for index in range(len(cells)):
+    trials = trials_of(tmp_path, base | {"epochs": 100}, 50)
+    with TrialBars(2) as bars:
+        hear = bars.together(trials)
+        for index in range(len(trials)):
             for epoch in range(1, 101):
                 hear(Event(index, "epoch", epoch, 0.5))
             hear(Event(index, "done", 100, 0.5))
@@ -253,18 +253,18 @@ def test_run_that_another_process_trains_is_neither_continued_nor_replaced(
 
 
 def test_cell_of_another_command_is_waited_for(base: dict[str, Any], tmp_path: Path):
-    [cell] = cells_of(tmp_path, base, 1)
+    [trial] = trials_of(tmp_path, base, 1)
     held = []
-    with quick() as runner, claim(run_lock(cell.folder)):
+    with quick() as runner, claim(run_lock(trial.folder)):
 
         def hear(event: Event) -> None:
             held.append(event.kind)
             if held != ["held"]:
                 return
-            Run(cell.folder, cell.config).prepare()
-            (cell.folder / "result.json").write_text('{"validation_accuracy": 0.5}')
+            Run(trial.folder, trial.config).prepare()
+            (trial.folder / "result.json").write_text('{"validation_accuracy": 0.5}')
 
-        outcome = runner.run([cell], hear)
+        outcome = runner.run([trial], hear)
     assert held[0] == "held"
     assert outcome.results == [{"validation_accuracy": 0.5}]
 
@@ -291,7 +291,7 @@ def test_sweep_killed_at_any_time_ends_as_if_it_had_not_been(
         content = run_sweep(tmp_path / "s", plan, runner)
     assert not content["failed"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
-    assert all(cell["epochs"] == 30 for cell in content["cells"])
+    assert all(trial["epochs"] == 30 for trial in content["cells"])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_sweep_killed_at_any_time_ends_as_if_it_had_not_been(
     ],
 )
 def test_axis_is_read_by_the_type_of_its_option(text: str, axis: Axis):
-    assert parse_axis("--grid", text) == axis
+    assert parse_axis("grid", text) == axis
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_axis_is_read_by_the_type_of_its_option(text: str, axis: Axis):
 )
 def test_bad_axes_are_named(text: str, message: str):
     with pytest.raises(UserError, match=message):
-        parse_axis("--grid", text)
+        parse_axis("grid", text)
 
 
 def test_options_of_one_method_do_not_repeat_the_runs_of_another():
@@ -373,7 +373,7 @@ def test_sweep_refuses_a_folder_of_other_options(lion: Lion, base: dict[str, Any
 
 
 def test_compare_gives_the_same_figures_with_several_processes(
-    base: dict[str, Any], team: CellRunner, tmp_path: Path
+    base: dict[str, Any], team: TrialRunner, tmp_path: Path
 ):
     figures = []
     for name, runner in (("one", quick()), ("two", team)):

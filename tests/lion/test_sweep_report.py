@@ -12,12 +12,8 @@ from rich.console import Console
 
 from lion_models.base.files import save_figure
 from lion_models.study import plot as sweep_plot
-from lion_models.study.report import (
-    measured_markdown,
-    measured_methods,
-    sweep_tables,
-    write_measured,
-)
+from lion_models.study.presets import write_measured
+from lion_models.study.report import measured_markdown, measured_methods, sweep_tables
 
 
 def row(method: str, data: str, accuracies: list[float], **more: Any) -> dict[str, Any]:

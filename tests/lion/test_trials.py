@@ -1,4 +1,4 @@
-"""Cells in folders that others write to: another command's options, what a kill left, any error."""
+"""Trials in folders that others write to: other options, what a kill left, any error."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from lion_models.base.errors import UserError
 from lion_models.run import Run, RunConfig
 from lion_models.run.trainer import FitState
-from lion_models.study.runner import CellRunner
-from lion_models.study.trial import Cell, CellOptions, Event, check_cells
+from lion_models.study.runner import TrialRunner
+from lion_models.study.trial import Event, Trial, TrialOptions, check_trials
 from tests.support.command import Lion
 
 
@@ -22,8 +22,8 @@ def config(image_folder: Path, backbone_file: Path) -> RunConfig:
                      validation_shots=2, epochs=2).resolved()  # fmt: skip
 
 
-def quick() -> CellRunner:
-    return CellRunner(1, 1, CellOptions(plot=False, state_seconds=0))
+def quick() -> TrialRunner:
+    return TrialRunner(1, 1, TrialOptions(plot=False, state_seconds=0))
 
 
 def train(folder: Path, config: RunConfig) -> Path:
@@ -32,8 +32,8 @@ def train(folder: Path, config: RunConfig) -> Path:
 
 
 def test_run_of_other_options_is_not_taken_for_ones_own(config: RunConfig, tmp_path: Path):
-    """Another command may write into the folder at any time after the cells were checked."""
-    cells = [Cell(tmp_path / name, config) for name in ("first", "before", "behind")]
+    """Another command may write into the folder at any time after the trials were checked."""
+    trials = [Trial(tmp_path / name, config) for name in ("first", "before", "behind")]
 
     def meddle(event: Event) -> None:
         if event.kind == "epoch" and event.epoch == 1 and event.index == 0:
@@ -44,11 +44,11 @@ def test_run_of_other_options_is_not_taken_for_ones_own(config: RunConfig, tmp_p
             first.train(test=False, plot=False)
 
     with quick() as runner:
-        outcome = runner.run(cells[:2], meddle)
+        outcome = runner.run(trials[:2], meddle)
         assert outcome.results == [None, None]
         assert sorted(outcome.failures) == [0, 1]
         assert all("was run with other options" in why for why in outcome.failures.values())
-        assert runner.run(cells[2:]).results[0]["epochs"] == 2
+        assert runner.run(trials[2:]).results[0]["epochs"] == 2
 
 
 def test_interrupted_run_of_other_options_is_not_continued(config: RunConfig, tmp_path: Path):
@@ -60,7 +60,7 @@ def test_interrupted_run_of_other_options_is_not_continued(config: RunConfig, tm
         Run(tmp_path / "a", other).train(on_epoch=stop, plot=False, state_seconds=0)
     state = (tmp_path / "a" / "training_state.pt").read_bytes()
     with quick() as runner:
-        outcome = runner.run([Cell(tmp_path / "a", config)])
+        outcome = runner.run([Trial(tmp_path / "a", config)])
     assert "was run with other options" in outcome.failures[0]
     assert (tmp_path / "a" / "training_state.pt").read_bytes() == state
 
@@ -69,21 +69,21 @@ def test_remains_of_a_run_are_no_result_and_are_replaced_when_asked(
     config: RunConfig, tmp_path: Path
 ):
     """Older versions, killed in --overwrite, left a result without its configuration."""
-    cell = Cell(tmp_path / "a", config)
-    train(cell.folder, config.but(epochs=1))
-    (cell.folder / "config.json").unlink()
-    assert cell.result() is None
+    trial = Trial(tmp_path / "a", config)
+    train(trial.folder, config.but(epochs=1))
+    (trial.folder / "config.json").unlink()
+    assert trial.result() is None
     with pytest.raises(UserError, match=r"not a run \(no config\.json\).*use `overwrite`"):
-        check_cells([cell])
+        check_trials([trial])
     with quick() as runner:
-        assert "not a run" in runner.run([cell]).failures[0]
-        check_cells([cell], overwrite=True)
-        assert runner.run([cell]).results[0]["epochs"] == 2
-    (cell.folder / "config.json").unlink()
-    (cell.folder / "notes.txt").write_text("of the user")
+        assert "not a run" in runner.run([trial]).failures[0]
+        check_trials([trial], overwrite=True)
+        assert runner.run([trial]).results[0]["epochs"] == 2
+    (trial.folder / "config.json").unlink()
+    (trial.folder / "notes.txt").write_text("of the user")
     with pytest.raises(UserError, match=r"holds notes\.txt, which is no file of a run"):
-        check_cells([cell], overwrite=True)
-    assert (cell.folder / "result.json").exists()
+        check_trials([trial], overwrite=True)
+    assert (trial.folder / "result.json").exists()
 
 
 def test_kill_while_a_run_is_replaced_leaves_no_half_of_it(
@@ -128,7 +128,7 @@ def test_run_of_another_version_is_named_and_replaced_when_asked(
 def test_any_error_of_a_cell_is_its_own(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    cells = [Cell(tmp_path / str(seed), config.but(seed=seed)) for seed in range(7)]
+    trials = [Trial(tmp_path / str(seed), config.but(seed=seed)) for seed in range(7)]
     errors: list[Exception] = [ValueError("a"), TypeError("b"), AttributeError("c"), KeyError("d"),
                                ImportError("e"), json.JSONDecodeError("f", "", 0)]  # fmt: skip
     real = Run.train
@@ -140,9 +140,9 @@ def test_any_error_of_a_cell_is_its_own(
 
     monkeypatch.setattr(Run, "train", failing)
     with quick() as runner:
-        outcome = runner.run(cells)
+        outcome = runner.run(trials)
     assert outcome.results[-1] is not None
     assert [outcome.failures[index].split(":")[0] for index in range(6)] == [
         "ValueError", "TypeError", "AttributeError", "KeyError", "ImportError",
         "JSONDecodeError"]  # fmt: skip
-    assert "test_cells.py:" in outcome.failures[0]
+    assert "test_trials.py:" in outcome.failures[0]
