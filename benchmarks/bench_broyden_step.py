@@ -9,8 +9,9 @@ from benchmarks.harness import Report, Result, compare, peak_bytes
 from benchmarks.peers import torchdeq_broyden
 from benchmarks.problems import agree, contraction, free_function
 from deqcore.ops import broyden_step as op
-from deqcore.ops._rows import ACTIVE, BEST_STEP, HISTORY, STEPS, Rows
-from deqcore.ops.broyden_step import BroydenState
+from deqcore.ops._library import pack_numbers
+from deqcore.ops._rows import ACTIVE, BEST_STEP, HISTORY, STEPS, Limits, Rows
+from deqcore.ops.broyden_step import BroydenNumbers, BroydenState
 
 SHAPES = ((1, 4096), (16, 4096), (8, 151296))
 GATE = 8.0
@@ -45,7 +46,8 @@ def our_step(batch: int, dim: int, stored: int):  # type: ignore[no-untyped-def]
     state = BroydenState(s_ring, gram, torch.empty_like(x), rows)
     damping = torch.ones(1, dtype=torch.float64)
     x_next, z_next = torch.empty_like(x), x.new_empty(0)
-    options = torch.tensor([0.0, 0.0, NEVER, NEVER, stored + 1], dtype=torch.float64)
+    limits = Limits(rtol=0.0, atol=0.0, patience=NEVER, max_steps=NEVER)
+    options = pack_numbers(BroydenNumbers(limits, memory=stored + 1))
     at_start = rows.counters.clone()
     at_start[:, HISTORY], at_start[:, STEPS], at_start[:, BEST_STEP] = stored, stored + 1, 1
 

@@ -324,8 +324,12 @@ def _arguments(
     op: str, path: str, args: Sequence[Tensor]
 ) -> tuple[list[Tensor | None], list[int], list[float]]:
     """The op's arguments as csrc/emulation/emulate.cpp reads them."""
+    # Here, because the rest of this file is run where deqcore is not installed.
+    from deqcore.ops._library import unpack_numbers
+    from deqcore.ops.anderson_step import AndersonNumbers
+    from deqcore.ops.broyden_step import BroydenNumbers
+
     tensors: list[Tensor | None] = list(args[:-1])
-    options = args[-1].tolist()
     x, f, damping, ring = args[:4]
     for tensor in tensors:
         assert tensor is not None
@@ -333,19 +337,21 @@ def _arguments(
         assert tensor.device.type == "cpu"
     batch, slots, dim = ring.shape
     head = [TYPES[f.dtype], PATHS[path], batch, dim]
-    rtol, atol, patience, max_steps = options[:4]
     if op == "anderson_step":
         best, z_next = 6, 12
-        ridge, start, restart, safeguard, max_weight = options[4:]
-        ints = [*head, slots, len(damping), patience, max_steps, start, restart]
-        doubles = [rtol, atol, ridge, safeguard, max_weight]
+        mixing = unpack_numbers(AndersonNumbers, args[-1])
+        limits = mixing.limits
+        counts = [limits.patience, limits.max_steps, mixing.start, mixing.restart]
+        ints = [*head, slots, len(damping), *counts]
+        doubles = [limits.rtol, limits.atol, mixing.ridge, mixing.safeguard, mixing.max_weight]
         if not args[best].shape[1]:
             tensors[best] = None
     else:
         z_next = 11
         narrow = int(ring.dtype != x.dtype)
-        ints = [*head, slots, options[4], len(damping), patience, max_steps, narrow]
-        doubles = [rtol, atol]
+        limits, memory = unpack_numbers(BroydenNumbers, args[-1])
+        ints = [*head, slots, memory, len(damping), limits.patience, limits.max_steps, narrow]
+        doubles = [limits.rtol, limits.atol]
     if f.dtype == x.dtype:
         tensors[z_next] = None
     return [tensors[i] for i in _ORDER[op]], [int(n) for n in ints], doubles

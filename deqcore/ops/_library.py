@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 LIBRARY = torch.library.Library("deqcore", "DEF")
+T = TypeVar("T")
 
 
 def call_step(op: Callable[..., None], *args: object) -> None:
@@ -48,9 +50,46 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
     torch.library.register_fake(f"deqcore::{name}", lambda *args: None, lib=LIBRARY)
 
 
-def numbers(options: Tensor, whole: tuple[int, ...]) -> list[Any]:
-    """The numbers that a step op got as one tensor; those at the places of ``whole`` as int."""
-    return [int(n) if place in whole else n for place, n in enumerate(options.tolist())]
+def pack_numbers(numbers: Any) -> Tensor:
+    """A step op's numbers, a NamedTuple of int, float and NamedTuples, as its one tensor.
+
+    float64 on the CPU whatever the device: crossing the dispatcher to a kernel of the stable ABI
+    costs 0.2 us for a number and 0.13 us for a tensor.
+    """
+    return torch.tensor(list(_flattened(numbers)), dtype=torch.float64, device="cpu")
+
+
+def unpack_numbers(kind: type[T], options: Tensor) -> T:
+    """What :func:`pack_numbers` was given, of the type ``kind``."""
+    return _read(kind, iter(options.tolist()))
+
+
+def number_names(kind: type) -> list[str]:
+    """The names of the numbers in the order of the tensor: csrc has the same."""
+    return [
+        name
+        for field, of in get_type_hints(kind).items()
+        for name in (number_names(of) if issubclass(of, tuple) else [field])
+    ]
+
+
+def _flattened(numbers: Any) -> Iterator[float]:
+    for number in numbers:
+        if isinstance(number, tuple):
+            yield from _flattened(number)
+        else:
+            yield number
+
+
+def _read(kind: Any, values: Iterator[float]) -> Any:
+    if not issubclass(kind, tuple):
+        return kind(next(values))
+    return kind(*[_read(of, values) for of in _types(kind)])
+
+
+@functools.cache
+def _types(kind: type) -> tuple[type, ...]:
+    return tuple(get_type_hints(kind).values())
 
 
 def call_pure(op: Callable[..., Tensor], *args: object) -> Tensor:

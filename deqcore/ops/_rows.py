@@ -25,6 +25,15 @@ DIVERGENCE = 1e8  # a residual this many times the first one ends the row
 SUM_BLOCK = 128
 
 
+class Limits(NamedTuple):
+    """What ends a row; the first of every op's numbers."""
+
+    rtol: float
+    atol: float
+    patience: int  # steps
+    max_steps: int
+
+
 class Rows(NamedTuple):
     """Status and counters of a batch of rows; every step op changes them in place."""
 

@@ -18,8 +18,18 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import call_step, define_step, numbers
-from deqcore.ops._rows import BEST, BEST_STEP, FALLBACK_STEP, HISTORY, LATEST, MIXED, STEPS, Rows
+from deqcore.ops._library import call_step, define_step, unpack_numbers
+from deqcore.ops._rows import (
+    BEST,
+    BEST_STEP,
+    FALLBACK_STEP,
+    HISTORY,
+    LATEST,
+    MIXED,
+    STEPS,
+    Limits,
+    Rows,
+)
 
 MAX_MEMORY = 64
 # A squared difference below this share of the two squared residuals is rounding.
@@ -34,6 +44,17 @@ define_step(
     lambda *args: reference(*args),
 )
 _OP = torch.ops.deqcore.anderson_step.default
+
+
+class AndersonNumbers(NamedTuple):
+    """The op's numbers, in the order in which its tensor holds them."""
+
+    limits: Limits
+    ridge: float
+    start: int
+    restart: int  # 0: never
+    safeguard: float
+    max_weight: float
 
 
 class AndersonState(NamedTuple):
@@ -53,7 +74,7 @@ def anderson_step(
     state: AndersonState,  # changed in place
     x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended; may be x
     z_next: Tensor,  # [B, D] out: x_next in f's dtype; empty where that is x's own dtype
-    options: Tensor,  # float64 [9] on the CPU: the numbers that `functional` takes
+    options: Tensor,  # float64 [9] on the CPU: `pack_numbers` of AndersonNumbers
 ) -> None:
     """Advance every active row by one step, in place, without waiting for the device.
 
@@ -89,7 +110,8 @@ def reference(
 ) -> None:
     """The op in pure PyTorch, on any device."""
     state = AndersonState(g_ring, h_ring, gram, best, Rows(status, counters, residuals, remaining))
-    new, x_new = functional(x, f, damping, state, *numbers(options, whole=(2, 3, 5, 6)))
+    numbers = unpack_numbers(AndersonNumbers, options)
+    new, x_new = functional(x, f, damping, state, numbers)
     for old, value in zip((*state[:4], *state.rows), (*new[:4], *new.rows), strict=True):
         old.copy_(value)
     x_next.copy_(x_new)
@@ -102,20 +124,11 @@ def functional(
     f: Tensor,
     damping: Tensor,
     state: AndersonState,
-    rtol: float,
-    atol: float,
-    patience: int,
-    max_steps: int,
-    ridge: float,
-    start: int,
-    restart: int,  # 0: never
-    safeguard: float,
-    max_weight: float,
+    numbers: AndersonNumbers,
 ) -> tuple[AndersonState, Tensor]:
     """The same step without mutation: differentiable in x, f and the history."""
     memory = state.g_ring.shape[1]
-    limits = (rtol, atol, patience, max_steps)
-    rows, outcome, f, g = _rows.judge(state.rows, x, f, *limits)
+    rows, outcome, f, g = _rows.judge(state.rows, x, f, *numbers.limits)
     steps = rows.counters[:, STEPS]
 
     # Push. A slot's age is the number of steps since it was written.
@@ -132,12 +145,12 @@ def functional(
 
     # Which rows mix, over how many of their newest slots.
     history = torch.where(outcome.active, state.rows.counters[:, HISTORY] + 1, 0)
-    fresh = steps <= start
-    if restart:
-        fresh = fresh | ((steps - 1) % restart == 0)
+    fresh = steps <= numbers.start
+    if numbers.restart:
+        fresh = fresh | ((steps - 1) % numbers.restart == 0)
     history = torch.where(fresh, 1, history).clamp_max(memory)
-    fallback = _falls_back(rows, outcome, safeguard)
-    alpha = _weights(gram, age, history, ridge, max_weight)  # float64 [B, M]
+    fallback = _falls_back(rows, outcome, numbers.safeguard)
+    alpha = _weights(gram, age, history, numbers.ridge, numbers.max_weight)  # float64 [B, M]
 
     # `where` and not a zero weight: an unused slot may hold NaN.
     used = (alpha != 0)[..., None]

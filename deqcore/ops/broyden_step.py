@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import call_step, define_step, numbers
-from deqcore.ops._rows import BEST_STEP, HISTORY, MIXED, STEPS, Rows
+from deqcore.ops._library import call_step, define_step, unpack_numbers
+from deqcore.ops._rows import BEST_STEP, HISTORY, MIXED, STEPS, Limits, Rows
 
 MAX_MEMORY = 64
 # A rank-one update that would stretch the step by more than this is singular: the row restarts.
@@ -40,6 +40,13 @@ define_step(
     lambda *args: reference(*args),
 )
 _OP = torch.ops.deqcore.broyden_step.default
+
+
+class BroydenNumbers(NamedTuple):
+    """The op's numbers, in the order in which its tensor holds them."""
+
+    limits: Limits
+    memory: int  # most stored steps
 
 
 class BroydenState(NamedTuple):
@@ -59,7 +66,7 @@ def broyden_step(
     state: BroydenState,  # changed in place
     x_next: Tensor,  # [B, D] out: next iterate, or the row's value once it has ended; may be x
     z_next: Tensor,  # [B, D] out: x_next in f's dtype; empty where that is x's own dtype
-    options: Tensor,  # float64 [5] on the CPU: the numbers that `functional` takes
+    options: Tensor,  # float64 [5] on the CPU: `pack_numbers` of BroydenNumbers
 ) -> None:
     """Advance every active row by one step, in place, without waiting for the device.
 
@@ -86,8 +93,8 @@ def reference(
     """The op in pure PyTorch, on any device."""
     wide = s_ring.to(x.dtype)
     state = BroydenState(wide, gram, best, Rows(status, counters, residuals, remaining))
-    limits = numbers(options, whole=(2, 3, 4))
-    new, x_new = functional(x, f, damping, state, *limits, history_dtype=s_ring.dtype)
+    numbers = unpack_numbers(BroydenNumbers, options)
+    new, x_new = functional(x, f, damping, state, numbers, history_dtype=s_ring.dtype)
     s_ring.copy_(new.s_ring)
     for old, value in zip((*state[1:3], *state.rows), (*new[1:3], *new.rows), strict=True):
         old.copy_(value)
@@ -101,11 +108,7 @@ def functional(
     f: Tensor,
     damping: Tensor,
     state: BroydenState,
-    rtol: float,
-    atol: float,
-    patience: int,
-    max_steps: int,
-    memory: int,
+    numbers: BroydenNumbers,
     *,
     history_dtype: torch.dtype | None = None,
 ) -> tuple[BroydenState, Tensor]:
@@ -115,12 +118,11 @@ def functional(
     one; gradients pass through the rounding as if it were not there, in x's dtype.
     """
     capacity = state.s_ring.shape[1]
-    limits = (rtol, atol, patience, max_steps)
-    rows, outcome, _, g = _rows.judge(state.rows, x, f, *limits)
+    rows, outcome, _, g = _rows.judge(state.rows, x, f, *numbers.limits)
     going_on = outcome.going_on
     best = torch.where((outcome.improved & going_on)[:, None], x, state.best)
     count = torch.where(going_on, state.rows.counters[:, HISTORY], 0)
-    count = torch.where(count >= memory, 0, count)  # full: restart
+    count = torch.where(count >= numbers.memory, 0, count)  # full: restart
     beta = _damping_at(damping, rows.counters[:, STEPS])
 
     stored = torch.arange(capacity, device=x.device) < count[:, None]  # [B, C]

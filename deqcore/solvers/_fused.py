@@ -64,7 +64,7 @@ class FusedSolver(Solver):
         rows = Rows(status, counters, residuals, count_active(status))
         context = info.context._replace(
             damping=self.damping_table(x.device),
-            numbers=(*info.context.numbers[:4], *self.own_options()),
+            numbers=self.numbers(info.context.limits),
         )
         state, x_next = self.differentiable_step(history._replace(rows=rows), x, f, 1, context)
         return state._replace(rows=state.rows[:-1]), x_next

@@ -52,7 +52,7 @@ def step(
     """One evaluation of f, judged, and the solver's step for the rows that go on."""
     from deqcore.solvers.base import StepInfo
 
-    rows, outcome, f, _ = _rows.judge(state.rows, x, f, *context.numbers[:4])
+    rows, outcome, f, _ = _rows.judge(state.rows, x, f, *context.limits)
     going_on = outcome.going_on[:, None]
     best = torch.where(outcome.improved[:, None], x, state.best)
     steps = rows.counters[:, STEPS, None].long()

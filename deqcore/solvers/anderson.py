@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deqcore.ops import anderson_step as op
-from deqcore.ops._rows import Rows
-from deqcore.ops.anderson_step import AndersonState
+from deqcore.ops._rows import Limits, Rows
+from deqcore.ops.anderson_step import AndersonNumbers, AndersonState
 from deqcore.solvers._fused import FusedSolver
 from deqcore.solvers._options import (
     Damping,
@@ -19,7 +18,7 @@ from deqcore.solvers._options import (
     require_int,
     require_number,
 )
-from deqcore.solvers.base import StepContext
+from deqcore.solvers.base import StepContext, countable
 
 LARGE = 1 << 17  # elements of a state
 
@@ -74,7 +73,7 @@ class MixingSolver(FusedSolver):
         self, state: AndersonState, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[AndersonState, Tensor]:
         state = self.with_room(state, step)
-        return op.functional(x, f, context.damping, state, *context.numbers)
+        return op.functional(x, f, context.damping, state, context.numbers)
 
 
 @options
@@ -128,5 +127,12 @@ class Anderson(MixingSolver):
     def ring_size(self) -> int:
         return self.memory
 
-    def own_options(self) -> tuple[Any, ...]:
-        return self.ridge, self.start, self.restart or 0, self.safeguard, self.max_weight
+    def numbers(self, limits: Limits) -> AndersonNumbers:
+        return AndersonNumbers(
+            limits=limits,
+            ridge=self.ridge,
+            start=countable(self.start),
+            restart=countable(self.restart or 0),
+            safeguard=self.safeguard,
+            max_weight=self.max_weight,
+        )

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._rows import Rows
+from deqcore.ops._library import pack_numbers
+from deqcore.ops._rows import Limits, Rows
 from deqcore.solvers import _stepwise
 from deqcore.solvers._options import Damping, options, require_bool, require_int, require_number
 
 MOST_STEPS = 2**31 - 1  # what an op counts up to; a larger option means the same as this one
+
+
+def countable(steps: int) -> int:
+    """As many of them as an op counts."""
+    return min(steps, MOST_STEPS)
 
 
 class StepContext(NamedTuple):
@@ -22,14 +28,16 @@ class StepContext(NamedTuple):
 
     Attributes:
         damping: float64 [T] on the state's device; the last entry holds for all later steps.
-        numbers: tolerances, limits and the solver's own options, in the order of its op.
+        limits: tolerances and limits.
+        numbers: these and the solver's own options, as its op's oracle takes them.
         options: the same as the op takes them, float64 on the CPU.
         dtype: of the state as f sees it.
         nothing: an empty tensor, for an op's output that is not wanted.
     """
 
     damping: Tensor
-    numbers: tuple[Any, ...]
+    limits: Limits
+    numbers: Any
     options: Tensor
     dtype: torch.dtype
     nothing: Tensor
@@ -178,18 +186,23 @@ class Solver(abc.ABC):
     ) -> StepContext:
         """For iterates like ``x``, which f sees as ``dtype`` and computes in ``f_dtypes``."""
         rtol = self.relative_tolerance(dtype, *f_dtypes)
-        limits = (rtol, self.atol, self.patience, self.max_steps)
-        given = (*limits, *self.own_options())
-        numbers = tuple(min(n, MOST_STEPS) if isinstance(n, int) else n for n in given)
-        options = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        return StepContext(self.damping_table(x.device), numbers, options, dtype, x.new_empty(0))
+        limits = Limits(rtol, self.atol, *map(countable, (self.patience, self.max_steps)))
+        numbers = self.numbers(limits)
+        return StepContext(
+            damping=self.damping_table(x.device),
+            limits=limits,
+            numbers=numbers,
+            options=pack_numbers(numbers),
+            dtype=dtype,
+            nothing=x.new_empty(0),
+        )
 
     # What the loop calls, made of `begin` and `step`. A solver whose op does the loop's part too
     # (`_fused.FusedSolver`) has its own. `state` is a NamedTuple of tensors with a field `rows`.
 
-    def own_options(self) -> tuple[Any, ...]:
-        """The op's numbers beyond tolerances and limits."""
-        return ()
+    def numbers(self, limits: Limits) -> Any:
+        """The numbers of a step, a NamedTuple: its op's, if it has one."""
+        return limits
 
     def initial_state(self, x: Tensor, rows: Rows, *, differentiable: bool = False) -> Any:
         """State for iterates like ``x`` [B, D]; for ``differentiable_step`` with finite memory."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import broyden_step as op
-from deqcore.ops._rows import HISTORY, STEPS, Rows
-from deqcore.ops.broyden_step import BroydenState
+from deqcore.ops._rows import HISTORY, STEPS, Limits, Rows
+from deqcore.ops.broyden_step import BroydenNumbers, BroydenState
 from deqcore.solvers._fused import FusedSolver
 from deqcore.solvers._options import (
     Damping,
@@ -55,8 +55,8 @@ class Broyden(FusedSolver):
         require_damping(self)
         require_history_dtype(self)
 
-    def own_options(self) -> tuple[Any, ...]:
-        return (self.memory,)
+    def numbers(self, limits: Limits) -> BroydenNumbers:
+        return BroydenNumbers(limits, self.memory)
 
     def new_state(self, x: Tensor, rows: Rows) -> BroydenState:
         batch, dim = x.shape
@@ -93,7 +93,7 @@ class Broyden(FusedSolver):
     ) -> tuple[BroydenState, Tensor]:
         # Rounded as in `advance`, but kept in x's dtype: gradients then are not rounded as well.
         state, dtype = self.with_room(state, step), storage_dtype(self, x)
-        return op.functional(x, f, context.damping, state, *context.numbers, history_dtype=dtype)
+        return op.functional(x, f, context.damping, state, context.numbers, history_dtype=dtype)
 
     def with_room(self, state: BroydenState, step: int) -> BroydenState:
         """Grow the ring so that no row can run out: a row stores at most one step per step."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from deqcore.ops._rows import Limits
+from deqcore.ops.anderson_step import AndersonNumbers
 from deqcore.solvers._options import Damping, options, require_damping
 from deqcore.solvers.anderson import MixingSolver
 
@@ -33,6 +34,7 @@ class Picard(MixingSolver):
     def ring_size(self) -> int:
         return 1
 
-    def own_options(self) -> tuple[Any, ...]:
-        ridge, start, restart = 0.0, 0, 0
-        return ridge, start, restart, math.inf, math.inf  # no safeguard, no cap on weights
+    def numbers(self, limits: Limits) -> AndersonNumbers:
+        return AndersonNumbers(
+            limits=limits, ridge=0.0, start=0, restart=0, safeguard=math.inf, max_weight=math.inf
+        )

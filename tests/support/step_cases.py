@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import anderson_step, broyden_step
+from deqcore.ops._library import pack_numbers
 from deqcore.ops._rows import (
     ACTIVE,
     BEST,
@@ -24,6 +25,7 @@ from deqcore.ops._rows import (
     LATEST,
     MIXED,
     STEPS,
+    Limits,
     Rows,
 )
 from tests.support.problems import generator
@@ -37,13 +39,14 @@ BROYDEN = ("x", "f", "damping", "s_ring", "gram", "best", *ROW_FIELDS, *OUTPUTS)
 
 @dataclasses.dataclass
 class StepCase:
-    """Arguments of a step op: tensors by name, then its numbers in their order."""
+    """Arguments of a step op: tensors and numbers, by name."""
 
     op: Any  # torch.ops.deqcore.X, or another callable of the same arguments
     reference: Callable[..., None]
     used_gram: Callable[[dict[str, Tensor]], Tensor]
     tensors: dict[str, Tensor]
-    options: dict[str, float]
+    numbers_of: Any  # the NamedTuple of the op's numbers
+    options: dict[str, Any]
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -51,7 +54,9 @@ class StepCase:
 
     @property
     def numbers(self) -> Tensor:
-        return torch.tensor(list(self.options.values()), dtype=torch.float64)
+        limits = Limits(**{name: self.options[name] for name in Limits._fields})
+        own = {name: value for name, value in self.options.items() if name not in Limits._fields}
+        return pack_numbers(self.numbers_of(limits=limits, **own))
 
     def run(self, step: Callable[..., None]) -> dict[str, Tensor]:
         """Results of a step on copies of the tensors, by name."""
@@ -195,6 +200,7 @@ def anderson_case(
         reference=anderson_step.reference,
         used_gram=anderson_used,
         tensors=dict(zip(ANDERSON, (*tensors, *outputs(x, f).values()), strict=True)),
+        numbers_of=anderson_step.AndersonNumbers,
         options={**defaults, **options},
     )
 
@@ -239,6 +245,7 @@ def broyden_case(
         reference=broyden_step.reference,
         used_gram=broyden_used,
         tensors=dict(zip(BROYDEN, (*tensors, *outputs(x, f).values()), strict=True)),
+        numbers_of=broyden_step.BroydenNumbers,
         options={**defaults, **options, "memory": memory},
     )
 
