@@ -110,7 +110,7 @@ def test_importing_deqcore_loads_no_optional_dependency():
     code = (
         "import sys, deqcore; "
         "print(*{m.split('.')[0] for m in sys.modules} & {'lion_models', 'torchdeq', 'matplotlib', "
-        "'safetensors', 'typer', 'sklearn', 'pytest'})"
+        "'safetensors', 'rich_click', 'sklearn', 'pytest'})"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""

@@ -1,27 +1,28 @@
-"""`lion data`: the named data sets, and fetching what packages can give."""
+"""Named data sets: list them, fetch them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import rich_click as click
 from rich.console import Console
 from rich.table import Table
 
 from lion_models.base.errors import UserError, choose
-from lion_models.data.hub import open_torchvision, torchvision_folder
 from lion_models.data.named.catalogue import CATALOGUE, find_files
 from lion_models.data.named.prepare import prepare
-from lion_models.data.transforms import Geometry
 
-__all__ = ["app"]
+__all__ = ["command"]
 
-app = typer.Typer(no_args_is_help=True, help="Named data sets: list them, fetch them.")
 out = Console(soft_wrap=True)
 
 
-@app.command("list")
+@click.group("data", help=__doc__)
+def command() -> None:
+    pass
+
+
+@command.command("list")
 def list_data() -> None:
     """Names, sizes and licences, and what is on this machine."""
     table = Table()
@@ -39,14 +40,15 @@ def list_data() -> None:
     )
 
 
-@app.command("prepare")
-def prepare_data(
-    name: Annotated[str, typer.Argument(help="A name of 'lion data list', or torchvision:NAME.")],
-    folder: Annotated[
-        Path | None,
-        typer.Option(help="Where data sets are kept.", show_default="$LION_DATA, else a cache"),
-    ] = None,
-) -> None:
+@command.command("prepare")
+@click.argument("name", help="A name of 'lion data list', or torchvision:NAME.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    show_default="$LION_DATA, else a cache",
+    help="Where data sets are kept.",
+)
+def prepare_data(name: str, folder: Path | None) -> None:
     """Fetch a data set and say where it comes from and under which licence."""
     kind, _, rest = name.partition(":")
     if kind == "torchvision" and rest:
@@ -69,6 +71,10 @@ def prepare_data(
 
 
 def _prepare_torchvision(name: str, folder: Path | None) -> None:
+    # Imported here: they load torch, which the catalogue does not need.
+    from lion_models.data.hub import open_torchvision, torchvision_folder
+    from lion_models.data.transforms import Geometry
+
     source = open_torchvision(name, Geometry(3, 32), download=True, root=folder)
     out.print(
         f"{len(source):,} images in {len(source.classes)} classes, in "

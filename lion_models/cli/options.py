@@ -1,245 +1,216 @@
-"""Options that several commands of `lion` share, and how their text becomes values."""
+"""Options of commands: those of runs from their declarations, and others that commands share."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-import os
-import re
-import typing
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
+import rich_click as click
 import torch
-import typer
+from click import get_current_context
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
-from lion_models.backbones.frozen import SPACES
-from lion_models.backbones.normalisation import NORMALISATIONS
 from lion_models.base.errors import UserError, choose
-from lion_models.data.augment import AUGMENTATIONS
-from lion_models.data.transforms import TRANSFORMS
-from lion_models.data.verify import BAD_FILES, VERIFY
-from lion_models.methods.lion import _SOLVERS, OUTPUT_INPUTS
-from lion_models.prompts.cdr import THRESHOLDS
-from lion_models.run.config import all_options, owners_of
-from lion_models.run.training import AMP, CLASS_WEIGHTS
+from lion_models.base.options import Options, declared, kinds_of
+from lion_models.cli.text import dashed
+from lion_models.data.loader import IMAGE_CACHE
+from lion_models.methods import METHODS
+from lion_models.run.config import GROUPS, RunConfig, all_options, owners_of
 
-Data = Annotated[
-    str,
-    typer.Option(
-        help="A name of 'lion data list', torchvision:NAME, hf:NAME, or a folder: a sub-folder of "
-        "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set."
-    ),
-]
-MovedData = Annotated[
-    str | None,
-    typer.Option(
-        help="Where the run's own data lies now, as --data would name it.",
-        show_default="where it lay in training",
-    ),
-]
-Imbalance = Annotated[
-    float | None,
-    typer.Option(
-        help="Training images of the first class over those of the last, exponential between.",
-        show_default="balanced",
-    ),
-]
-Transform = Annotated[
-    str,
-    typer.Option(
-        help=f"One of {', '.join(TRANSFORMS)}: how pictures are fitted to the backbone's square."
-    ),
-]
-Normalisation = Annotated[str, typer.Option(help=f"Of pixels: {', '.join(NORMALISATIONS)}.")]
-BadFiles = Annotated[
-    str, typer.Option(help=f"Missing and damaged image files: {' or '.join(BAD_FILES)}.")
-]
-Verify = Annotated[
-    str,
-    typer.Option(
-        help=f"{' or '.join(VERIFY)}: decode every image file once before the start, or read its "
-        "beginning only."
-    ),
-]
-Backbone = Annotated[
-    str,
-    typer.Option(
-        help="tiny-vit, vit-s14-focus, efficientnet-lite0, timm:NAME, torchvision:NAME, hf:NAME, "
-        "or a file of tools/pretrain_tiny_vit.py; options: NAME,image_size=112,readout=11,"
-        "weights=FILE."
-    ),
-]
-Shots = Annotated[str, typer.Option(help="Training images per class, or 'all'.")]
-ValidationShots = Annotated[
-    int | None, typer.Option(help="Validation images per class.", show_default="as many as --shots")
-]
-Epochs = Annotated[int, typer.Option(help="Passes over the training images.")]
-Batch = Annotated[int, typer.Option(help="Images per step.")]
-Optimizer = Annotated[str, typer.Option(help=f"One of {', '.join(('adamw', 'sgd'))}.")]
-Augment = Annotated[
-    str | None,
-    typer.Option(
-        help=f"One of {', '.join(AUGMENTATIONS)}: small random maps of the training images.",
-        show_default="the method's",
-    ),
-]
-Sides = Annotated[str, typer.Option(help="lion: both, input or output.")]
-Hidden = Annotated[int, typer.Option(help="lion: bottleneck width.")]
-Strength = Annotated[float, typer.Option(help="lion: initial lambda of both layers.")]
-SolverName = Annotated[str, typer.Option(help=f"lion: one of {', '.join(_SOLVERS)}.")]
-Rtol = Annotated[
-    float | None,
-    typer.Option(help="lion: relative tolerance of the solver.", show_default="deqcore's, 1e-4"),
-]
-MaxSteps = Annotated[int, typer.Option(help="lion: most evaluations of the cell per solve.")]
-Iterations = Annotated[
-    int | None,
-    typer.Option(
-        help="lion: this many explicit layers instead of an equilibrium.",
-        show_default="equilibrium",
-    ),
-]
-Space = Annotated[
-    str | None,
-    typer.Option(
-        help=f"lion: {' or '.join(SPACES)}, where the input layer acts.",
-        show_default="token where the backbone has tokens",
-    ),
-]
-OutputInput = Annotated[
-    str, typer.Option(help=f"lion: {' or '.join(OUTPUT_INPUTS)}, what drives the output layer.")
-]
-Robust = Annotated[
-    str,
-    typer.Option(
-        help=f"{' or '.join(('none', 'cdr'))}: drive weights that are not critical to zero."
-    ),
-]
-Tau = Annotated[float, typer.Option(help="cdr: share of the weights that is not critical.")]
-RobustSet = Annotated[
-    str, typer.Option(help="cdr: choose the critical set anew at every step, or a fixed one.")
-]
-RobustScope = Annotated[
-    str, typer.Option(help=f"cdr: {' or '.join(THRESHOLDS)}, what the share is taken of.")
-]
-RobustDecay = Annotated[
-    float, typer.Option(help="cdr: pull towards zero, per unit of learning rate.")
-]
-RobustRamp = Annotated[int, typer.Option(help="cdr: epochs over which tau rises from 0.")]
-RobustOn = Annotated[
-    str,
-    typer.Option(help="cdr: implicit (lion's layers), or all trained matrices of any method."),
-]
-Sparsity = Annotated[
-    float, typer.Option(help="lion: share of the implicit layers' weights that is pruned.")
-]
-PruneAt = Annotated[
-    int | None, typer.Option(help="lion: epoch that ends with pruning.", show_default="the last")
-]
-CheckpointBackbone = Annotated[
-    bool,
-    typer.Option("--checkpoint-backbone", help="Recompute the frozen blocks: less memory, slower."),
-]
-Prompts = Annotated[int, typer.Option(help="vpt-deep: tokens per block; vpt-shallow: tokens.")]
-Pad = Annotated[int, typer.Option(help="vpt-pad: width of the learned frame in pixels.")]
-AdapterHidden = Annotated[int, typer.Option(help="adapter: bottleneck width.")]
-AdapterPlace = Annotated[str, typer.Option(help="adapter: both (behind attention and MLP) or mlp.")]
-LoraRank = Annotated[int, typer.Option(help="lora: rank.")]
-LoraAlpha = Annotated[
-    float | None,
-    typer.Option(help="lora: the scale is alpha / rank.", show_default="the rank"),
-]
-Amp = Annotated[
-    str, typer.Option(help=f"One of {', '.join(AMP)}: mixed precision of the training step.")
-]
-Accumulate = Annotated[
-    int, typer.Option(help="Compute a batch in this many parts; the step stays that of the whole.")
-]
-Ema = Annotated[
-    float | None,
-    typer.Option(
-        help="Decay of an average of the weights, which is then validated and kept: 0.999.",
-        show_default="off",
-    ),
-]
-Patience = Annotated[
-    int | None,
-    typer.Option(help="Stop after this many epochs without a better one.", show_default="off"),
-]
-ClassWeights = Annotated[
-    str, typer.Option(help=f"Of the training loss: one of {', '.join(CLASS_WEIGHTS)}.")
-]
-Jobs = Annotated[int, typer.Option(help="Processes that share the runs.")]
-Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        help="Processes that decode images ahead of their use.",
-        show_default="none on the CPU, else as many as threads, 8 at most",
-    ),
-]
-ImageCache = Annotated[
-    float, typer.Option(help="GiB of decoded images to keep in memory; of each job.")
-]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+__all__ = ["BACKBONE_PLACE", "DEVICE", "IMAGE_CACHE_SIZE", "JOBS", "METHOD", "MOVED_DATA",
+           "OVERWRITE", "RUNS", "THREADS", "WORKERS", "Given", "Names", "methods_option",
+           "option_of", "path_argument", "path_option", "run_options", "set_up",
+           "written"]  # fmt: skip
+
+TITLES = {"data": "Data", "backbone": "Backbone", "training": "Training",
+          "robust": "Robust training (CDR)"}  # fmt: skip
 
 
-def options_of(ctx: typer.Context) -> dict[str, Any]:
-    """The options of runs among a command's; an option and its field share a name."""
-    values = {name: ctx.params[name] for name in owners_of() if name in ctx.params}
-    return all_options(**values | {"shots": _shots(values["shots"])})
+class Names(click.ParamType):
+    """A text that the run checks itself, with a hint at the nearest of these names."""
+
+    name = "text"
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "|".join(self._names)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self._names if name.startswith(incomplete)]
 
 
-def given_options(ctx: typer.Context) -> list[str]:
-    """Names of the options that the user wrote."""
-    return [
-        name
-        for name in ctx.params
-        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
+class _NumberOr(click.ParamType):
+    """A whole number, or a word that stands for None."""
+
+    name = "integer"
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"INTEGER|{self._word}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> Any:
+        if value == self._word or value is None:
+            return None
+        if not str(value).isdigit():
+            name = f"--{param.name}: " if param is not None else ""
+            raise UserError(f"{name}expected a whole number or '{self._word}', got '{value}'")
+        return int(value)
 
 
-def given_run_options(ctx: typer.Context) -> list[str]:
-    """Names of the options of runs that the user wrote."""
-    return [name for name in given_options(ctx) if name in owners_of()]
+class Given(NamedTuple):
+    """The options of runs that a command has.
 
-
-def with_run_options(
-    source: Callable[..., None], *omitted: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of `source` that are fields of a run, `omitted` ones excepted.
-
-    The command finds their values with `options_of`; it is called with its own options alone.
+    Attributes:
+        values: all of them by their own names.
+        names: of those that the user wrote.
     """
 
+    values: dict[str, Any]
+    names: list[str]
+
+
+def option_of(each: Field[Any], kinds: tuple[type, ...], panel: str | None = None) -> Any:
+    """The option of a command that is declared by a field of `Options`."""
+    said = declared(each)
+    kind: Any = next(kind for kind in kinds if kind is not type(None))
+    more: dict[str, Any] = {"type": kind}
+    if kind is bool:
+        more = {"is_flag": True}
+    elif said.choices:
+        more = {"type": Names(*said.choices)}
+    elif said.word:
+        more = {"type": _NumberOr(said.word)}
+    if each.default is MISSING:
+        more |= {"required": True}
+    else:
+        more |= {"default": each.default, "show_default": dashed(said.unset) or True}
+    name = f"--{each.name.replace('_', '-')}"
+    return click.option(name, help=dashed(said.help), panel=panel, **more)
+
+
+def run_options(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command all options of runs but those `omitted`; it is called with `Given` first."""
+
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(function).parameters
-        known = {*owners_of(), "method"} - set(omitted) - set(own)
-        shared = [p for name, p in inspect.signature(source).parameters.items() if name in known]
-        hints = typing.get_type_hints(source, include_extras=True)
-        hints |= typing.get_type_hints(function, include_extras=True)
-        # An option without a default has to stand before those with one.
-        parameters = sorted([*own.values(), *shared], key=lambda p: p.default is not p.empty)
+        options: dict[str, Any] = {}
+        groups: list[type[Options]] = [*GROUPS.values(), *METHODS.values()]
+        titles = [*TITLES.values(), *METHODS]
+        owners = owners_of()
+        for title, group in zip(titles, groups, strict=True):
+            for each, kinds in kinds_of(group):
+                if each.name not in (*omitted, *options):
+                    panel = " and ".join(owners[each.name]) if title in METHODS else title
+                    options[each.name] = option_of(each, kinds, panel)
 
         @functools.wraps(function)
         def command(**values: Any) -> None:
-            function(**{name: values[name] for name in own})
+            own = {name: values.pop(name) for name in options}
+            function(Given(all_options(**own), written(options)), **values)
 
-        signature = inspect.Signature([p.replace(annotation=hints[p.name]) for p in parameters])
-        command.__dict__["__signature__"] = signature
-        command.__annotations__ = {p.name: hints[p.name] for p in parameters}
-        return command
+        decorated: Callable[..., None] = command
+        for option in reversed([*options.values(), _CONFIG]):
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 
 
-def dashed(message: str) -> str:
-    """A message with the options that it names, `robust_on`, as the command line spells them."""
-    return re.sub(r"`([a-z]\w*)`", lambda name: f"--{name[1].replace('_', '-')}", message)
+def written(names: Iterable[str]) -> list[str]:
+    """Those of a command's options that the user wrote."""
+    ctx = get_current_context()
+    return [n for n in names if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Take the options of a file for the command's defaults."""
+    if path is None:
+        return
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        RunConfig.from_dict(values)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--config: {file} cannot be read ({error}); expected the config.json of a run"
+        ) from error
+    shots = values.get("shots", "")  # None is no value for a command, and here it is one
+    ctx.default_map = {**values, **({} if shots else {"shots": "all"})}
+
+
+_CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    callback=_read_config,
+    is_eager=True,
+    expose_value=False,
+    help="A run's config.json, or its folder: its options hold where the command line has none.",
+)
+METHOD = click.option(
+    "--method", type=Names(*METHODS), default="lion", show_default=True, help="What is trained."
+)
+
+
+def methods_option(default: str) -> Any:
+    """`--methods`, several of them."""
+    return click.option(
+        "--methods",
+        default=default,
+        show_default=True,
+        help=f"Comma-separated, of {', '.join(METHODS)}; or all.",
+    )
+
+
+def path_option(name: str, help: str, shown: str = "", **more: Any) -> Any:
+    """An option that is a path; `shown` says what its absence means."""
+    kind = click.Path(path_type=Path)
+    return click.option(name, type=kind, show_default=shown or None, help=help, **more)
+
+
+def path_argument(name: str, help: str, *, required: bool = True, nargs: int = 1) -> Any:
+    """An argument that is a path, or with `nargs` of -1 several."""
+    kind = click.Path(path_type=Path)
+    return click.argument(name, type=kind, required=required, nargs=nargs, help=help)
+
+
+RUNS = path_option("--runs", "Folder of all runs.", "runs", default=Path("runs"))
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing run.")
+JOBS = click.option("--jobs", default=1, show_default=True, help="Processes that share the runs.")
+THREADS = click.option("--threads", type=int, show_default="all cores", help="CPU threads.")
+WORKERS = click.option(
+    "--workers",
+    type=int,
+    show_default="none on the CPU, else as many as threads, 8 at most",
+    help="Processes that decode images ahead of their use.",
+)
+IMAGE_CACHE_SIZE = click.option(
+    "--image-cache",
+    type=float,
+    default=IMAGE_CACHE,
+    show_default=True,
+    help="GiB of decoded images to keep in memory; of each job.",
+)
+DEVICE = click.option(
+    "--device", type=Names("cpu", "cuda"), default="cpu", show_default=True, help="Where it runs."
+)
+MOVED_DATA = click.option(
+    "--moved-data",
+    show_default="where it lay in training",
+    help="Where the run's own data lies now, as --data would name it.",
+)
+BACKBONE_PLACE = click.option(
+    "--backbone", show_default="the name that the run stored", help="Where its file lies now."
+)
 
 
 def set_up(threads: int | None, device: str) -> None:
@@ -251,50 +222,3 @@ def set_up(threads: int | None, device: str) -> None:
         raise UserError(f"--threads: expected 1 or more, got {threads}; leave it out for all cores")
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def _shots(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdigit():
-        raise UserError(f"--shots: expected a whole number or 'all', got '{text}'")
-    return int(text)
-
-
-def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """A comma-separated list of numbers."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option}: expected numbers separated by commas, got '{text}'") from None
-
-
-def distinct(option: str, values: list[Any]) -> list[Any]:
-    """The values; UserError where one is there twice, which would count one run as two."""
-    twice = next((value for value in values if values.count(value) > 1), None)
-    if twice is not None:
-        raise UserError(f"{option}: {twice} is there twice; leave one out")
-    return values
-
-
-def short_name(data: str) -> str:
-    """The data's part of a run's name: the last part of a path, no colon."""
-    # Not resolved: a link has the name that the user gave it.
-    return Path(os.path.abspath(data)).name.replace(":", "-") or "data"
-
-
-def folder_in(runs: Path, name: str | None, default: str) -> Path:
-    """The folder that `--name` stands for, always below that of all runs.
-
-    Raises:
-        UserError: the name is empty or leads elsewhere.
-    """
-    if name is None:
-        return runs / default
-    parts = Path(name).parts
-    if not parts or ".." in parts or Path(name).is_absolute():
-        raise UserError(
-            f"--name: expected a name such as first or study/first, got '{name}'; choose another "
-            "folder with --runs"
-        )
-    return runs / name

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lion_models.cli.options import dashed
+from lion_models.cli.text import dashed
 from lion_models.run import FitState, RunConfig
 from lion_models.study.trial import Event, Trial
 

@@ -1,34 +1,20 @@
-"""The `lion sweep` command."""
+"""A grid of options, chosen on validation data: sweep.json, sweep.png. Continues by itself.
+
+The test set is not read without --test-best, which adds tested.md and tested.png. Several
+commands may share a folder.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import rich_click as click
 from rich.console import Console
 
-from lion_models.base.errors import UserError, choose
-from lion_models.cli.options import (
-    Data,
-    Device,
-    ImageCache,
-    Jobs,
-    Overwrite,
-    Runs,
-    Shots,
-    Threads,
-    Workers,
-    distinct,
-    folder_in,
-    given_run_options,
-    numbers,
-    options_of,
-    set_up,
-    short_name,
-)
+from lion_models.base.errors import UserError
+from lion_models.cli import options
 from lion_models.cli.progress import TrialBars
-from lion_models.data.loader import IMAGE_CACHE
+from lion_models.cli.text import folder_in, listed, numbers, short_name
 from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.run.config import check_felt
 from lion_models.study.plan import Plan, parse_axis
@@ -37,68 +23,75 @@ from lion_models.study.report import sweep_tables
 from lion_models.study.runner import TrialRunner
 from lion_models.study.trial import TrialOptions
 
-__all__ = ["sweep"]
+__all__ = ["command"]
 
 out = Console()
 
 
-def sweep(
-    ctx: typer.Context,
-    data: Data,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(help="OPTION=VALUE,VALUE to choose from; METHOD.OPTION for one method alone."),
-    ] = None,
-    over: Annotated[
-        list[str] | None,
-        typer.Option(help="OPTION=VALUE,VALUE: a separate choice for each, such as shots=5,20."),
-    ] = None,
-    methods: Annotated[
-        str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}; or all.")
-    ] = ",".join(SHOWN_METHODS),
-    seeds: Annotated[str, typer.Option(help="Comma-separated; their mean chooses.")] = "42",
-    test_best: Annotated[
-        bool, typer.Option("--test-best", help="Read the test set with what was chosen.")
-    ] = False,
-    test_seeds: Annotated[
-        str,
-        typer.Option(help="Seeds of the tested runs, comma-separated.", show_default="--seeds"),
-    ] = "",
-    name: Annotated[str | None, typer.Option(show_default="sweep-DATA")] = None,
-    shots: Shots = "20",
-    runs: Runs = Path("runs"),
-    overwrite: Overwrite = False,
-    jobs: Jobs = 1,
-    threads: Threads = None,
-    workers: Workers = None,
-    image_cache: ImageCache = IMAGE_CACHE,
-    device: Device = "cpu",
+@click.command("sweep", help=__doc__)
+@click.option(
+    "--grid",
+    multiple=True,
+    help="OPTION=VALUE,VALUE to choose from; METHOD.OPTION for one method alone.",
+)
+@click.option(
+    "--over",
+    multiple=True,
+    help="OPTION=VALUE,VALUE: a separate choice for each, such as shots=5,20.",
+)
+@options.methods_option(",".join(SHOWN_METHODS))
+@click.option(
+    "--seeds", default="42", show_default=True, help="Comma-separated; their mean chooses."
+)
+@click.option("--test-best", is_flag=True, help="Read the test set with what was chosen.")
+@click.option(
+    "--test-seeds",
+    default="",
+    show_default="--seeds",
+    help="Seeds of the tested runs, comma-separated.",
+)
+@click.option("--name", show_default="sweep-DATA", help="Of the folder in --runs.")
+@options.run_options("seed")
+@options.RUNS
+@options.OVERWRITE
+@options.JOBS
+@options.THREADS
+@options.WORKERS
+@options.IMAGE_CACHE_SIZE
+@options.DEVICE
+def command(
+    given: options.Given,
+    grid: tuple[str, ...],
+    over: tuple[str, ...],
+    methods: str,
+    seeds: str,
+    test_best: bool,
+    test_seeds: str,
+    name: str | None,
+    runs: Path,
+    overwrite: bool,
+    jobs: int,
+    threads: int | None,
+    workers: int | None,
+    image_cache: float,
+    device: str,
 ) -> None:
-    """A grid of options, chosen on validation data: sweep.json, sweep.png. Continues by itself.
-
-    The test set is not read without --test-best, which adds tested.md and tested.png. Several
-    commands may share a folder.
-    """
-    set_up(threads, device)
+    options.set_up(threads, device)
     if test_seeds and not test_best:
         raise UserError("--test-seeds: goes with --test-best, which is not there")
-    names = METHODS if methods == "all" else methods.split(",")
     plan = Plan(
-        options_of(ctx),
-        tuple(
-            distinct("--methods", [choose("--methods", part.strip(), METHODS) for part in names])
-        ),
-        tuple(distinct("--seeds", numbers("--seeds", seeds, int))),
-        tuple(parse_axis("grid", text) for text in grid or ()),
-        tuple(parse_axis("over", text) for text in over or ()),
+        given.values,
+        tuple(listed("--methods", methods, METHODS)),
+        tuple(numbers("--seeds", seeds, int)),
+        tuple(parse_axis("grid", text) for text in grid),
+        tuple(parse_axis("over", text) for text in over),
     )
-    tested = (
-        distinct("--test-seeds", numbers("--test-seeds", test_seeds, int)) if test_seeds else []
-    )
-    check_felt(given_run_options(ctx), plan.configs())
+    tested = numbers("--test-seeds", test_seeds, int)
+    check_felt(given.names, plan.configs())
+    data = given.values["data"]
     folder = folder_in(runs, name, f"sweep-{short_name(data)}")
-    options = TrialOptions(device, plot=False, workers=workers, image_cache=image_cache)
-    with TrialBars(jobs) as bars, TrialRunner(jobs, threads, options) as runner:
+    trials = TrialOptions(device, plot=False, workers=workers, image_cache=image_cache)
+    with TrialBars(jobs) as bars, TrialRunner(jobs, threads, trials) as runner:
         content = run_sweep(
             folder,
             plan,

@@ -37,7 +37,9 @@ class TrainingConfig(Options):
     )
     epochs: int = option(100, "Passes over the training images.", low=1)
     batch: int = option(64, "Images per step.", low=1)
-    optimizer: str = option("adamw", "SGD has a momentum of 0.9.", choices=("adamw", "sgd"))
+    optimizer: str = option(
+        "adamw", "Of the steps; sgd has a momentum of 0.9.", choices=("adamw", "sgd")
+    )
     lr: float | None = option(
         None, "Peak learning rate.", above=0, below=1000, unset="the method's"
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lion_models.backbones import FrozenBackbone, freeze_vit
-from lion_models.cli import commands as cli
+from lion_models.cli import demo as cli
 from lion_models.methods.linear import LinearProbe
 from lion_models.run.trainer import freeze_images, score
 from tests.support.command import Lion

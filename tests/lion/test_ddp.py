@@ -58,7 +58,7 @@ def test_two_processes_train_what_one_trains(
 
 FAILING = """
 import os
-from lion_models.cli import commands as cli
+from lion_models import cli
 from lion_models.base.errors import UserError
 from lion_models.run.loss import TrainingLoss
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lion_models.base.errors import UserError
-from lion_models.cli.options import short_name
+from lion_models.cli.text import short_name
 from lion_models.run import Run, RunConfig
 from tests.support.command import Lion
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from lion_models.base.folders import data_root
-from lion_models.cli import app
+from lion_models.cli.app import lion
 
 CLASSES = ("dark", "light", "middle")
 PREPARED = data_root()  # what the machine's user has prepared, before the tests look elsewhere
@@ -25,7 +25,7 @@ Lion = Callable[..., Outcome]
 
 
 def call(*arguments: object) -> Outcome:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(lion, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     # The console wraps lines; messages are compared as running text.

@@ -1,0 +1,125 @@
+"""The group of all commands, each a file beside this one that is imported when it is called."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+from rich.markup import escape
+
+from lion_models.base.errors import UserError, did_you_mean
+from lion_models.cli.text import dashed
+
+__all__ = ["lion"]
+
+COMMANDS = (
+    "train",
+    "compare",
+    "demo",
+    "sweep",
+    "eval",
+    "predict",
+    "export",
+    "info",
+    "data",
+)
+
+
+class _Commands(click.RichGroup):
+    """Imports a command when it is called, and shows what the user can put right as one message.
+
+    The help of all commands is the first docstring of their files, which needs no import of torch.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        source = Path(__file__).with_name(f"{cmd_name}.py").read_text(encoding="utf-8")
+        return click.RichCommand(name=cmd_name, help=ast.get_docstring(ast.parse(source)))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], COMMANDS)
+            ctx.fail(f"No such command '{args[0]}'{hint}")
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            command = importlib.import_module(f"lion_models.cli.{name}").command
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _plain_warnings():
+                return super().invoke(ctx)
+        except UserError as error:
+            _show(f"[bold red]error:[/] {escape(dashed(str(error)))}")
+            ctx.exit(2)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith(("lion_models", "deqcore")):
+                raise
+            _show(
+                f"[bold red]error:[/] lion needs the package '{error.name}'; run: "
+                + escape("pip install 'deqcore[lion]'")
+            )
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            _show(
+                "interrupted; the same command continues: train with --resume, "
+                "compare, sweep and demo by themselves"
+            )
+            ctx.exit(130)
+
+
+def _show(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(message, highlight=False)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings for users as messages, with options as the command line spells them."""
+    usual = warnings.formatwarning
+
+    def plain(message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
+        if issubclass(category, UserWarning):
+            return f"warning: {dashed(str(message))}\n"
+        return usual(message, category, *where, **line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        import torch
+
+        import deqcore
+
+        click.echo(f"deqcore {deqcore.__version__}, torch {torch.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    callback=_show_version,
+    expose_value=False,
+    is_eager=True,
+    help="Show it and exit.",
+)
+def lion() -> None:
+    """Tune a frozen vision backbone with implicit prompts (LION)."""

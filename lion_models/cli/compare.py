@@ -1,0 +1,95 @@
+"""Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+
+from lion_models.cli import options
+from lion_models.cli.progress import TrialBars
+from lion_models.cli.text import folder_in, listed, numbers, short_name
+from lion_models.methods import METHODS, SHOWN_METHODS
+from lion_models.run.config import check_felt, run_of
+from lion_models.study.presets import run_comparison
+from lion_models.study.report import comparison_table
+from lion_models.study.runner import TrialRunner
+from lion_models.study.trial import TrialOptions
+
+__all__ = ["command", "compare"]
+
+out = Console()
+
+
+@click.command("compare", help=__doc__)
+@options.methods_option(",".join(SHOWN_METHODS))
+@click.option("--seeds", default="42,44,82,100,800", show_default=True, help="Comma-separated.")
+@click.option(
+    "--lrs",
+    default="",
+    show_default="each method's",
+    help="Comma-separated learning rates; validation chooses one per run.",
+)
+@click.option("--name", show_default="compare-DATA-SHOTS", help="Of the folder in --runs.")
+@options.run_options("seed", "lr", "weight_decay")
+@options.RUNS
+@options.OVERWRITE
+@options.JOBS
+@options.THREADS
+@options.WORKERS
+@options.IMAGE_CACHE_SIZE
+@options.DEVICE
+def command(
+    given: options.Given,
+    methods: str,
+    seeds: str,
+    lrs: str,
+    name: str | None,
+    runs: Path,
+    overwrite: bool,
+    jobs: int,
+    threads: int | None,
+    workers: int | None,
+    image_cache: float,
+    device: str,
+) -> None:
+    options.set_up(threads, device)
+    base, names = given.values, listed("--methods", methods, METHODS)
+    check_felt(given.names, [run_of(base, method=each) for each in names])
+    shots = "all" if base["shots"] is None else base["shots"]
+    folder = folder_in(runs, name, f"compare-{short_name(base['data'])}-{shots}")
+    rates = numbers("--lrs", lrs, float)
+    trials = TrialOptions(device, workers=workers, image_cache=image_cache)
+    runner = TrialRunner(jobs, threads, trials)
+    compare(folder, base, names, numbers("--seeds", seeds, int), rates, overwrite, runner, jobs)
+
+
+def compare(
+    folder: Path,
+    base: dict[str, Any],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    overwrite: bool,
+    runner: TrialRunner,
+    jobs: int = 1,
+) -> None:
+    """Run a comparison and show its table; see `run_comparison`."""
+    with TrialBars(jobs) as bars, runner:
+        result = run_comparison(
+            folder,
+            base,
+            methods,
+            seeds,
+            rates,
+            runner=runner,
+            overwrite=overwrite,
+            on_trials=bars.one_by_one,
+        )
+    shots = f"{base['shots']} images a class" if base["shots"] else "all images"
+    seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
+    out.print(comparison_table(result["summary"], f"{base['data']}, {shots}, {seed_text}"))
+    out.print(f"wrote {folder}/compare.json and {folder}/compare.png", soft_wrap=True)

@@ -1,0 +1,111 @@
+"""Class and probability of images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import rich_click as click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from lion_models.backbones import load_backbone
+from lion_models.base.errors import UserError, choose
+from lion_models.base.files import replacing
+from lion_models.cli import options
+from lion_models.run import load_run
+from lion_models.run.predict import (
+    UNREADABLE,
+    Prediction,
+    gather_images,
+    predict,
+    write_predictions,
+)
+
+__all__ = ["command"]
+
+out = Console()
+
+
+@click.command("predict", help=__doc__)
+@options.path_argument("run", "A run's folder or checkpoint.")
+@options.path_argument("paths", "Images, or folders of images.", nargs=-1)
+@click.option(
+    "--format",
+    "form",
+    type=options.Names("table", "csv", "json"),
+    show_default="table; by --output's name",
+    help="Of what is written.",
+)
+@options.path_option("--output", "Write csv or json here.")
+@click.option(
+    "--unreadable",
+    type=options.Names(*UNREADABLE),
+    default="fail",
+    show_default=True,
+    help="Files that are no whole images: fail, or skip (and name them).",
+)
+@options.BACKBONE_PLACE
+@options.THREADS
+@options.DEVICE
+def command(
+    run: Path,
+    paths: tuple[Path, ...],
+    form: str | None,
+    output: Path | None,
+    unreadable: str,
+    backbone: str | None,
+    threads: int | None,
+    device: str,
+) -> None:
+    options.set_up(threads, device)
+    if form is None:
+        form = "table" if output is None else _form_of(output)
+    choose("format", form, ["csv", "json"] if output is not None else ["table", "csv", "json"])
+    choose("--unreadable", unreadable, UNREADABLE)
+    if output is not None and not output.resolve().parent.is_dir():
+        raise UserError(f"--output: folder {output.parent} does not exist; create it first")
+    images = gather_images(paths)
+    loaded = load_run(run, None if backbone is None else load_backbone(backbone))
+    loaded.model.to(device)
+    skipped: list[str] = []
+
+    def readable() -> Iterator[Prediction]:
+        # The bar is for people: it shows on a terminal alone.
+        for one in tqdm(
+            predict(loaded, images, unreadable), total=len(images), unit="image", disable=None
+        ):
+            if one.error:
+                skipped.append(one.error)
+            else:
+                yield one
+
+    if output is not None:
+        with replacing(output, "w") as file:
+            count = write_predictions(file, form, loaded.classes, readable())
+        out.print(f"wrote {count} predictions to {output}", soft_wrap=True)
+    elif form == "table":
+        table = Table("file", "class", "probability")
+        for one in readable():
+            name, chance = loaded.classes[one.best], one.probabilities[one.best]
+            table.add_row(escape(str(one.path)), escape(name), f"{chance:.3f}")
+        out.print(table)
+    else:
+        write_predictions(sys.stdout, form, loaded.classes, readable())
+    for error in skipped:
+        click.echo(f"skipped: {error}", err=True)
+    if skipped:
+        click.echo(f"skipped {len(skipped)} of {len(images)} files", err=True)
+
+
+def _form_of(output: Path) -> str:
+    form = output.suffix.lower().removeprefix(".")
+    if form not in ("csv", "json"):
+        raise UserError(
+            f"--output: {output}: expected a name that ends with .csv or .json; change it, or add "
+            "--format csv or --format json"
+        )
+    return form

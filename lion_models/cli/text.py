@@ -1,0 +1,67 @@
+"""What commands read from text, and how they name options and folders in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from lion_models.base.errors import UserError, choose
+
+__all__ = ["dashed", "distinct", "folder_in", "listed", "numbers", "short_name"]
+
+
+def dashed(message: str) -> str:
+    """A message with the options that it names, `robust_on`, as the command line spells them."""
+    return re.sub(r"`([a-z]\w*)`", lambda name: f"--{name[1].replace('_', '-')}", message)
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """A comma-separated list of numbers, none there twice; an empty text is an empty list."""
+    try:
+        return distinct(option, [kind(part) for part in text.split(",")] if text else [])
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{option}: expected numbers separated by commas, got '{text}'") from None
+
+
+def listed(option: str, text: str, known: Iterable[str]) -> list[str]:
+    """A comma-separated list of known names, none there twice; `all` is all of them."""
+    known = list(known)
+    if text == "all":
+        return known
+    return distinct(option, [choose(option, part.strip(), known) for part in text.split(",")])
+
+
+def distinct(option: str, values: list[Any]) -> list[Any]:
+    """The values; UserError where one is there twice, which would count one run as two."""
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise UserError(f"{option}: {twice} is there twice; leave one out")
+    return values
+
+
+def short_name(data: str) -> str:
+    """The data's part of a run's name: the last part of a path, no colon."""
+    # Not resolved: a link has the name that the user gave it.
+    return Path(os.path.abspath(data)).name.replace(":", "-") or "data"
+
+
+def folder_in(runs: Path, name: str | None, default: str) -> Path:
+    """The folder that `--name` stands for, always below that of all runs.
+
+    Raises:
+        UserError: the name is empty or leads elsewhere.
+    """
+    if name is None:
+        return runs / default
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute():
+        raise UserError(
+            f"--name: expected a name such as first or study/first, got '{name}'; choose another "
+            "folder with --runs"
+        )
+    return runs / name

@@ -1,0 +1,112 @@
+"""Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+
+from lion_models.base.errors import UserError
+from lion_models.cli import options
+from lion_models.cli.progress import ProgressBars
+from lion_models.cli.text import folder_in, short_name
+from lion_models.run import Run, RunConfig
+from lion_models.run.config import check_felt, run_of
+from lion_models.run.data_record import stored_name
+from lion_models.run.folder import read_config
+from lion_models.run.ranks import joined_ranks
+from lion_models.run.workbench import Workbench
+
+__all__ = ["command"]
+
+out = Console()
+
+
+@click.command("train", help=__doc__)
+@options.METHOD
+@click.option("--name", show_default="DATA-METHOD-sSEED", help="Of the run's folder in --runs.")
+@options.run_options()
+@options.RUNS
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@options.MOVED_DATA
+@options.OVERWRITE
+@click.option(
+    "--test/--no-test", default=True, show_default=True, help="Read the test set at the end."
+)
+@click.option("--tensorboard", is_flag=True, help="Write scalars to RUNS/NAME/tensorboard.")
+@options.THREADS
+@options.WORKERS
+@options.IMAGE_CACHE_SIZE
+@options.DEVICE
+def command(
+    given: options.Given,
+    method: str,
+    name: str | None,
+    runs: Path,
+    resume: bool,
+    moved_data: str | None,
+    overwrite: bool,
+    test: bool,
+    tensorboard: bool,
+    threads: int | None,
+    workers: int | None,
+    image_cache: float,
+    device: str,
+) -> None:
+    options.set_up(threads, device)
+    config = run_of(given.values, method=method).resolved()
+    data, seed = config.data.data, config.training.seed
+    folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{seed}")
+    if moved_data is not None and not resume:
+        raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
+    if resume and (folder / "config.json").is_file():
+        config = _resumed(folder, given, method, moved_data)
+    check_felt(given.names, [config])
+    run = Run(folder, config, bench=Workbench(device, workers, image_cache), moved_data=moved_data)
+    with ExitStack() as held, joined_ranks(device) as ranks:
+        if ranks.first:
+            held.enter_context(run.held(resume=resume, overwrite=overwrite))
+        with ProgressBars() as bars:
+            result = run.train(
+                test=test,
+                on_epoch=lambda state: bars.update(config, state),
+                tensorboard=tensorboard,
+                ranks=ranks,
+            )
+    if ranks.first:
+        _show_result(folder, result)
+
+
+def _resumed(folder: Path, given: options.Given, method: str, moved_data: str | None) -> RunConfig:
+    """The stored configuration, with what the user wrote out again (so that it is compared)."""
+    stored = read_config(folder)
+    names = [*given.names, *options.written(["method"])]
+    values = given.values | {"method": method}
+    values["data"] = stored_name(folder, stored.data.data, values["data"], moved_data)
+    return RunConfig.from_dict(stored.options() | {name: values[name] for name in names})
+
+
+def _show_result(folder: Path, result: dict[str, Any]) -> None:
+    counts = result["parameters"]
+    out.print(
+        f"chosen epoch {result['best_epoch']}: validation accuracy "
+        f"{100 * result['validation_accuracy']:.1f}%"
+    )
+    if "test" in result:
+        out.print(
+            f"test accuracy {100 * result['test']['accuracy']:.1f}% "
+            f"({result['test']['images']} images, read once)"
+        )
+    out.print(
+        f"trained {counts['trained']:,} parameters ({counts['without_head']:,} without the "
+        f"head), frozen {counts['frozen']:,}; {result['seconds']:.1f} s"
+    )
+    if counts.get("kept", counts["trained"]) < counts["trained"]:
+        out.print(
+            f"pruned to {counts['kept']:,} parameters ({counts['kept_without_head']:,} without "
+            f"the head, of which {counts['nonzero_without_head']:,} are not zero)"
+        )
+    out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png", soft_wrap=True)
