@@ -51,12 +51,18 @@ def define_step(name: str, schema: str, reference: Callable[..., None]) -> None:
 
 
 def pack_numbers(numbers: Any) -> Tensor:
-    """A step op's numbers, a NamedTuple of int, float and NamedTuples, as its one tensor.
+    """A step op's numbers, a NamedTuple of numbers and of NamedTuples of them, as its one tensor.
 
     float64 on the CPU whatever the device: crossing the dispatcher to a kernel of the stable ABI
     costs 0.2 us for a number and 0.13 us for a tensor.
     """
-    return torch.tensor(list(_flattened(numbers)), dtype=torch.float64, device="cpu")
+    flat: list[float] = []
+    for number in numbers:
+        if isinstance(number, tuple):
+            flat += number
+        else:
+            flat.append(number)
+    return torch.tensor(flat, dtype=torch.float64, device="cpu")
 
 
 def unpack_numbers(kind: type[T], options: Tensor) -> T:
@@ -71,14 +77,6 @@ def number_names(kind: type) -> list[str]:
         for field, of in get_type_hints(kind).items()
         for name in (number_names(of) if issubclass(of, tuple) else [field])
     ]
-
-
-def _flattened(numbers: Any) -> Iterator[float]:
-    for number in numbers:
-        if isinstance(number, tuple):
-            yield from _flattened(number)
-        else:
-            yield number
 
 
 def _read(kind: Any, values: Iterator[float]) -> Any:

@@ -45,25 +45,32 @@ class Rows(NamedTuple):
     @classmethod
     def start(cls, batch: int, device: torch.device, frozen: Tensor | None = None) -> Rows:
         """All rows active, except those of ``frozen`` (bool [B]), which count as converged."""
+        status, counters, residuals, remaining = _at_start(batch)
         rows = cls(
-            status=torch.empty(batch, dtype=torch.int8, device=device),
-            counters=torch.empty(batch, 5, dtype=torch.int32, device=device),
-            residuals=torch.empty(batch, 3, dtype=torch.float64, device=device),
-            remaining=torch.empty(1, dtype=torch.int32, device=device),
+            torch.full((batch,), status, dtype=torch.int8, device=device),
+            torch.full((batch, 5), counters, dtype=torch.int32, device=device),
+            torch.full((batch, 3), residuals, dtype=torch.float64, device=device),
+            torch.full((1,), remaining, dtype=torch.int32, device=device),
         )
-        rows.restart(frozen)
+        rows._freeze(frozen)
         return rows
 
     def restart(self, frozen: Tensor | None = None) -> None:
         """Set all to what :meth:`start` makes, in place."""
-        self.status.fill_(ACTIVE)
-        self.counters.zero_()
-        self.residuals.fill_(torch.inf)
-        self.remaining.fill_(len(self.status))
-        if frozen is not None:
-            self.status.masked_fill_(frozen, int(Status.CONVERGED))
-            self.residuals.masked_fill_(frozen[:, None], 0.0)
-            self.remaining.copy_(count_active(self.status))
+        for tensor, value in zip(self, _at_start(len(self.status)), strict=True):
+            tensor.fill_(value)
+        self._freeze(frozen)
+
+    def _freeze(self, frozen: Tensor | None) -> None:
+        if frozen is None:
+            return
+        self.status.masked_fill_(frozen, int(Status.CONVERGED))
+        self.residuals.masked_fill_(frozen[:, None], 0.0)
+        self.remaining.copy_(count_active(self.status))
+
+
+def _at_start(batch: int) -> tuple[int, int, float, int]:
+    return ACTIVE, 0, torch.inf, batch
 
 
 def count_active(status: Tensor) -> Tensor:

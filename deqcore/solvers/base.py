@@ -186,7 +186,7 @@ class Solver(abc.ABC):
     ) -> StepContext:
         """For iterates like ``x``, which f sees as ``dtype`` and computes in ``f_dtypes``."""
         rtol = self.relative_tolerance(dtype, *f_dtypes)
-        limits = Limits(rtol, self.atol, *map(countable, (self.patience, self.max_steps)))
+        limits = Limits(rtol, self.atol, countable(self.patience), countable(self.max_steps))
         numbers = self.numbers(limits)
         return StepContext(
             damping=self.damping_table(x.device),
