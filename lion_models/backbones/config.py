@@ -32,7 +32,7 @@ class BackboneConfig(Options):
         "backbone", "Of pixels: the backbone's own, or another.", choices=NORMALISATIONS
     )
     checkpoint_backbone: bool = option(
-        False, "Recompute the frozen blocks: less memory, slower.", needs=_BACKWARD
+        False, "Recompute the frozen blocks: less memory, slower.", needs=(_BACKWARD,)
     )
 
     def view(self, backbone: FrozenBackbone) -> FrozenBackbone:

@@ -10,7 +10,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -35,26 +35,40 @@ class Need(NamedTuple):
     why: str
 
 
-class Declared(NamedTuple):
-    """What is declared beside an option's name, type and default; see `option`."""
+@dataclass(frozen=True)
+class Declared:
+    """What is declared beside an option's name, type and default.
+
+    Attributes:
+        help: one sentence, with its full stop.
+        low, high: the least and the largest number.
+        above, below: bounds that a number may not reach.
+        expected: stands in the message for these bounds.
+        choices: the texts that it may be.
+        unset: what None or nothing stands for.
+        word: what the command line calls None, where that is not the default.
+        needs: what it belongs to.
+    """
 
     help: str
-    low: float | None
-    high: float | None
-    above: float | None
-    below: float | None
-    expected: str
-    choices: tuple[str, ...]
-    unset: str
-    word: str
-    needs: tuple[Need, ...]
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    expected: str = ""
+    choices: Iterable[str] = ()
+    unset: str = ""
+    word: str = ""
+    needs: Sequence[Need] = ()
 
     def check(self, name: str, value: Any) -> None:
         """Raise UserError for a value that is none of the choices or out of bounds."""
         if self.choices:
             choose(name, value, self.choices)
         elif isinstance(value, (int, float)) and not self._holds(value):
-            raise UserError(f"`{name}`: expected {self.expected or self._bounds()}, got {value}")
+            expected = self.expected or self._bounds()
+            instead = f"; leave it out for {self.unset}" if self.unset else ""
+            raise UserError(f"`{name}`: expected {expected}, got {value}{instead}")
 
     def _holds(self, value: float) -> bool:
         return math.isfinite(value) and not (
@@ -72,37 +86,9 @@ class Declared(NamedTuple):
         return " and ".join(parts) or "a finite number"
 
 
-def option(
-    default: Any = MISSING,
-    help: str = "",
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    expected: str = "",
-    choices: Iterable[str] = (),
-    unset: str = "",
-    word: str = "",
-    needs: Need | tuple[Need, ...] = (),
-) -> Any:
-    """A field of `Options`. Numbers are finite; what is None keeps no bounds.
-
-    Args:
-        default: without one, the option has to be given.
-        help: one sentence, with its full stop.
-        low, high: the least and the largest value.
-        above, below: bounds that a value may not reach.
-        expected: stands in the message for these bounds.
-        choices: the texts that it may be.
-        unset: what None or nothing stands for.
-        word: what the command line calls None, where that is not the default.
-        needs: what it belongs to.
-    """
-    needs = (needs,) if isinstance(needs, Need) else needs
-    bounds = (low, high, above, below)
-    said = Declared(help, *bounds, expected, tuple(choices), unset, word, needs)
-    return field(default=default, metadata={"option": said})
+def option(default: Any = MISSING, help: str = "", **said: Any) -> Any:
+    """A field of `Options`; without a default it has to be given. See `Declared` for the rest."""
+    return field(default=default, metadata={"option": Declared(help, **said)})
 
 
 def declared(each: Field[Any]) -> Declared:

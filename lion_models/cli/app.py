@@ -68,10 +68,9 @@ class _Commands(click.RichGroup):
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith(("lion_models", "deqcore")):
                 raise
-            _show(
-                f"[bold red]error:[/] lion needs the package '{error.name}'; run: "
-                + escape("pip install 'deqcore[lion]'")
-            )
+            package = error.name.partition(".")[0]
+            install = escape("pip install 'deqcore[lion]'")
+            _show(f"[bold red]error:[/] lion needs the package '{package}'; run: {install}")
             ctx.exit(2)
         except KeyboardInterrupt:
             _show(

@@ -17,7 +17,6 @@ from lion_models.run.config import check_felt, run_of
 from lion_models.study.presets import run_comparison
 from lion_models.study.report import comparison_table
 from lion_models.study.runner import TrialRunner
-from lion_models.study.trial import TrialOptions
 
 __all__ = ["command", "compare"]
 
@@ -38,10 +37,7 @@ out = Console()
 @options.RUNS
 @options.OVERWRITE
 @options.JOBS
-@options.THREADS
-@options.WORKERS
-@options.IMAGE_CACHE_SIZE
-@options.DEVICE
+@options.machine_options()
 def command(
     given: options.Given,
     methods: str,
@@ -51,19 +47,14 @@ def command(
     runs: Path,
     overwrite: bool,
     jobs: int,
-    threads: int | None,
-    workers: int | None,
-    image_cache: float,
-    device: str,
+    machine: options.Machine,
 ) -> None:
-    options.set_up(threads, device)
     base, names = given.values, listed("--methods", methods, METHODS)
     check_felt(given.names, [run_of(base, method=each) for each in names])
     shots = "all" if base["shots"] is None else base["shots"]
     folder = folder_in(runs, name, f"compare-{short_name(base['data'])}-{shots}")
     rates = numbers("--lrs", lrs, float)
-    trials = TrialOptions(device, workers=workers, image_cache=image_cache)
-    runner = TrialRunner(jobs, threads, trials)
+    runner = TrialRunner(jobs, machine.threads, options.trials_on(machine))
     compare(folder, base, names, numbers("--seeds", seeds, int), rates, overwrite, runner, jobs)
 
 

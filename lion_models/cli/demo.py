@@ -11,7 +11,6 @@ from lion_models.cli.compare import compare
 from lion_models.methods import SHOWN_METHODS
 from lion_models.run.config import all_options
 from lion_models.study.runner import TrialRunner
-from lion_models.study.trial import TrialOptions
 
 __all__ = ["command"]
 
@@ -33,21 +32,16 @@ VIT_DEMO = all_options(
 )
 @click.option("--data", show_default="mnist5k; tuxpaint with --vit", help="Other data.")
 @options.OVERWRITE
-@options.THREADS
-@options.WORKERS
-@options.IMAGE_CACHE_SIZE
+@options.machine_options("threads", "workers", "image_cache")
 def command(
     runs: Path,
     vit: bool,
     data: str | None,
     overwrite: bool,
-    threads: int | None,
-    workers: int | None,
-    image_cache: float,
+    machine: options.Machine,
 ) -> None:
-    options.set_up(threads, "cpu")
     base = VIT_DEMO if vit else all_options(data="mnist5k")
     base = base if data is None else base | {"data": data}
     folder = runs / ("demo-vit" if vit else "demo")
-    runner = TrialRunner(options=TrialOptions(workers=workers, image_cache=image_cache))
+    runner = TrialRunner(options=options.trials_on(machine))
     compare(folder, base, SHOWN_METHODS, [42], [], overwrite, runner)

@@ -48,9 +48,7 @@ out = Console()
 )
 @options.BACKBONE_PLACE
 @options.MOVED_DATA
-@options.THREADS
-@options.WORKERS
-@options.DEVICE
+@options.machine_options("threads", "workers", "device")
 def command(
     run: Path,
     data: str | None,
@@ -59,12 +57,9 @@ def command(
     bad_files: str | None,
     backbone: str | None,
     moved_data: str | None,
-    threads: int | None,
-    workers: int | None,
-    device: str,
+    machine: options.Machine,
 ) -> None:
-    options.set_up(threads, device)
-    bench = Workbench(device, workers, image_cache=0)  # every image is read once
+    bench = Workbench(machine.device, machine.workers, image_cache=0)  # every image is read once
     if data is None:
         if not run.is_dir():
             load_run(run)
@@ -82,7 +77,7 @@ def command(
         if report_to is not None:  # before an hour of images
             make_folder(report_to)
         loaded = load_run(run, None if backbone is None else load_backbone(backbone))
-        loaded.model.to(device)
+        loaded.model.to(machine.device)
         predicted: list[Tensor] = []
         figures, truth = evaluate_on(loaded, data, predicted, bad_files, bench.images)
         _warn_of_training_images(run, loaded, data)

@@ -48,7 +48,7 @@ out = Console()
 )
 @options.BACKBONE_PLACE
 @options.MOVED_DATA
-@options.THREADS
+@options.machine_options("threads")
 def command(
     run: Path,
     form: str,
@@ -57,9 +57,8 @@ def command(
     images: tuple[Path, ...],
     backbone: str | None,
     moved_data: str | None,
-    threads: int | None,
+    machine: options.Machine,
 ) -> None:
-    options.set_up(threads, "cpu")
     choose("format", form, FORMATS)
     folder = run if run.is_dir() else run.parent
     output = folder / f"model.{FORMATS[form]}" if output is None else output

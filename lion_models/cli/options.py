@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field
+from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,17 @@ from click import get_current_context
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from lion_models.base.errors import UserError, choose
-from lion_models.base.options import Options, declared, kinds_of
+from lion_models.base.errors import UserError
+from lion_models.base.options import Options, declared, kinds_of, option
 from lion_models.cli.text import dashed
 from lion_models.data.loader import IMAGE_CACHE
 from lion_models.methods import METHODS
 from lion_models.run.config import GROUPS, RunConfig, all_options, owners_of
+from lion_models.study.trial import TrialOptions
 
-__all__ = ["BACKBONE_PLACE", "DEVICE", "IMAGE_CACHE_SIZE", "JOBS", "METHOD", "MOVED_DATA",
-           "OVERWRITE", "RUNS", "THREADS", "WORKERS", "Given", "Names", "methods_option",
-           "option_of", "path_argument", "path_option", "run_options", "set_up",
-           "written"]  # fmt: skip
+__all__ = ["BACKBONE_PLACE", "JOBS", "METHOD", "MOVED_DATA", "OVERWRITE", "RUNS", "Given",
+           "Machine", "Names", "machine_options", "methods_option", "option_of", "path_argument",
+           "path_option", "run_options", "trials_on", "written"]  # fmt: skip
 
 TITLES = {"data": "Data", "backbone": "Backbone", "training": "Training",
           "robust": "Robust training (CDR)"}  # fmt: skip
@@ -119,8 +119,8 @@ def run_options(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., 
             function(Given(all_options(**own), written(options)), **values)
 
         decorated: Callable[..., None] = command
-        for option in reversed([*options.values(), _CONFIG]):
-            decorated = option(decorated)
+        for add in reversed([*options.values(), _CONFIG]):
+            decorated = add(decorated)
         return decorated
 
     return decorate
@@ -186,23 +186,6 @@ def path_argument(name: str, help: str, *, required: bool = True, nargs: int = 1
 RUNS = path_option("--runs", "Folder of all runs.", "runs", default=Path("runs"))
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing run.")
 JOBS = click.option("--jobs", default=1, show_default=True, help="Processes that share the runs.")
-THREADS = click.option("--threads", type=int, show_default="all cores", help="CPU threads.")
-WORKERS = click.option(
-    "--workers",
-    type=int,
-    show_default="none on the CPU, else as many as threads, 8 at most",
-    help="Processes that decode images ahead of their use.",
-)
-IMAGE_CACHE_SIZE = click.option(
-    "--image-cache",
-    type=float,
-    default=IMAGE_CACHE,
-    show_default=True,
-    help="GiB of decoded images to keep in memory; of each job.",
-)
-DEVICE = click.option(
-    "--device", type=Names("cpu", "cuda"), default="cpu", show_default=True, help="Where it runs."
-)
 MOVED_DATA = click.option(
     "--moved-data",
     show_default="where it lay in training",
@@ -213,12 +196,55 @@ BACKBONE_PLACE = click.option(
 )
 
 
-def set_up(threads: int | None, device: str) -> None:
-    """Check the device and set the number of threads (None leaves it)."""
-    choose("--device", device, ["cpu", "cuda"])
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no GPU; use --device cpu")
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads: expected 1 or more, got {threads}; leave it out for all cores")
-    if threads is not None:
-        torch.set_num_threads(threads)
+@dataclass(frozen=True)
+class Machine(Options):
+    """What a command computes with; see `Workbench`."""
+
+    threads: int | None = option(None, "CPU threads.", low=1, unset="all cores")
+    workers: int | None = option(
+        None,
+        "Processes that decode images ahead of their use.",
+        low=0,
+        unset="none on the CPU, else as many as threads, 8 at most",
+    )
+    image_cache: float = option(
+        IMAGE_CACHE, "GiB of decoded images to keep in memory; of each job.", low=0
+    )
+    device: str = option("cpu", "To compute on.", choices=("cpu", "cuda"))
+
+    def set_up(self) -> None:
+        """Set the number of threads, and make sure that the device is there."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: this torch sees no GPU; use --device cpu")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
+
+def trials_on(machine: Machine, plot: bool = True) -> TrialOptions:
+    """How the trials of a study run on a machine."""
+    return TrialOptions(
+        machine.device, plot, workers=machine.workers, image_cache=machine.image_cache
+    )
+
+
+def machine_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of `Machine`, all or those named; it is called with `machine`."""
+    chosen = {
+        each.name: option_of(each, kinds)
+        for each, kinds in kinds_of(Machine)
+        if not names or each.name in names
+    }
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(*given: Any, **values: Any) -> None:
+            machine = Machine(**{name: values.pop(name) for name in chosen})
+            machine.set_up()
+            function(*given, machine=machine, **values)
+
+        decorated: Callable[..., None] = command
+        for add in reversed(chosen.values()):
+            decorated = add(decorated)
+        return decorated
+
+    return decorate

@@ -49,8 +49,7 @@ out = Console()
     help="Files that are no whole images: fail, or skip (and name them).",
 )
 @options.BACKBONE_PLACE
-@options.THREADS
-@options.DEVICE
+@options.machine_options("threads", "device")
 def command(
     run: Path,
     paths: tuple[Path, ...],
@@ -58,10 +57,8 @@ def command(
     output: Path | None,
     unreadable: str,
     backbone: str | None,
-    threads: int | None,
-    device: str,
+    machine: options.Machine,
 ) -> None:
-    options.set_up(threads, device)
     if form is None:
         form = "table" if output is None else _form_of(output)
     choose("format", form, ["csv", "json"] if output is not None else ["table", "csv", "json"])
@@ -70,7 +67,7 @@ def command(
         raise UserError(f"--output: folder {output.parent} does not exist; create it first")
     images = gather_images(paths)
     loaded = load_run(run, None if backbone is None else load_backbone(backbone))
-    loaded.model.to(device)
+    loaded.model.to(machine.device)
     skipped: list[str] = []
 
     def readable() -> Iterator[Prediction]:

@@ -21,7 +21,6 @@ from lion_models.study.plan import Plan, parse_axis
 from lion_models.study.presets import run_sweep
 from lion_models.study.report import sweep_tables
 from lion_models.study.runner import TrialRunner
-from lion_models.study.trial import TrialOptions
 
 __all__ = ["command"]
 
@@ -55,10 +54,7 @@ out = Console()
 @options.RUNS
 @options.OVERWRITE
 @options.JOBS
-@options.THREADS
-@options.WORKERS
-@options.IMAGE_CACHE_SIZE
-@options.DEVICE
+@options.machine_options()
 def command(
     given: options.Given,
     grid: tuple[str, ...],
@@ -71,12 +67,8 @@ def command(
     runs: Path,
     overwrite: bool,
     jobs: int,
-    threads: int | None,
-    workers: int | None,
-    image_cache: float,
-    device: str,
+    machine: options.Machine,
 ) -> None:
-    options.set_up(threads, device)
     if test_seeds and not test_best:
         raise UserError("--test-seeds: goes with --test-best, which is not there")
     plan = Plan(
@@ -90,8 +82,8 @@ def command(
     check_felt(given.names, plan.configs())
     data = given.values["data"]
     folder = folder_in(runs, name, f"sweep-{short_name(data)}")
-    trials = TrialOptions(device, plot=False, workers=workers, image_cache=image_cache)
-    with TrialBars(jobs) as bars, TrialRunner(jobs, threads, trials) as runner:
+    trials = options.trials_on(machine, plot=False)
+    with TrialBars(jobs) as bars, TrialRunner(jobs, machine.threads, trials) as runner:
         content = run_sweep(
             folder,
             plan,

@@ -37,10 +37,7 @@ out = Console()
     "--test/--no-test", default=True, show_default=True, help="Read the test set at the end."
 )
 @click.option("--tensorboard", is_flag=True, help="Write scalars to RUNS/NAME/tensorboard.")
-@options.THREADS
-@options.WORKERS
-@options.IMAGE_CACHE_SIZE
-@options.DEVICE
+@options.machine_options()
 def command(
     given: options.Given,
     method: str,
@@ -51,12 +48,8 @@ def command(
     overwrite: bool,
     test: bool,
     tensorboard: bool,
-    threads: int | None,
-    workers: int | None,
-    image_cache: float,
-    device: str,
+    machine: options.Machine,
 ) -> None:
-    options.set_up(threads, device)
     config = run_of(given.values, method=method).resolved()
     data, seed = config.data.data, config.training.seed
     folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{seed}")
@@ -65,8 +58,13 @@ def command(
     if resume and (folder / "config.json").is_file():
         config = _resumed(folder, given, method, moved_data)
     check_felt(given.names, [config])
-    run = Run(folder, config, bench=Workbench(device, workers, image_cache), moved_data=moved_data)
-    with ExitStack() as held, joined_ranks(device) as ranks:
+    run = Run(
+        folder,
+        config,
+        bench=Workbench(machine.device, machine.workers, machine.image_cache),
+        moved_data=moved_data,
+    )
+    with ExitStack() as held, joined_ranks(machine.device) as ranks:
         if ranks.first:
             held.enter_context(run.held(resume=resume, overwrite=overwrite))
         with ProgressBars() as bars:

@@ -84,13 +84,10 @@ class Adapters(TunedClassifier):
         return self.head(self._pool(through(self._blocks, fixed)))
 
 
-@register("adapter", colour="#009E73")
+@register("adapter", Adapters, colour="#009E73")
 @dataclass(frozen=True)
 class AdapterConfig(MethodConfig):
     """Where the adapters sit, and how wide they are."""
 
     adapter_hidden: int = option(2, "Bottleneck width.", low=1)
     adapter_place: str = option("both", "Behind attention and MLP, or the MLP.", choices=PLACES)
-
-    def build(self, backbone: FrozenBackbone, classes: int) -> Adapters:
-        return Adapters(backbone, classes, self.adapter_hidden, self.adapter_place)

@@ -99,17 +99,14 @@ def _tree(values: Mapping[str, Tensor]) -> nn.Module:
     return root
 
 
-@register("full", Recipe(lr=0.001), colour="#000000")
+@register("full", FineTune, Recipe(lr=0.001), colour="#000000")
 class FullConfig(MethodConfig):
     """There is nothing to choose."""
 
     tunes_copies = True
 
-    def build(self, backbone: FrozenBackbone, classes: int) -> FineTune:
-        return FineTune(backbone, classes)
 
-
-@register("bias", Recipe(lr=0.01), colour="#F0E442")
+@register("bias", FineTune, Recipe(lr=0.01), colour="#F0E442")
 class BiasConfig(MethodConfig):
     """There is nothing to choose."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lion_models.backbones import FrozenBackbone
 from lion_models.methods.base import TunedClassifier
 from lion_models.methods.registry import MethodConfig, register
 
@@ -25,11 +24,8 @@ class LinearProbe(TunedClassifier):
         return self.head(fixed)
 
 
-@register("linear", colour="#999999")
+@register("linear", LinearProbe, colour="#999999")
 class LinearConfig(MethodConfig):
     """There is nothing to choose."""
 
     goes_back = False
-
-    def build(self, backbone: FrozenBackbone, classes: int) -> LinearProbe:
-        return LinearProbe(backbone, classes)

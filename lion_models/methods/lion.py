@@ -171,7 +171,7 @@ _OUTPUT = Need(
 )
 
 
-@register("lion", Recipe(augment="affine"), colour="#D55E00")
+@register("lion", Lion, Recipe(augment="affine"), colour="#D55E00")
 @dataclass(frozen=True)
 class LionConfig(MethodConfig):
     """The implicit layers, how they are solved, and what is pruned of them."""
@@ -181,16 +181,16 @@ class LionConfig(MethodConfig):
     sides: str = option("both", "Where there is an implicit layer.", choices=SIDES)
     hidden: int = option(8, "Bottleneck width.", low=1)
     strength: float = option(1.0, "Initial lambda of both layers.", expected="a number such as 1.0")
-    solver: str = option("anderson", "Of the equilibrium.", choices=_SOLVERS, needs=_SOLVES)
+    solver: str = option("anderson", "Of the equilibrium.", choices=_SOLVERS, needs=(_SOLVES,))
     rtol: float | None = option(
         None,
         "Relative tolerance of the solver.",
         above=0,
         below=1000,
         unset="deqcore's, 1e-4",
-        needs=_SOLVES,
+        needs=(_SOLVES,),
     )
-    max_steps: int = option(50, "Most evaluations of the cell per solve.", low=1, needs=_SOLVES)
+    max_steps: int = option(50, "Most evaluations of the cell per solve.", low=1, needs=(_SOLVES,))
     iterations: int | None = option(
         None, "This many explicit layers instead of an equilibrium.", low=1, unset="equilibrium"
     )
@@ -199,10 +199,10 @@ class LionConfig(MethodConfig):
         "Where the input layer acts.",
         choices=SPACES,
         unset="token where the backbone has tokens",
-        needs=_INPUT,
+        needs=(_INPUT,),
     )
     output_input: str = option(
-        "pooled", "What drives the output layer.", choices=OUTPUT_INPUTS, needs=_OUTPUT
+        "pooled", "What drives the output layer.", choices=OUTPUT_INPUTS, needs=(_OUTPUT,)
     )
     sparsity: float = option(
         0.0,

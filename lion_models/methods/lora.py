@@ -110,7 +110,7 @@ class LoRA(TunedClassifier):
         return self.head(self._pool(through(self._blocks, fixed)))
 
 
-@register("lora", Recipe(augment="affine"), colour="#CC79A7")
+@register("lora", LoRA, Recipe(augment="affine"), colour="#CC79A7")
 @dataclass(frozen=True)
 class LoRAConfig(MethodConfig):
     """Rank and scale of the additions."""
@@ -119,6 +119,3 @@ class LoRAConfig(MethodConfig):
     lora_alpha: float | None = option(
         None, "The scale is alpha / rank.", above=0, below=1000, unset="the rank"
     )
-
-    def build(self, backbone: FrozenBackbone, classes: int) -> LoRA:
-        return LoRA(backbone, classes, self.lora_rank, self.lora_alpha)

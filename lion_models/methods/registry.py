@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -38,6 +39,7 @@ class MethodConfig(Options):
     """The options of one method, and how its classifier is made of them; see `register`."""
 
     name: ClassVar[str]
+    model: ClassVar[type[TunedClassifier]]
     recipe: ClassVar[Recipe]
     colour: ClassVar[str]
     implicit: ClassVar[bool] = False  # has implicit layers
@@ -46,10 +48,13 @@ class MethodConfig(Options):
     def build(self, backbone: FrozenBackbone, classes: int) -> TunedClassifier:
         """A classifier, freshly initialised from torch's generator.
 
+        Options are passed in the order of the fields, for a method that takes others to override.
+
         Raises:
             UserError: the backbone is not one that the method can work with.
         """
-        raise NotImplementedError
+        options = (getattr(self, each.name) for each in fields(self))
+        return self.model(backbone, classes, *options)
 
     def pruning(self, epochs: int) -> Pruning | None:
         """What is pruned in so many epochs, and when; None for nothing.
@@ -76,18 +81,22 @@ _Config = TypeVar("_Config", bound=type[MethodConfig])
 
 
 def register(
-    name: str, recipe: Recipe | None = None, colour: str | None = None
+    name: str,
+    model: type[TunedClassifier],
+    recipe: Recipe | None = None,
+    colour: str | None = None,
 ) -> Callable[[_Config], _Config]:
     """Give a method its name; decorates its configuration.
 
     Args:
         name: what `method` calls it.
+        model: the class of its classifiers.
         recipe: chosen on validation data; None means the one that suits most.
         colour: in every picture; None takes one that no other method has.
     """
 
     def decorate(config: _Config) -> _Config:
-        config.name = name
+        config.name, config.model = name, model
         config.recipe = Recipe() if recipe is None else recipe
         taken = {each.colour for each in _methods.values()}
         config.colour = colour or next((c for c in _PALETTE if c not in taken), "#000000")

@@ -180,15 +180,12 @@ class _PromptConfig(MethodConfig):
     prompts: int = option(10, "Tokens; of vpt-deep in each block.", low=1)
 
 
-@register("vpt-shallow", Recipe(augment="affine"), colour="#56B4E9")
+@register("vpt-shallow", VPTShallow, Recipe(augment="affine"), colour="#56B4E9")
 class VPTShallowConfig(_PromptConfig):
     """How many tokens there are."""
 
-    def build(self, backbone: FrozenBackbone, classes: int) -> VPTShallow:
-        return VPTShallow(backbone, classes, self.prompts)
 
-
-@register("vpt-deep", colour="#0072B2")
+@register("vpt-deep", VPTDeep, colour="#0072B2")
 @dataclass(frozen=True)
 class VPTDeepConfig(_PromptConfig):
     """How many tokens there are, and their dropout."""
@@ -197,16 +194,10 @@ class VPTDeepConfig(_PromptConfig):
         0.1, "Dropout on the prompts.", low=0, below=1, expected="0 <= p < 1"
     )
 
-    def build(self, backbone: FrozenBackbone, classes: int) -> VPTDeep:
-        return VPTDeep(backbone, classes, self.prompts, self.prompt_dropout)
 
-
-@register("vpt-pad", colour="#E69F00")
+@register("vpt-pad", VPTPad, colour="#E69F00")
 @dataclass(frozen=True)
 class VPTPadConfig(MethodConfig):
     """How wide the frame is."""
 
     pad: int = option(2, "Width of the learned frame in pixels.", low=1)
-
-    def build(self, backbone: FrozenBackbone, classes: int) -> VPTPad:
-        return VPTPad(backbone, classes, self.pad)

@@ -36,7 +36,7 @@ class RobustConfig(Options):
         "none",
         "Drive weights that are not critical to zero.",
         choices=("none", "cdr"),
-        needs=_MATRICES,
+        needs=(_MATRICES,),
     )
     tau: float = option(
         0.5,
@@ -44,23 +44,23 @@ class RobustConfig(Options):
         low=0,
         below=1,
         expected="a share from 0 to below 1",
-        needs=_CDR,
+        needs=(_CDR,),
     )
     robust_set: str = option(
         "step",
         "Choose the critical set anew at every step, or a fixed one, by the scores of the first "
         "tenth of the epochs.",
         choices=("step", "fixed"),
-        needs=_CDR,
+        needs=(_CDR,),
     )
     robust_scope: str = option(
         "layer",
         "Take the share of each matrix, or of all together.",
         choices=THRESHOLDS,
-        needs=_CDR,
+        needs=(_CDR,),
     )
     robust_decay: float = option(
-        0.03, "Pull towards zero, in weight per unit of learning rate.", low=0, needs=_CDR
+        0.03, "Pull towards zero, in weight per unit of learning rate.", low=0, needs=(_CDR,)
     )
     robust_ramp: int = option(
         0, "Epochs over which tau rises from 0.", low=0, needs=(_CDR, _REACHED)
@@ -70,7 +70,7 @@ class RobustConfig(Options):
         "Act on the matrices of implicit layers (LION's) and leave other methods alone, or on all "
         "trained matrices of any method, the head's included.",
         choices=("implicit", "all"),
-        needs=_CDR,
+        needs=(_CDR,),
     )
 
     def acts_on(self, method: Any) -> bool:

@@ -55,7 +55,7 @@ class TrainingConfig(Options):
         1,
         "Compute a batch in this many parts; the step stays that of the whole.",
         low=1,
-        needs=_WHOLE,
+        needs=(_WHOLE,),
     )
     ema: float | None = option(
         None,

@@ -23,6 +23,7 @@ from lion_models.run import (
     load_run,
 )
 from lion_models.run.checkpoint import read_checkpoint
+from lion_models.run.config import owners_of
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import solver_figures
 from tests.support.small import fit_run
@@ -192,7 +193,8 @@ def test_damaged_training_state_is_named(config: RunConfig, tmp_path: Path):
 )
 def test_bad_option_values_are_named(option: str, value: object, message: str):
     with pytest.raises(UserError, match=message):
-        RunConfig.from_dict({"data": "digits", "method": "vpt-deep", option: value})
+        method = owners_of().get(option, ["lion"])[-1]
+        RunConfig.of(**{"data": "digits", "method": method, option: value})
 
 
 def test_configuration_round_trip_is_strict():
