@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from lion_models.run.ranks import ALONE, Ranks
 from lion_models.run.report import CONFUSION, REPORT, class_report, read_report
 from lion_models.run.seeding import seed_all
 from lion_models.run.trainer import FitState, fit, freeze_images, score
-from lion_models.run.workbench import Workbench, open_data
+from lion_models.run.workbench import Workbench
 
 __all__ = ["OnEpoch", "Run"]
 
@@ -106,7 +107,7 @@ class Run:
 
     @cached_property
     def backbone(self) -> FrozenBackbone:
-        return self.bench.backbone(self.config)
+        return self.bench.backbone(self.config.backbone.backbone)
 
     @cached_property
     def place(self) -> str:
@@ -116,19 +117,13 @@ class Run:
 
     @cached_property
     def source(self) -> Source:
-        return self.bench.source(self.config.but(data=self.place))
+        return self.bench.source(replace(self.config.data, data=self.place), self.backbone)
 
     @cached_property
     def split(self) -> Split:
-        data = self.config.data
-        return split_source(
-            self.source,
-            self.config.training.seed,
-            data.shots,
-            data.validation_shots,
-            data.test_cap,
-            data.imbalance,
-        )
+        data, seed = self.config.data, self.config.training.seed
+        counts = data.shots, data.validation_shots, data.test_cap
+        return split_source(self.source, seed, *counts, data.imbalance)
 
     @cached_property
     def task(self) -> Task:
@@ -274,8 +269,7 @@ class Run:
             return len(self.split.train)
         if place is None or other is None or not (place in other.parents or other in place.parents):
             return 0
-        source = open_data(self.config.but(data=self.place), self.backbone)
-        files = source.paths if isinstance(source, FolderSource) else ()
+        files = self.source.paths if isinstance(self.source, FolderSource) else ()
         folders = [files[row].parent.resolve() for row in self.split.train] if files else []
         return sum(other in (inside, *inside.parents) for inside in folders)
 

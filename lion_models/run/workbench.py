@@ -6,25 +6,13 @@ import torch
 
 from lion_models.backbones import FrozenBackbone, load_backbone
 from lion_models.data import Source, open_source
+from lion_models.data.config import DataConfig
 from lion_models.data.loader import IMAGE_CACHE, ImageCache
-from lion_models.run.config import RunConfig
 from lion_models.run.features import FeatureCache
 
-__all__ = ["Workbench", "open_data"]
+__all__ = ["Workbench"]
 
 MOST_WORKERS = 8  # by default; more decode faster than a GPU tunes
-
-
-def open_data(config: RunConfig, backbone: FrozenBackbone) -> Source:
-    """Open the data of a configuration for a backbone; see `open_source`."""
-    return open_source(
-        config.data.data,
-        backbone.channels,
-        backbone.image_size,
-        transform=config.data.transform,
-        bad_files=config.data.bad_files,
-        verify=config.data.verify,
-    )
 
 
 class Workbench:
@@ -51,19 +39,17 @@ class Workbench:
         self._backbones: dict[str, FrozenBackbone] = {}
         self._sources: dict[tuple[object, ...], Source] = {}
 
-    def backbone(self, config: RunConfig) -> FrozenBackbone:
-        """The backbone that a configuration names, on the device."""
-        name = config.backbone.backbone
+    def backbone(self, name: str) -> FrozenBackbone:
+        """What `load_backbone` gives for a name, on the device."""
         if name not in self._backbones:
             self._backbones[name] = load_backbone(name).to(self.device)
         return self._backbones[name]
 
-    def source(self, config: RunConfig) -> Source:
-        """The data that a configuration names, for its backbone."""
-        backbone = self.backbone(config)
-        data = config.data
-        geometry = (backbone.channels, backbone.image_size, data.transform)
-        key = (data.data, *geometry, data.bad_files, data.verify)
+    def source(self, data: DataConfig, backbone: FrozenBackbone) -> Source:
+        """The data that is asked for, as a backbone takes it."""
+        shape = backbone.channels, backbone.image_size
+        reading = {key: getattr(data, key) for key in ("transform", "bad_files", "verify")}
+        key = (data.data, *shape, *reading.values())
         if key not in self._sources:
-            self._sources[key] = open_data(config, backbone)
+            self._sources[key] = open_source(data.data, *shape, **reading)
         return self._sources[key]

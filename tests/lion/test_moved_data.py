@@ -129,6 +129,21 @@ def test_eval_warns_where_the_data_holds_images_that_the_run_was_trained_on(
     assert "warning" not in lion("eval", "runs/tested").err
 
 
+def test_eval_warns_where_the_backbone_lies_elsewhere_too(
+    lion: Lion, home: Path, backbone_file: Path, tmp_path: Path
+):
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    for copy in (old, new):
+        shutil.copy(backbone_file, copy)
+    done = lion("train", "--data", "photos", "--method", "linear", "--backbone", old, "--shots", 3,
+                "--validation-shots", 2, "--epochs", 1, "--name", "b", "--no-test")  # fmt: skip
+    assert done.code == 0, done.err
+    old.unlink()
+    shown = lion("eval", "runs/b", "--data", "photos", "--backbone", new)
+    assert shown.code == 0, shown.err
+    assert "warning: 9 of these images are training images of the run" in shown.err
+
+
 def test_parts_of_a_data_set_with_its_own_split_are_told_apart(
     lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
 ):

@@ -19,7 +19,7 @@ from lion_models.base.errors import UserError
 from lion_models.base.files import replacing, write_json
 from lion_models.data import Task, open_source
 from lion_models.methods.base import TunedClassifier, trained_state
-from lion_models.run import FitState, RunConfig, build_model
+from lion_models.run import FitState, Run, RunConfig, build_model
 from lion_models.run.averaging import Average
 from lion_models.run.features import FeatureCache, Inputs, freeze_images
 from lion_models.run.loss import TrainingLoss
@@ -191,8 +191,8 @@ def test_images_are_decoded_once_for_many_runs(config: RunConfig, monkeypatch: p
     )
     bench = Workbench()
     first, second = (
-        bench.images.images(bench.source(each), torch.tensor(rows))[:]
-        for each, rows in ((config, [0, 5, 7]), (config.but(seed=9), [7, 1, 0]))
+        bench.images.images(Run(name, each, bench=bench).source, torch.tensor(rows))[:]
+        for name, each, rows in (("a", config, [0, 5, 7]), ("b", config.but(seed=9), [7, 1, 0]))
     )
     assert len(decoded) == len(set(decoded)) == 4
     assert torch.equal(second[0], first[2])
