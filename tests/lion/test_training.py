@@ -192,8 +192,8 @@ def test_damaged_training_state_is_named(config: RunConfig, tmp_path: Path):
     ],
 )
 def test_bad_option_values_are_named(option: str, value: object, message: str):
+    method = owners_of().get(option, ["lion"])[-1]
     with pytest.raises(UserError, match=message):
-        method = owners_of().get(option, ["lion"])[-1]
         RunConfig.of(**{"data": "digits", "method": method, option: value})
 
 
