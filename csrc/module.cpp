@@ -5,7 +5,10 @@
 #include <torch/headeronly/version.h>
 
 #include <string>
+#include <tuple>
 
+#include "ops/anderson_step.h"
+#include "ops/broyden_step.h"
 #if defined(DEQCORE_CUDA_MODULE)
 #include "cuda/solve_graph.h"
 #else
@@ -31,6 +34,17 @@ std::string compiler() {
 #endif
 }
 
+// The names of an op's numbers, in the order in which it reads them from its tensor of options.
+template <typename... Parts>
+py::object names_of(std::tuple<Parts...>*) {
+  return py::str((std::string() + ... + Parts::kNames)).attr("split")();
+}
+
+template <typename Numbers>
+py::object names_of() {
+  return names_of(static_cast<Numbers*>(nullptr));
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = compiler();
@@ -38,6 +52,10 @@ py::dict build_info() {
   info["flags"] = DEQCORE_FLAGS;
   info["sources"] = py::str(deqcore::kSources);  // deqcore/_sources.py
   info["torch"] = TORCH_VERSION;
+  py::dict numbers;
+  numbers["anderson_step"] = names_of<deqcore::AndersonNumbers>();
+  numbers["broyden_step"] = names_of<deqcore::BroydenNumbers>();
+  info["numbers"] = numbers;
 #if !defined(DEQCORE_CUDA_MODULE)
   info["isas"] = py::str(DEQCORE_ISAS).attr("split")(",");
   info["isa"] = deqcore::cpu::isa_name(deqcore::cpu::chosen_isa());

@@ -3,7 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/step_binding.h"
+#include "cpu/step_work.h"
+#include "ops/anderson_step_binding.h"
 
 namespace deqcore::cpu {
 namespace {
@@ -13,22 +14,21 @@ void anderson_step(const Tensor& x, const Tensor& f, const Tensor& damping, cons
                    const Tensor& status, const Tensor& counters, const Tensor& residuals,
                    const Tensor& remaining, const Tensor& x_next, const Tensor& z_next,
                    const Tensor& options) {
-  const StateType type = check_states(x, f);
-  const Rows rows = check_rows(status, counters, residuals, remaining, x.size(0));
   const AndersonArgs args =
-      anderson_args(x, f, damping, g_ring, h_ring, gram, best, rows, x_next, z_next, options);
+      anderson_args(x, f, damping, g_ring, h_ring, gram, best, status, counters, residuals, remaining,
+                    x_next, z_next, options);
   run_step<AndersonDecision>(
       args.batch, args.dim, args.memory + 1, 2 * args.memory + 4,
       [&](int64_t first, int64_t last, double* parts) {
-        DEQCORE_DISPATCH_ISA(anderson_push, args, type, first, last, parts);
+        DEQCORE_DISPATCH_ISA(anderson_push, args, first, last, parts);
       },
       [&](int64_t row, const double* parts, AndersonDecision* decision) {
         DEQCORE_DISPATCH_ISA(anderson_decide, args, row, parts, decision);
       },
       [&](int64_t first, int64_t last, const AndersonDecision* decisions) {
-        DEQCORE_DISPATCH_ISA(anderson_move, args, type, first, last, decisions);
+        DEQCORE_DISPATCH_ISA(anderson_move, args, first, last, decisions);
       });
-  count_remaining(rows, args.batch);
+  count_remaining(args.rows, args.batch);
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 #include <cstdint>
 
 #include "cpu/anderson_step.h"
-#include "cpu/lanes.h"
+#include "cpu/prefetch.h"
+#include "cpu/reductions.h"
 
 namespace deqcore::cpu::DEQCORE_ISA {
 namespace {
@@ -46,7 +47,7 @@ void push_block(const X* __restrict x, const F* __restrict f, X damping, int cou
                 X* __restrict g_slot, X* __restrict h_slot, X* __restrict wide_f) {
   for (int i = 0; i < count; ++i) {
     const X value = to_compute(f[i]);
-    const X g = value - to_compute(to_state<F>(x[i]));  // f was evaluated at x as F
+    const X g = value - to_compute(from_compute<F>(x[i]));  // f was evaluated at x as F
     g_slot[i] = g;
     h_slot[i] = x[i] + damping * g;
     if constexpr (sizeof(F) != sizeof(X)) wide_f[i] = value;
@@ -69,8 +70,8 @@ void push(const AndersonArgs& args, int64_t row, int64_t begin, int64_t end, dou
   // fits but is not there already.
   const int64_t row_bytes = memory * dim * static_cast<int64_t>(sizeof(X));
   const bool prefetch = row_bytes <= kCacheable && 2 * row_bytes * args.batch > kCacheable;
-  alignas(64) double lanes[(kAndersonMaxMemory + 1) * kLanes];
-  std::fill_n(lanes, (history + 1) * kLanes, 0.0);
+  alignas(64) double lanes[(kAndersonMaxMemory + 1) * kAccumulators];
+  std::fill_n(lanes, (history + 1) * kAccumulators, 0.0);
   alignas(64) X wide_f[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, end - first));
@@ -87,9 +88,9 @@ void push(const AndersonArgs& args, int64_t row, int64_t begin, int64_t end, dou
       residuals[age] = at.g_ring + other * dim + first;
       if (prefetch) fetch_ahead(at.h_ring + other * dim + first, count);
     }
-    add_all_dots<1, true>(residuals, history, residuals, count, lanes + kLanes);
+    add_all_dots<1, true>(residuals, history, residuals, count, lanes + kAccumulators);
   }
-  for (int64_t i = 0; i <= history; ++i) sums[i] = sum_lanes(lanes + i * kLanes);
+  for (int64_t i = 0; i <= history; ++i) sums[i] = sum_lanes(lanes + i * kAccumulators);
 }
 
 // Between the phases: the Gram matrix, the row's status, and its mixing weights by age.
@@ -165,16 +166,17 @@ void move_to(const AndersonArgs& args, int64_t row, const AndersonPlan& plan, co
     }
     std::copy_n(out, count, at.x_next + first);
     if (at.z_next != nullptr) {
-      for (int i = 0; i < count; ++i) at.z_next[first + i] = to_state<F>(out[i]);
+      for (int i = 0; i < count; ++i) at.z_next[first + i] = from_compute<F>(out[i]);
     }
   }
 }
 
 }  // namespace
 
-void anderson_push(const AndersonArgs& args, StateType type, int64_t first, int64_t last,
+void anderson_push(const AndersonArgs& args, int64_t first, int64_t last,
                    double* parts) {
-  with_state_type(type, [&]<typename X, typename F>() {
+  with_dtype(args.type, [&]<typename F>() {
+    using X = Compute<F>;
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
@@ -195,9 +197,10 @@ void anderson_decide(const AndersonArgs& args, int64_t row, const double* parts,
   decision->plan = plan(args, row, sums, decision->alpha);
 }
 
-void anderson_move(const AndersonArgs& args, StateType type, int64_t first, int64_t last,
+void anderson_move(const AndersonArgs& args, int64_t first, int64_t last,
                    const AndersonDecision* decisions) {
-  with_state_type(type, [&]<typename X, typename F>() {
+  with_dtype(args.type, [&]<typename F>() {
+    using X = Compute<F>;
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;

@@ -3,7 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/step_binding.h"
+#include "cpu/step_work.h"
+#include "ops/broyden_step_binding.h"
 
 namespace deqcore::cpu {
 namespace {
@@ -12,13 +13,12 @@ void broyden_step(const Tensor& x, const Tensor& f, const Tensor& damping, const
                   const Tensor& gram, const Tensor& best, const Tensor& status,
                   const Tensor& counters, const Tensor& residuals, const Tensor& remaining,
                   const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
-  const StateType type = check_states(x, f);
-  const Rows rows = check_rows(status, counters, residuals, remaining, x.size(0));
   const BroydenArgs args =
-      broyden_args(x, f, damping, s_ring, gram, best, rows, x_next, z_next, options);
+      broyden_args(x, f, damping, s_ring, gram, best, status, counters, residuals, remaining,
+                    x_next, z_next, options);
   int64_t stored = 0;
   for (int64_t row = 0; row < args.batch; ++row) {
-    if (rows.status[row] != kActive) continue;
+    if (args.rows.status[row] != kActive) continue;
     const int64_t history = broyden_history(args, row);
     stored = history > stored ? history : stored;
   }
@@ -27,15 +27,15 @@ void broyden_step(const Tensor& x, const Tensor& f, const Tensor& damping, const
   run_step<BroydenDecision>(
       args.batch, args.dim, 2 * args.capacity + 2, 2 * stored + 8,
       [&](int64_t first, int64_t last, double* parts) {
-        DEQCORE_DISPATCH_ISA(broyden_push, args, type, first, last, parts);
+        DEQCORE_DISPATCH_ISA(broyden_push, args, first, last, parts);
       },
       [&](int64_t row, const double* parts, BroydenDecision* decision) {
         DEQCORE_DISPATCH_ISA(broyden_decide, args, row, parts, decision);
       },
       [&](int64_t first, int64_t last, const BroydenDecision* decisions) {
-        DEQCORE_DISPATCH_ISA(broyden_move, args, type, first, last, decisions);
+        DEQCORE_DISPATCH_ISA(broyden_move, args, first, last, decisions);
       });
-  count_remaining(rows, args.batch);
+  count_remaining(args.rows, args.batch);
 }
 
 }  // namespace

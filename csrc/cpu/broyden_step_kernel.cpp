@@ -3,7 +3,8 @@
 #include <cstdint>
 
 #include "cpu/broyden_step.h"
-#include "cpu/lanes.h"
+#include "cpu/prefetch.h"
+#include "cpu/reductions.h"
 
 namespace deqcore::cpu::DEQCORE_ISA {
 namespace {
@@ -31,7 +32,7 @@ struct Row {
 // g = f - x, where f was evaluated at x as F.
 template <typename X, typename F>
 void residual_block(const X* __restrict x, const F* __restrict f, int count, X* __restrict g) {
-  for (int i = 0; i < count; ++i) g[i] = to_compute(f[i]) - to_compute(to_state<F>(x[i]));
+  for (int i = 0; i < count; ++i) g[i] = to_compute(f[i]) - to_compute(from_compute<F>(x[i]));
 }
 
 // The same numbers as X: `from` itself, or `room` filled with them.
@@ -56,8 +57,8 @@ template <typename X, typename F, typename S>
 void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, double* sums) {
   const Row<X, F, S> at(args, row);
   const int stored = static_cast<int>(broyden_history(args, row));
-  alignas(64) double lanes[(2 * kBroydenMaxMemory + 2) * kLanes];
-  std::fill_n(lanes, (2 * stored + 2) * kLanes, 0.0);
+  alignas(64) double lanes[(2 * kBroydenMaxMemory + 2) * kAccumulators];
+  std::fill_n(lanes, (2 * stored + 2) * kAccumulators, 0.0);
   alignas(64) X g[kBlock], wide_f[kBlock], wide_newest[kBlock];
   const S* steps[kBroydenMaxMemory];
   const bool ahead = beyond_cache<S>(args, stored);
@@ -66,23 +67,23 @@ void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, doub
     residual_block(at.x + first, at.f + first, count, g);
     const X* const f = widened(at.f + first, count, wide_f);
     add_square<X>(g, count, lanes);
-    add_square<X>(f, count, lanes + kLanes);
+    add_square<X>(f, count, lanes + kAccumulators);
     for (int j = 0; j < stored; ++j) {
       steps[j] = at.s_ring + j * args.dim + first;
       if (ahead) fetch_ahead(steps[j] + kBlock, kBlock);
     }
     if (stored == 0) continue;
     const X* const rights[] = {g, widened(steps[stored - 1], count, wide_newest)};
-    add_all_dots<2, false>(steps, stored, rights, count, lanes + 2 * kLanes);
+    add_all_dots<2, false>(steps, stored, rights, count, lanes + 2 * kAccumulators);
   }
-  for (int i = 0; i < 2 * stored + 2; ++i) sums[i] = sum_lanes(lanes + i * kLanes);
+  for (int i = 0; i < 2 * stored + 2; ++i) sums[i] = sum_lanes(lanes + i * kAccumulators);
 }
 
 // Stores a step, and makes it what was stored.
 template <typename X, typename S>
 void store_step(X* __restrict step, int count, S* __restrict to) {
   for (int i = 0; i < count; ++i) {
-    to[i] = to_state<S>(step[i]);
+    to[i] = from_compute<S>(step[i]);
     step[i] = to_compute(to[i]);
   }
 }
@@ -118,23 +119,28 @@ void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decisi
     }
     std::copy_n(out, count, at.x_next + first);
     if (at.z_next != nullptr) {
-      for (int i = 0; i < count; ++i) at.z_next[first + i] = to_state<F>(out[i]);
+      for (int i = 0; i < count; ++i) at.z_next[first + i] = from_compute<F>(out[i]);
     }
   }
 }
 
+// Calls run.operator()<X, F, S>() for the types of the iterate, of f and of the steps.
 template <typename Run>
-void with_types(const BroydenArgs& args, StateType type, const Run& run) {
-  with_state_type(type, [&]<typename X, typename F>() {
-    with_history_type<X>(args.narrow, [&]<typename S>() { run.template operator()<X, F, S>(); });
+void with_types(const BroydenArgs& args, const Run& run) {
+  with_dtype(args.type, [&]<typename F>() {
+    using X = Compute<F>;
+    if constexpr (sizeof(X) == sizeof(float)) {
+      if (args.narrow) return run.template operator()<X, F, BFloat16>();
+    }
+    run.template operator()<X, F, X>();
   });
 }
 
 }  // namespace
 
-void broyden_push(const BroydenArgs& args, StateType type, int64_t first, int64_t last,
+void broyden_push(const BroydenArgs& args, int64_t first, int64_t last,
                   double* parts) {
-  with_types(args, type, [&]<typename X, typename F, typename S>() {
+  with_types(args, [&]<typename X, typename F, typename S>() {
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
@@ -156,9 +162,9 @@ void broyden_decide(const BroydenArgs& args, int64_t row, const double* parts,
   decision->plan = broyden_plan(args, row, count, sums, dots, decision->weights);
 }
 
-void broyden_move(const BroydenArgs& args, StateType type, int64_t first, int64_t last,
+void broyden_move(const BroydenArgs& args, int64_t first, int64_t last,
                   const BroydenDecision* decisions) {
-  with_types(args, type, [&]<typename X, typename F, typename S>() {
+  with_types(args, [&]<typename X, typename F, typename S>() {
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;

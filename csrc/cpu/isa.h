@@ -54,26 +54,3 @@ const char* isa_name(Isa isa);
 #define DEQCORE_DISPATCH_ISA(function, ...) ::deqcore::cpu::portable::function(__VA_ARGS__)
 
 #endif
-
-#if defined(DEQCORE_ISA)
-
-namespace deqcore::cpu::DEQCORE_ISA {
-
-// a * b + c, rounded once where the instruction set has a fused multiply-add. The compiler fuses
-// nothing of its own accord (-ffp-contract=off), so that a sum does not depend on its taste.
-template <typename T>
-[[gnu::always_inline]] inline T multiply_add(T a, T b, T c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return __builtin_fmaf(a, b, c);
-  } else {
-    return __builtin_fma(a, b, c);
-  }
-#else
-  return a * b + c;
-#endif
-}
-
-}  // namespace deqcore::cpu::DEQCORE_ISA
-
-#endif

@@ -5,10 +5,9 @@
 // over the tokens there.
 #include "cpu/masked_linear.h"
 #include "cpu/masked_outer.h"
-#include "cpu/masked_vectors.h"
+#include "cpu/masked_tile.h"
 
 namespace deqcore::cpu::DEQCORE_ISA {
-namespace masked {
 namespace {
 
 #if defined(__AVX512F__)
@@ -21,27 +20,27 @@ constexpr int kGroup = 4;
 
 // The part of x [tokens, width] from `token` on, as the type of sums.
 template <typename S>
-const Sum<S>* read_panel(const void* source, int64_t width, int64_t token, int64_t tokens,
-                         Scratch<Sum<S>>& panel) {
+const Compute<S>* read_panel(const void* source, int64_t width, int64_t token, int64_t tokens,
+                         Scratch<Compute<S>>& panel) {
   const S* from = static_cast<const S*>(source) + token * width;
-  if constexpr (sizeof(S) == sizeof(Sum<S>)) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
     return from;
   } else {
-    constexpr int N = kLanes<Sum<S>>;
+    constexpr int N = kLanes<Compute<S>>;
     const int64_t count = tokens * width;
     int64_t i = 0;
-    for (; i + N <= count; i += N) store<Sum<S>, N>(panel.data() + i, load_sum<S, N>(from + i));
-    for (; i < count; ++i) panel.data()[i] = to_sum(from[i]);
+    for (; i + N <= count; i += N) store<Compute<S>, N>(panel.data() + i, load_as<Compute<S>, N>(from + i));
+    for (; i < count; ++i) panel.data()[i] = to_compute(from[i]);
     return panel.data();
   }
 }
 
 // N * V outputs of G tokens: y [G, rows] from x [G, width], over all blocks of one row of blocks.
 template <typename S, int N, int V, int G>
-[[gnu::always_inline]] inline void multiply_group(const MaskedLinearArgs& args, const Sum<S>* x,
-                                                  const Sum<S>* packed, const int32_t* columns,
+[[gnu::always_inline]] inline void multiply_group(const MaskedLinearArgs& args, const Compute<S>* x,
+                                                  const Compute<S>* packed, const int32_t* columns,
                                                   int64_t blocks, int64_t row, S* y) {
-  typedef Sum<S> T;
+  typedef Compute<S> T;
   const int64_t size = args.weight.block, width = args.weight.width;
   const T* bias = static_cast<const T*>(args.bias);
   Vector<T, N> sums[G][V];
@@ -62,7 +61,7 @@ template <typename S, int N, int V, int G>
       for (int g = 0; g < G; ++g) {
         const auto input = broadcast<T, N>(inputs[g * width + c]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[g][v] = fma<T, N>(weights[v], input, sums[g][v]);
+        for (int v = 0; v < V; ++v) sums[g][v] = multiply_add<T, N>(weights[v], input, sums[g][v]);
       }
     }
   }
@@ -70,15 +69,15 @@ template <typename S, int N, int V, int G>
   for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      store_sum<S, N>(y + g * args.weight.rows + row + v * N, sums[g][v]);
+      store_as<S, N>(y + g * args.weight.rows + row + v * N, sums[g][v]);
     }
   }
 }
 
 template <typename S, int V>
-void multiply_panel(const MaskedLinearArgs& args, const Sum<S>* x, int64_t token, int64_t tokens,
+void multiply_panel(const MaskedLinearArgs& args, const Compute<S>* x, int64_t token, int64_t tokens,
                     int64_t first, int64_t last) {
-  constexpr int N = kLanes<Sum<S>>;
+  constexpr int N = kLanes<Compute<S>>;
   const int64_t size = args.weight.block, rows = args.weight.rows, width = args.weight.width;
   S* y = static_cast<S*>(args.y) + token * rows;
   for (int64_t row = first * size; row < last * size; row += size) {
@@ -87,7 +86,7 @@ void multiply_panel(const MaskedLinearArgs& args, const Sum<S>* x, int64_t token
     const int64_t blocks = (args.weight.offsets[row + 1] - start) / size;
     for (int64_t part = 0; part < size; part += N * V) {
       // Entries of a row of blocks start where those of its first row do.
-      const auto* packed = static_cast<const Sum<S>*>(args.values) + start + part;
+      const auto* packed = static_cast<const Compute<S>*>(args.values) + start + part;
       int64_t t = 0;
       for (; t + kGroup <= tokens; t += kGroup) {
         multiply_group<S, N, V, kGroup>(args, x + t * width, packed, columns, blocks, row + part,
@@ -126,7 +125,7 @@ template <typename T, int N, int V, int G>
     for (int g = 0; g < G; ++g) {
       const auto gradient = broadcast<T, N>(left[t * left_width + g]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sums[g][v] = fma<T, N>(gradient, inputs[v], sums[g][v]);
+      for (int v = 0; v < V; ++v) sums[g][v] = multiply_add<T, N>(gradient, inputs[v], sums[g][v]);
     }
   }
 #pragma GCC unroll 16
@@ -169,60 +168,59 @@ void with_vectors(int64_t size, const Run& run) {
 }
 
 }  // namespace
-}  // namespace masked
 
-void masked_linear_blocks(const MaskedLinearArgs& args, ValueType type, int64_t begin,
+void masked_linear_blocks(const MaskedLinearArgs& args, Dtype type, int64_t begin,
                           int64_t end) {
-  masked::with_value_type(type, [&]<typename S>() {
-    typedef masked::Sum<S> T;
+  with_dtype(type, [&]<typename S>() {
+    typedef Compute<S> T;
     const int64_t tile = masked_linear_tile(type);
     const int64_t rows = args.weight.rows / args.weight.block;
     const int64_t chunk = (rows + args.row_chunks - 1) / args.row_chunks;
-    masked::Scratch<T> panel(sizeof(S) == sizeof(T) ? 0 : tile * args.weight.width);
+    Scratch<T> panel(sizeof(S) == sizeof(T) ? 0 : tile * args.weight.width);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t token = task / args.row_chunks * tile;
       const int64_t tokens = args.tokens - token < tile ? args.tokens - token : tile;
       const int64_t first = task % args.row_chunks * chunk;
       const int64_t last = first + chunk < rows ? first + chunk : rows;
-      const T* x = masked::read_panel<S>(args.x, args.weight.width, token, tokens, panel);
-      masked::with_vectors<T>(args.weight.block, [&]<int V>() {
-        masked::multiply_panel<S, V>(args, x, token, tokens, first, last);
+      const T* x = read_panel<S>(args.x, args.weight.width, token, tokens, panel);
+      with_vectors<T>(args.weight.block, [&]<int V>() {
+        multiply_panel<S, V>(args, x, token, tokens, first, last);
       });
     }
   });
 }
 
-void masked_outer_blocks(const MaskedOuterArgs& args, ValueType type, int64_t begin, int64_t end) {
+void masked_outer_blocks(const MaskedOuterArgs& args, Dtype type, int64_t begin, int64_t end) {
   constexpr int64_t kPanel = 128;  // tokens of left and right that stay in the second-level cache
-  masked::with_value_type(type, [&]<typename S>() {
-    typedef masked::Sum<S> T;
+  with_dtype(type, [&]<typename S>() {
+    typedef Compute<S> T;
     const int64_t rows = args.entries.rows, width = args.entries.width;
     constexpr bool kConverts = sizeof(S) != sizeof(T);
-    masked::Scratch<T> lefts(kConverts ? kPanel * rows : 0), rights(kConverts ? kPanel * width : 0);
+    Scratch<T> lefts(kConverts ? kPanel * rows : 0), rights(kConverts ? kPanel * width : 0);
     for (int64_t token = 0; token == 0 || token < args.tokens; token += kPanel) {
       const int64_t tokens = args.tokens - token < kPanel ? args.tokens - token : kPanel;
-      const T* left = masked::read_panel<S>(args.left, rows, token, tokens, lefts);
-      const T* right = masked::read_panel<S>(args.right, width, token, tokens, rights);
-      masked::with_vectors<T>(args.entries.block, [&]<int V>() {
-        masked::outer_panel<T, V>(args, left, right, tokens, token == 0, begin, end);
+      const T* left = read_panel<S>(args.left, rows, token, tokens, lefts);
+      const T* right = read_panel<S>(args.right, width, token, tokens, rights);
+      with_vectors<T>(args.entries.block, [&]<int V>() {
+        outer_panel<T, V>(args, left, right, tokens, token == 0, begin, end);
       });
     }
   });
 }
 
-void masked_pack_blocks(const SparseRows& rows, const void* values, ValueType type, void* out,
+void masked_pack_blocks(const SparseRows& rows, const void* values, Dtype type, void* out,
                         int64_t begin, int64_t end) {
-  masked::with_value_type(type, [&]<typename S>() {
+  with_dtype(type, [&]<typename S>() {
     const S* from = static_cast<const S*>(values);
     const int64_t size = rows.block;
     for (int64_t row = begin * size; row < end * size; row += size) {
       const int64_t start = rows.offsets[row], kept = rows.offsets[row + 1] - start;
-      auto* packed = static_cast<masked::Sum<S>*>(out) + start;
+      auto* packed = static_cast<Compute<S>*>(out) + start;
       for (int64_t r = 0; r < size; ++r) {
         for (int64_t i = 0; i < kept; ++i) {
           const int64_t entry = start + r * kept + i;
           const S value = from[rows.position ? rows.position[entry] : entry];
-          packed[i * size + r] = masked::to_sum(value);  // i = block * size + column
+          packed[i * size + r] = to_compute(value);  // i = block * size + column
         }
       }
     }

@@ -1,12 +1,13 @@
 // Bindings of masked_to_dense, masked_expand and masked_from_dense for CPU tensors: they move numbers
 // and compute nothing, so that one version of all but masked_expand serves every instruction set.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <cstring>
 
-#include "cpu/masked_binding.h"
 #include "cpu/masked_expand.h"
+#include "ops/masked_dense_binding.h"
 
 namespace deqcore::cpu {
 namespace {
@@ -15,20 +16,19 @@ constexpr int64_t kGrain = 64;  // rows
 
 // Calls run(uint16_t{}), run(uint32_t{}) or run(uint64_t{}) for numbers of that size.
 template <typename Run>
-void with_size(ValueType type, const Run& run) {
-  if (type == ValueType::f64) return run(uint64_t{});
-  if (type == ValueType::f32) return run(uint32_t{});
+void with_size(Dtype type, const Run& run) {
+  if (type == Dtype::f64) return run(uint64_t{});
+  if (type == Dtype::f32) return run(uint32_t{});
   return run(uint16_t{});
 }
 
 Tensor masked_to_dense(const Tensor& values, const Tensor& pattern, int64_t rows, int64_t columns) {
-  const ValueType type = value_type(values, "values");
-  STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
-  const SparseRows entries = read_pattern(pattern, values.size(0), rows, columns, 1, false);
+  const MaskedDenseOperands checked = masked_to_dense_operands(values, pattern, rows, columns);
+  const SparseRows& entries = checked.entries;
   const Tensor kept = torch::stable::contiguous(values);
   Tensor dense = torch::stable::new_empty(values, {rows, columns});
   if (dense.numel() == 0) return dense;
-  with_size(type, [&]<typename Bits>(Bits) {
+  with_size(checked.type, [&]<typename Bits>(Bits) {
     const Bits* from = static_cast<const Bits*>(kept.const_data_ptr());
     Bits* to = static_cast<Bits*>(dense.mutable_data_ptr());
     const int32_t *offsets = entries.offsets, *places = entries.columns;
@@ -48,9 +48,8 @@ Tensor masked_to_dense(const Tensor& values, const Tensor& pattern, int64_t rows
 
 Tensor masked_expand(const Tensor& values, const Tensor& words, const Tensor& pattern, int64_t rows,
                      int64_t columns) {
-  const ValueType type = value_type(values, "values");
-  STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
-  const SparseRows entries = read_pattern(pattern, values.size(0), rows, columns, 1, false);
+  const MaskedDenseOperands checked = masked_to_dense_operands(values, pattern, rows, columns);
+  const SparseRows& entries = checked.entries;
   const int64_t cells = rows * columns;
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Byte && words.is_contiguous() &&
                       words.numel() == (cells + 7) / 8,
@@ -67,7 +66,7 @@ Tensor masked_expand(const Tensor& values, const Tensor& words, const Tensor& pa
   std::atomic<bool> done = true;
   torch::stable::parallel_for(0, rows / step, step == 1 ? kGrain : 1, [&](int64_t from, int64_t to) {
     const int64_t first = from * step, last = to * step;
-    const bool mine = DEQCORE_DISPATCH_ISA(masked_expand, args, type, entries.offsets[first],
+    const bool mine = DEQCORE_DISPATCH_ISA(masked_expand, args, checked.type, entries.offsets[first],
                                            first * columns, last * columns);
     if (!mine) done = false;
   });
@@ -75,16 +74,13 @@ Tensor masked_expand(const Tensor& values, const Tensor& words, const Tensor& pa
 }
 
 Tensor masked_from_dense(const Tensor& dense, const Tensor& pattern) {
-  const ValueType type = value_type(dense, "dense");
-  STD_TORCH_CHECK(dense.dim() == 2, "dense: expected (rows, columns), got ", dense.dim(),
-                  " dimensions");
-  const int64_t rows = dense.size(0), columns = dense.size(1);
-  const int64_t count = (pattern.numel() - rows - columns - 2) / 3;
-  const SparseRows entries = read_pattern(pattern, count, rows, columns, 1, false);
+  const MaskedDenseOperands checked = masked_from_dense_operands(dense, pattern);
+  const SparseRows& entries = checked.entries;
+  const int64_t rows = entries.rows, columns = entries.width;
   const Tensor source = torch::stable::contiguous(dense);
-  Tensor values = torch::stable::new_empty(dense, {count});
-  if (count == 0) return values;
-  with_size(type, [&]<typename Bits>(Bits) {
+  Tensor values = torch::stable::new_empty(dense, {entries.kept});
+  if (entries.kept == 0) return values;
+  with_size(checked.type, [&]<typename Bits>(Bits) {
     const Bits* from = static_cast<const Bits*>(source.const_data_ptr());
     Bits* to = static_cast<Bits*>(values.mutable_data_ptr());
     const int32_t *offsets = entries.offsets, *places = entries.columns;

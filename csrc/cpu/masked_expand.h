@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/isa.h"
-#include "cpu/masked.h"
+#include "ops/dtype.h"
 
 namespace deqcore::cpu {
 
@@ -17,7 +17,7 @@ struct MaskedExpandArgs {
 
 // Entries begin to end of the matrix, of which `at` are kept before `begin`. False, with nothing
 // done, where the instruction set has no expansion.
-DEQCORE_DECLARE_KERNEL(bool masked_expand(const MaskedExpandArgs& args, ValueType type, int64_t at,
+DEQCORE_DECLARE_KERNEL(bool masked_expand(const MaskedExpandArgs& args, Dtype type, int64_t at,
                                           int64_t begin, int64_t end))
 
 }  // namespace deqcore::cpu

@@ -6,9 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "cpu/simd.h"
 
 namespace deqcore::cpu::DEQCORE_ISA {
 
@@ -59,17 +57,16 @@ void expand(const double* from, int64_t left, uint32_t bits, int count, double* 
 
 template <typename T>
 void expand_range(const MaskedExpandArgs& args, int64_t at, int64_t begin, int64_t end) {
-  constexpr int kLanes = 64 / sizeof(T);
   const T* const values = static_cast<const T*>(args.values);
   T* const dense = static_cast<T*>(args.dense);
   int64_t cell = begin;
-  for (; cell + kLanes <= end && at + kLanes <= args.kept; cell += kLanes) {
+  for (; cell + kLanes<T> <= end && at + kLanes<T> <= args.kept; cell += kLanes<T>) {
     const uint32_t bits = whole_bits_at<T>(args.words, cell);
     expand(values + at, bits, dense + cell);
     at += __builtin_popcount(bits);
   }
-  for (; cell < end; cell += kLanes) {
-    const int count = static_cast<int>(std::min<int64_t>(kLanes, end - cell));
+  for (; cell < end; cell += kLanes<T>) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, end - cell));
     const uint32_t bits = bits_at(args.words, cell, count);
     expand(values + at, args.kept - at, bits, count, dense + cell);
     at += __builtin_popcount(bits);
@@ -78,13 +75,13 @@ void expand_range(const MaskedExpandArgs& args, int64_t at, int64_t begin, int64
 
 }  // namespace
 
-bool masked_expand(const MaskedExpandArgs& args, ValueType type, int64_t at, int64_t begin,
+bool masked_expand(const MaskedExpandArgs& args, Dtype type, int64_t at, int64_t begin,
                    int64_t end) {
-  if (type == ValueType::f32) {
+  if (type == Dtype::f32) {
     expand_range<float>(args, at, begin, end);
     return true;
   }
-  if (type == ValueType::f64) {
+  if (type == Dtype::f64) {
     expand_range<double>(args, at, begin, end);
     return true;
   }
@@ -93,7 +90,7 @@ bool masked_expand(const MaskedExpandArgs& args, ValueType type, int64_t at, int
 
 #else
 
-bool masked_expand(const MaskedExpandArgs&, ValueType, int64_t, int64_t, int64_t) { return false; }
+bool masked_expand(const MaskedExpandArgs&, Dtype, int64_t, int64_t, int64_t) { return false; }
 
 #endif
 

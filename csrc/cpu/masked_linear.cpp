@@ -5,7 +5,8 @@
 
 #include <optional>
 
-#include "cpu/masked_binding.h"
+#include "cpu/masked_work.h"
+#include "ops/masked_linear_binding.h"
 
 namespace deqcore::cpu {
 namespace {
@@ -20,9 +21,9 @@ struct Operands {
 };
 
 Operands prepare(const SparseRows& weight, const Tensor& values, const std::optional<Tensor>& bias,
-                 ValueType type, bool packs_blocks) {
+                 Dtype type, bool packs_blocks) {
   Operands out{values.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, {}, {}};
-  const int64_t size = sum_size(type);
+  const int64_t size = compute_size(type);
   if (packs_blocks || weight.position != nullptr || is_half(type)) {
     out.value_copy = uninitialised(weight.kept * size);
     void* copy = out.value_copy.get();
@@ -51,16 +52,11 @@ Operands prepare(const SparseRows& weight, const Tensor& values, const std::opti
 Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pattern,
                         std::optional<Tensor> bias, int64_t rows, int64_t columns, int64_t block,
                         bool transposed, bool /*dense_outer: of the derivative*/) {
-  const ValueType type = value_type(values, "values");
-  STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
-  const SparseRows weight = read_pattern(pattern, values.size(0), rows, columns, block, transposed);
-  check_matrix(x, "x", values.scalar_type(), weight.width);
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.rows &&
-                        bias->scalar_type() == values.scalar_type(),
-                    "bias: expected ", weight.rows, " numbers of the values' dtype");
-    bias = torch::stable::contiguous(*bias);
-  }
+  const MaskedLinearOperands checked =
+      masked_linear_operands(x, values, pattern, bias, rows, columns, block, transposed);
+  const Dtype type = checked.type;
+  const SparseRows& weight = checked.weight;
+  if (bias) bias = torch::stable::contiguous(*bias);
   const Tensor inputs = torch::stable::contiguous(x), kept = torch::stable::contiguous(values);
   const int64_t tokens = x.size(0);
   Tensor y = torch::stable::new_empty(x, {tokens, weight.rows});
@@ -70,7 +66,7 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
   const bool by_blocks = block > 1 && tokens >= 4;
   const Operands operands = prepare(weight, kept, bias, type, by_blocks);
   const int64_t tile = DEQCORE_DISPATCH_ISA(masked_linear_tile, type);
-  const int64_t column_bytes = std::min(tokens, tile) * sum_size(type);
+  const int64_t column_bytes = std::min(tokens, tile) * compute_size(type);
   const int64_t step = columns_at_a_time(weight, column_bytes, /*first_cache=*/32 << 10,
                                          /*entries_per_row=*/24);
   const std::vector<int32_t> starts =

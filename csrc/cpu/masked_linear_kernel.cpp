@@ -7,10 +7,10 @@
 // result does not depend on the others, on the tile or on the blocks.
 #include "cpu/masked_linear.h"
 
-#include "cpu/masked_vectors.h"
+#include "cpu/masked_tile.h"
+#include "cpu/prefetch.h"
 
 namespace deqcore::cpu::DEQCORE_ISA {
-namespace masked {
 namespace {
 
 // Vectors of tokens in the widest tile, and rows at a time: enough independent sums to hide the
@@ -34,7 +34,7 @@ template <typename T, int N, int V, int R>
     asm("" : "+r"(column));  // or the compiler keeps V addresses instead of one and V offsets
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      sums[r][v] = fma<T, N>(weight, load<T, N>(column + v * N), sums[r][v]);
+      sums[r][v] = multiply_add<T, N>(weight, load<T, N>(column + v * N), sums[r][v]);
     }
   };
   int64_t entry[R];
@@ -89,8 +89,8 @@ struct Part {
 
 // One tile of at most N * V tokens. tile: columns of one block; sums: the part's rows.
 template <typename S, int N, int V>
-void multiply_tile(const MaskedLinearArgs& args, const Part& part, Sum<S>* tile, Sum<S>* sums) {
-  typedef Sum<S> T;
+void multiply_tile(const MaskedLinearArgs& args, const Part& part, Compute<S>* tile, Compute<S>* sums) {
+  typedef Compute<S> T;
   constexpr int W = N * V;
   constexpr int R = V >= 3 ? kTileRows : V == 2 ? 2 : 4;
   const int64_t width = args.weight.width, rows = args.weight.rows, step = args.blocks.columns;
@@ -131,13 +131,13 @@ void multiply_tile(const MaskedLinearArgs& args, const Part& part, Sum<S>* tile,
 // A single token needs no tile: its columns are contiguous as they are. Four rows are taken at a
 // time, since a row's sum must wait for each multiply-add before the next.
 template <typename S>
-void multiply_token(const MaskedLinearArgs& args, const Part& part, Sum<S>* copy) {
-  typedef Sum<S> T;
+void multiply_token(const MaskedLinearArgs& args, const Part& part, Compute<S>* copy) {
+  typedef Compute<S> T;
   const int64_t width = args.weight.width;
   const T* x = static_cast<const T*>(args.x) + part.token * width;
   if constexpr (sizeof(S) != sizeof(T)) {
     const S* stored = static_cast<const S*>(args.x) + part.token * width;
-    for (int64_t i = 0; i < width; ++i) copy[i] = to_sum(stored[i]);
+    for (int64_t i = 0; i < width; ++i) copy[i] = to_compute(stored[i]);
     x = copy;
   }
   const T* values = static_cast<const T*>(args.values);
@@ -148,7 +148,7 @@ void multiply_token(const MaskedLinearArgs& args, const Part& part, Sum<S>* copy
   };
   const auto finish = [&](int64_t row, T sum, int64_t entry) {
     for (; entry < offsets[row + 1]; ++entry) sum = add(sum, entry);
-    static_cast<S*>(args.y)[part.token * args.weight.rows + row] = from_sum<S>(sum);
+    static_cast<S*>(args.y)[part.token * args.weight.rows + row] = from_compute<S>(sum);
   };
   const auto first = [&](int64_t row) { return bias ? bias[row] : T{0}; };
   const auto length = [&](int64_t row) { return offsets[row + 1] - offsets[row]; };
@@ -175,8 +175,8 @@ void multiply_token(const MaskedLinearArgs& args, const Part& part, Sum<S>* copy
 
 // In the narrowest tile that holds the part's tokens.
 template <typename S, int V>
-void multiply(const MaskedLinearArgs& args, const Part& part, Sum<S>* tile, Sum<S>* sums) {
-  constexpr int N = kLanes<Sum<S>>;
+void multiply(const MaskedLinearArgs& args, const Part& part, Compute<S>* tile, Compute<S>* sums) {
+  constexpr int N = kLanes<Compute<S>>;
   if constexpr (V > 1) {
     if (part.tokens <= N * (V - 1)) return multiply<S, V - 1>(args, part, tile, sums);
   } else {
@@ -192,46 +192,45 @@ void multiply(const MaskedLinearArgs& args, const Part& part, Sum<S>* tile, Sum<
 }
 
 }  // namespace
-}  // namespace masked
 
-int64_t masked_linear_tile(ValueType type) {
-  const int64_t size = type == ValueType::f64 ? sizeof(double) : sizeof(float);
-  return masked::kTileVectors * (masked::kVectorBytes / size);
+int64_t masked_linear_tile(Dtype type) {
+  const int64_t size = type == Dtype::f64 ? sizeof(double) : sizeof(float);
+  return kTileVectors * (kRegisterBytes / size);
 }
 
-void masked_linear(const MaskedLinearArgs& args, ValueType type, int64_t begin, int64_t end) {
-  masked::with_value_type(type, [&]<typename S>() {
-    typedef masked::Sum<S> T;
-    constexpr int64_t kLanes = masked::kLanes<T>;
-    constexpr int64_t kTile = kLanes * masked::kTileVectors;
+void masked_linear(const MaskedLinearArgs& args, Dtype type, int64_t begin, int64_t end) {
+  with_dtype(type, [&]<typename S>() {
+    typedef Compute<S> T;
+    constexpr int64_t kTile = kLanes<T> * kTileVectors;
     const int64_t rows = args.weight.rows, step = args.blocks.columns;
     const int64_t chunk = (rows + args.row_chunks - 1) / args.row_chunks;
-    const int64_t wide = args.tokens < kTile ? (args.tokens + kLanes - 1) / kLanes * kLanes : kTile;
+    const int64_t rounded = (args.tokens + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    const int64_t wide = args.tokens < kTile ? rounded : kTile;
     const int64_t width = args.weight.width;
-    masked::Scratch<T> tile(width < step          ? width * wide
+    Scratch<T> tile(width < step          ? width * wide
                             : step * wide < width ? width
                                                   : step * wide);
-    masked::Scratch<T> sums(chunk * wide);
+    Scratch<T> sums(chunk * wide);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t token = task / args.row_chunks * kTile;
       const int64_t first = task % args.row_chunks * chunk;
-      const masked::Part part{token, args.tokens - token < kTile ? args.tokens - token : kTile,
+      const Part part{token, args.tokens - token < kTile ? args.tokens - token : kTile,
                               first, first + chunk < rows ? first + chunk : rows};
       if (part.first >= part.last) continue;
-      masked::multiply<S, masked::kTileVectors>(args, part, tile.data(), sums.data());
+      multiply<S, kTileVectors>(args, part, tile.data(), sums.data());
     }
   });
 }
 
-void masked_values(const SparseRows& rows, const void* values, ValueType type, void* out,
+void masked_values(const SparseRows& rows, const void* values, Dtype type, void* out,
                    int64_t begin, int64_t end) {
-  masked::with_value_type(type, [&]<typename S>() {
+  with_dtype(type, [&]<typename S>() {
     const S* from = static_cast<const S*>(values);
-    auto* to = static_cast<masked::Sum<S>*>(out);
+    auto* to = static_cast<Compute<S>*>(out);
     if (rows.position == nullptr) {
-      for (int64_t i = begin; i < end; ++i) to[i] = masked::to_sum(from[i]);
+      for (int64_t i = begin; i < end; ++i) to[i] = to_compute(from[i]);
     } else {
-      for (int64_t i = begin; i < end; ++i) to[i] = masked::to_sum(from[rows.position[i]]);
+      for (int64_t i = begin; i < end; ++i) to[i] = to_compute(from[rows.position[i]]);
     }
   });
 }

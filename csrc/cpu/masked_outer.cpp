@@ -5,16 +5,17 @@
 
 #include <cstring>
 
-#include "cpu/masked_binding.h"
+#include "cpu/masked_work.h"
+#include "ops/masked_outer_binding.h"
 
 namespace deqcore::cpu {
 namespace {
 
 // Tiles are transposed a few at a time, one for each thread, into memory that stays in the caches.
-void outer_by_tiles(MaskedOuterArgs args, ValueType type, int64_t threads) {
+void outer_by_tiles(MaskedOuterArgs args, Dtype type, int64_t threads) {
   const SparseRows& entries = args.entries;
   const int64_t width = DEQCORE_DISPATCH_ISA(masked_outer_tile, type, args.tokens);
-  const int64_t size = sum_size(type);
+  const int64_t size = compute_size(type);
   const int64_t step = columns_at_a_time(entries, width * size, /*first_cache=*/32 << 10,
                                          /*entries_per_row=*/24);
   const std::vector<int32_t> starts = find_starts(entries, step);
@@ -28,7 +29,7 @@ void outer_by_tiles(MaskedOuterArgs args, ValueType type, int64_t threads) {
   char* lefts = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
   char* rights = lefts + batch * left_bytes;
   const std::vector<int64_t> bounds = balance_rows(entries, entries.rows, threads);
-  const int64_t stored = type == ValueType::f64 ? 8 : type == ValueType::f32 ? 4 : 2;
+  const int64_t stored = stored_size(type);
 
   for (int64_t first = 0; first < tiles; first += batch) {
     const int64_t count = std::min(batch, tiles - first);
@@ -63,21 +64,18 @@ void outer_by_tiles(MaskedOuterArgs args, ValueType type, int64_t threads) {
 
 Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pattern, int64_t rows,
                        int64_t columns, int64_t block) {
-  const ValueType type = value_type(left, "left");
-  const int64_t kept = (pattern.numel() - rows - columns - 2) / 3;
-  const SparseRows entries = read_pattern(pattern, kept, rows, columns, block, false);
-  check_matrix(left, "left", left.scalar_type(), rows);
-  check_matrix(right, "right", left.scalar_type(), columns);
-  const int64_t tokens = left.size(0);
-  STD_TORCH_CHECK(right.size(0) == tokens, "right: expected ", tokens, " tokens like left, got ",
-                  right.size(0));
+  const MaskedOuterOperands checked =
+      masked_outer_operands(left, right, pattern, rows, columns, block);
+  const Dtype type = checked.type;
+  const SparseRows& entries = checked.entries;
+  const int64_t kept = entries.kept, tokens = left.size(0);
   const Tensor lefts = torch::stable::contiguous(left), rights = torch::stable::contiguous(right);
   Tensor values = torch::stable::new_empty(left, {kept});
   if (kept == 0) return values;
   void* out = values.mutable_data_ptr();
   if (tokens == 0) return std::memset(out, 0, kept * values.element_size()), values;
 
-  const auto sums = uninitialised(is_half(type) ? kept * sum_size(type) : 0);
+  const auto sums = uninitialised(is_half(type) ? kept * compute_size(type) : 0);
   const MaskedOuterArgs args{
       .left = lefts.const_data_ptr(),
       .right = rights.const_data_ptr(),

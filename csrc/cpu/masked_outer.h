@@ -3,7 +3,9 @@
 #pragma once
 
 #include "cpu/isa.h"
-#include "cpu/masked.h"
+#include "cpu/column_blocks.h"
+#include "ops/dtype.h"
+#include "ops/sparse_rows.h"
 
 namespace deqcore::cpu {
 
@@ -27,23 +29,23 @@ struct OuterTile {
 };
 
 // How many tokens are transposed together.
-DEQCORE_DECLARE_KERNEL(int64_t masked_outer_tile(ValueType type, int64_t tokens))
+DEQCORE_DECLARE_KERNEL(int64_t masked_outer_tile(Dtype type, int64_t tokens))
 
 // Transposes one tile: out [columns, width] of source [tokens, columns].
-DEQCORE_DECLARE_KERNEL(void masked_outer_transpose(const void* source, ValueType type,
+DEQCORE_DECLARE_KERNEL(void masked_outer_transpose(const void* source, Dtype type,
                                                    int64_t tokens, int64_t columns, int64_t width,
                                                    void* out))
 
 // Adds one tile to the values of its rows.
-DEQCORE_DECLARE_KERNEL(void masked_outer(const MaskedOuterArgs& args, ValueType type,
+DEQCORE_DECLARE_KERNEL(void masked_outer(const MaskedOuterArgs& args, Dtype type,
                                          const OuterTile& tile))
 
 // All tokens, for entries in blocks: rows of blocks begin to end.
-DEQCORE_DECLARE_KERNEL(void masked_outer_blocks(const MaskedOuterArgs& args, ValueType type,
+DEQCORE_DECLARE_KERNEL(void masked_outer_blocks(const MaskedOuterArgs& args, Dtype type,
                                                 int64_t begin, int64_t end))
 
 // Rounds begin to end of the sums to the type of the tensors.
-DEQCORE_DECLARE_KERNEL(void masked_outer_round(const void* sums, ValueType type, void* out,
+DEQCORE_DECLARE_KERNEL(void masked_outer_round(const void* sums, Dtype type, void* out,
                                                int64_t begin, int64_t end))
 
 }  // namespace deqcore::cpu

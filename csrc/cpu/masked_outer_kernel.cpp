@@ -3,10 +3,10 @@
 // stays in registers while its entries are taken four at a time.
 #include "cpu/masked_outer.h"
 
-#include "cpu/masked_vectors.h"
+#include "cpu/masked_tile.h"
+#include "cpu/prefetch.h"
 
 namespace deqcore::cpu::DEQCORE_ISA {
-namespace masked {
 namespace {
 
 constexpr int kTileVectors = 6;  // in the widest tile
@@ -28,7 +28,7 @@ template <typename T, int N, int V>
   for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 4
     for (int i = 0; i < kEntries; ++i) {
-      sums[i] = fma<T, N>(left[v], load<T, N>(column[i] + v * N), sums[i]);
+      sums[i] = multiply_add<T, N>(left[v], load<T, N>(column[i] + v * N), sums[i]);
     }
   }
   T totals[kEntries];
@@ -54,7 +54,7 @@ Ahead next_tile(const void* source, const MaskedOuterArgs& args, const OuterTile
 
 template <typename S, int N, int V>
 void add_tile(const MaskedOuterArgs& args, const OuterTile& tile) {
-  typedef Sum<S> T;
+  typedef Compute<S> T;
   const SparseRows& entries = args.entries;
   const T* left_tile = static_cast<const T*>(tile.left);
   const T* right_tile = static_cast<const T*>(tile.right);
@@ -102,47 +102,46 @@ void with_tile(int64_t width, const Run& run) {
 }
 
 }  // namespace
-}  // namespace masked
 
-int64_t masked_outer_tile(ValueType type, int64_t tokens) {
-  const int64_t lanes = masked::kVectorBytes / (type == ValueType::f64 ? 8 : 4);
+int64_t masked_outer_tile(Dtype type, int64_t tokens) {
+  const int64_t lanes = kRegisterBytes / (type == Dtype::f64 ? 8 : 4);
   if (lanes >= 16 && tokens <= lanes / 4) return lanes / 4;
   if (lanes >= 8 && tokens <= lanes / 2) return lanes / 2;
   if (tokens <= lanes) return lanes;
   if (tokens <= 2 * lanes) return 2 * lanes;
-  return masked::kTileVectors * lanes;
+  return kTileVectors * lanes;
 }
 
-void masked_outer_transpose(const void* source, ValueType type, int64_t tokens, int64_t columns,
+void masked_outer_transpose(const void* source, Dtype type, int64_t tokens, int64_t columns,
                             int64_t width, void* out) {
-  masked::with_value_type(type, [&]<typename S>() {
-    typedef masked::Sum<S> T;
-    masked::with_tile<T>(width, [&]<int N, int V>() {
-      masked::transpose_in<S, N, N * V>(static_cast<const S*>(source), columns, tokens, columns,
+  with_dtype(type, [&]<typename S>() {
+    typedef Compute<S> T;
+    with_tile<T>(width, [&]<int N, int V>() {
+      transpose_in<S, N, N * V>(static_cast<const S*>(source), columns, tokens, columns,
                                         static_cast<T*>(out));
     });
   });
 }
 
-void masked_outer(const MaskedOuterArgs& args, ValueType type, const OuterTile& tile) {
-  masked::with_value_type(type, [&]<typename S>() {
-    masked::with_tile<masked::Sum<S>>(
-        tile.width, [&]<int N, int V>() { masked::add_tile<S, N, V>(args, tile); });
+void masked_outer(const MaskedOuterArgs& args, Dtype type, const OuterTile& tile) {
+  with_dtype(type, [&]<typename S>() {
+    with_tile<Compute<S>>(
+        tile.width, [&]<int N, int V>() { add_tile<S, N, V>(args, tile); });
   });
 }
 
-void masked_outer_round(const void* sums, ValueType type, void* out, int64_t begin, int64_t end) {
-  masked::with_value_type(type, [&]<typename S>() {
-    typedef masked::Sum<S> T;
-    constexpr int N = masked::kLanes<T>;
+void masked_outer_round(const void* sums, Dtype type, void* out, int64_t begin, int64_t end) {
+  with_dtype(type, [&]<typename S>() {
+    typedef Compute<S> T;
+    constexpr int N = kLanes<T>;
     const T* from = static_cast<const T*>(sums);
     S* to = static_cast<S*>(out);
     int64_t i = begin;
     for (; i + N <= end; i += N) {
-      masked::store_sum<S, N>(to + i, masked::load<T, N>(from + i));
+      store_as<S, N>(to + i, load<T, N>(from + i));
     }
     if (i < end)
-      masked::store_part<S, N>(to + i, masked::load_part<T, N>(from + i, end - i), end - i);
+      store_part<S, N>(to + i, load_part<T, N>(from + i, end - i), end - i);
   });
 }
 

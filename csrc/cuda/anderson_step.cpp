@@ -3,7 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/launch_binding.h"
+#include "cuda/torch_launch.h"
+#include "ops/anderson_step_binding.h"
 
 namespace deqcore::cuda {
 namespace {
@@ -15,14 +16,13 @@ void anderson_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, c
                       const Tensor& options) {
   check_device(x, {&x, &f, &damping, &g_ring, &h_ring, &gram, &best, &status, &counters, &residuals,
                    &remaining, &x_next, &z_next});
-  const StateType type = check_states(x, f);
-  const Rows rows = check_rows(status, counters, residuals, remaining, x.size(0));
   const AndersonArgs args =
-      anderson_args(x, f, damping, g_ring, h_ring, gram, best, rows, x_next, z_next, options);
+      anderson_args(x, f, damping, g_ring, h_ring, gram, best, status, counters, residuals, remaining,
+                    x_next, z_next, options);
   const OnDeviceOf device(x);
   const Path path = anderson_path(args);
   const Workspace workspace(x, anderson_workspace_bytes(args, path));
-  check_launch("anderson_step", anderson_step(args, type, path, workspace.get(), device.stream()));
+  check_launch("anderson_step", anderson_step(args, path, workspace.get(), device.stream()));
 }
 
 }  // namespace

@@ -467,21 +467,12 @@ int64_t anderson_workspace_bytes(const AndersonArgs& args, Path path) {
   return args.batch * (static_cast<int64_t>(sizeof(RowState)) + sums);
 }
 
-const char* anderson_step(const AndersonArgs& args, StateType type, Path path, void* workspace,
-                          void* stream) {
+const char* anderson_step(const AndersonArgs& args, Path path, void* workspace, void* stream) {
   if (args.batch == 0) return nullptr;
   const Stream on = static_cast<Stream>(stream);
-  switch (type) {
-    case StateType::f64:
-      return launch_typed<double, double>(args, path, workspace, on);
-    case StateType::f32:
-      return launch_typed<float, float>(args, path, workspace, on);
-    case StateType::bf16:
-      return launch_typed<float, BFloat16>(args, path, workspace, on);
-    case StateType::f16:
-      return launch_typed<float, Half>(args, path, workspace, on);
-  }
-  return "unknown dtype";
+  return with_dtype(args.type, [&]<typename F>() {
+    return launch_typed<Compute<F>, F>(args, path, workspace, on);
+  });
 }
 
 }  // namespace deqcore::cuda

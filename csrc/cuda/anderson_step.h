@@ -5,7 +5,6 @@
 
 #include "cuda/path.h"
 #include "ops/anderson_step.h"
-#include "ops/state_type.h"
 
 namespace deqcore::cuda {
 
@@ -15,7 +14,6 @@ Path anderson_path(const AndersonArgs& args);
 int64_t anderson_workspace_bytes(const AndersonArgs& args, Path path);
 
 // Queues one step on `stream` (a cudaStream_t). x_next may be x. Null, or what went wrong.
-const char* anderson_step(const AndersonArgs& args, StateType type, Path path, void* workspace,
-                          void* stream);
+const char* anderson_step(const AndersonArgs& args, Path path, void* workspace, void* stream);
 
 }  // namespace deqcore::cuda

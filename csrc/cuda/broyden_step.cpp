@@ -3,7 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/launch_binding.h"
+#include "cuda/torch_launch.h"
+#include "ops/broyden_step_binding.h"
 
 namespace deqcore::cuda {
 namespace {
@@ -14,14 +15,13 @@ void broyden_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, co
                      const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
   check_device(x, {&x, &f, &damping, &s_ring, &gram, &best, &status, &counters, &residuals,
                    &remaining, &x_next, &z_next});
-  const StateType type = check_states(x, f);
-  const Rows rows = check_rows(status, counters, residuals, remaining, x.size(0));
   const BroydenArgs args =
-      broyden_args(x, f, damping, s_ring, gram, best, rows, x_next, z_next, options);
+      broyden_args(x, f, damping, s_ring, gram, best, status, counters, residuals, remaining,
+                    x_next, z_next, options);
   const OnDeviceOf device(x);
   const Path path = broyden_path(args);
   const Workspace workspace(x, broyden_workspace_bytes(args, path));
-  check_launch("broyden_step", broyden_step(args, type, path, workspace.get(), device.stream()));
+  check_launch("broyden_step", broyden_step(args, path, workspace.get(), device.stream()));
 }
 
 }  // namespace

@@ -437,13 +437,6 @@ const char* launch_typed(const BroydenArgs& args, Path path, void* workspace, St
                  : launch_step<X, F, S, false>(args, path, workspace, stream);
 }
 
-// For a float iterate.
-template <typename F>
-const char* launch_history(const BroydenArgs& args, Path path, void* workspace, Stream stream) {
-  return args.narrow ? launch_typed<float, F, BFloat16>(args, path, workspace, stream)
-                     : launch_typed<float, F, float>(args, path, workspace, stream);
-}
-
 }  // namespace
 
 Path broyden_path(const BroydenArgs& args) {
@@ -456,21 +449,16 @@ int64_t broyden_workspace_bytes(const BroydenArgs& args, Path path) {
   return args.batch * (static_cast<int64_t>(sizeof(RowState)) + sums);
 }
 
-const char* broyden_step(const BroydenArgs& args, StateType type, Path path, void* workspace,
-                         void* stream) {
+const char* broyden_step(const BroydenArgs& args, Path path, void* workspace, void* stream) {
   if (args.batch == 0) return nullptr;
   const Stream on = static_cast<Stream>(stream);
-  switch (type) {
-    case StateType::f64:
-      return launch_typed<double, double, double>(args, path, workspace, on);
-    case StateType::f32:
-      return launch_history<float>(args, path, workspace, on);
-    case StateType::bf16:
-      return launch_history<BFloat16>(args, path, workspace, on);
-    case StateType::f16:
-      return launch_history<Half>(args, path, workspace, on);
-  }
-  return "unknown dtype";
+  return with_dtype(args.type, [&]<typename F>() {
+    using X = Compute<F>;
+    if constexpr (sizeof(X) == sizeof(float)) {
+      if (args.narrow) return launch_typed<X, F, BFloat16>(args, path, workspace, on);
+    }
+    return launch_typed<X, F, X>(args, path, workspace, on);
+  });
 }
 
 }  // namespace deqcore::cuda

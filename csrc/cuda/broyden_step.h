@@ -5,7 +5,6 @@
 
 #include "cuda/path.h"
 #include "ops/broyden_step.h"
-#include "ops/state_type.h"
 
 namespace deqcore::cuda {
 
@@ -15,7 +14,6 @@ Path broyden_path(const BroydenArgs& args);
 int64_t broyden_workspace_bytes(const BroydenArgs& args, Path path);
 
 // Queues one step on `stream` (a cudaStream_t). x_next may be x. Null, or what went wrong.
-const char* broyden_step(const BroydenArgs& args, StateType type, Path path, void* workspace,
-                         void* stream);
+const char* broyden_step(const BroydenArgs& args, Path path, void* workspace, void* stream);
 
 }  // namespace deqcore::cuda

@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "cuda/async_copy.cuh"
-#include "cuda/masked.h"
+#include "cuda/masked_layout.h"
 #include "cuda/mma.cuh"
 #include "cuda/team.cuh"
-#include "ops/masked.h"
+#include "ops/sparse_rows.h"
 
 namespace deqcore::cuda {
 
@@ -95,7 +95,7 @@ struct WarpTile {
         for (int half = 0; half < 2; ++half) {
           const float* const pair = &sums[m][n][2 * half];
           put(16 * m + lane / 4 + 8 * half, 8 * n + lane % 4 * 2,
-              Pack<S, 2>{{to_state<S>(pair[0]), to_state<S>(pair[1])}});
+              Pack<S, 2>{{from_compute<S>(pair[0]), from_compute<S>(pair[1])}});
         }
       }
     }

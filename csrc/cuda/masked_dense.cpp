@@ -3,8 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/launch_binding.h"
-#include "ops/masked_binding.h"
+#include "cuda/torch_launch.h"
+#include "ops/masked_dense_binding.h"
 
 namespace deqcore::cuda {
 namespace {
@@ -12,9 +12,7 @@ namespace {
 Tensor masked_to_dense_op(const Tensor& values, const Tensor& pattern, int64_t rows,
                           int64_t columns) {
   check_device(values, {&values, &pattern});
-  const ValueType type = value_type(values, "values");
-  STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
-  const SparseRows entries = read_pattern(pattern, values.size(0), rows, columns, 1, false);
+  const auto [type, entries] = masked_to_dense_operands(values, pattern, rows, columns);
   const OnDeviceOf device(values);
   const Tensor kept = torch::stable::contiguous(values);
   Tensor dense = torch::stable::new_empty(values, {rows, columns});
@@ -25,15 +23,10 @@ Tensor masked_to_dense_op(const Tensor& values, const Tensor& pattern, int64_t r
 
 Tensor masked_from_dense_op(const Tensor& dense, const Tensor& pattern) {
   check_device(dense, {&dense, &pattern});
-  const ValueType type = value_type(dense, "dense");
-  STD_TORCH_CHECK(dense.dim() == 2, "dense: expected (rows, columns), got ", dense.dim(),
-                  " dimensions");
-  const int64_t rows = dense.size(0), columns = dense.size(1);
-  const int64_t kept = (pattern.numel() - rows - columns - 2) / 3;
-  const SparseRows entries = read_pattern(pattern, kept, rows, columns, 1, false);
+  const auto [type, entries] = masked_from_dense_operands(dense, pattern);
   const OnDeviceOf device(dense);
   const Tensor source = torch::stable::contiguous(dense);
-  Tensor values = torch::stable::new_empty(dense, {kept});
+  Tensor values = torch::stable::new_empty(dense, {entries.kept});
   check_launch("masked_from_dense",
                masked_from_dense(entries, source.const_data_ptr(), values.mutable_data_ptr(), type,
                                  device.stream()));

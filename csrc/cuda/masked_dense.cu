@@ -3,7 +3,7 @@
 #include "cuda/masked_dense.h"
 
 #include "cuda/device.cuh"
-#include "cuda/masked.h"
+#include "cuda/masked_layout.h"
 #include "cuda/team.cuh"
 
 namespace deqcore::cuda {
@@ -44,16 +44,16 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 
 // Calls run.operator()<Bits>() with an unsigned integer of the type's size.
 template <typename Run>
-const char* with_bits(ValueType type, const Run& run) {
-  if (type == ValueType::f64) return run.template operator()<uint64_t>();
-  if (type == ValueType::f32) return run.template operator()<uint32_t>();
+const char* with_bits(Dtype type, const Run& run) {
+  if (type == Dtype::f64) return run.template operator()<uint64_t>();
+  if (type == Dtype::f32) return run.template operator()<uint32_t>();
   return run.template operator()<uint16_t>();
 }
 
 }  // namespace
 
 const char* masked_to_dense(const SparseRows& entries, const void* values, void* dense,
-                            ValueType type, void* stream) {
+                            Dtype type, void* stream) {
   if (entries.rows == 0 || entries.width == 0) return nullptr;
   return with_bits(type, [&]<typename Bits>() {
     return launch(spread_values<Bits>, blocks_for(entries.rows, kWarps), kWarps * kWarp, 0,
@@ -63,7 +63,7 @@ const char* masked_to_dense(const SparseRows& entries, const void* values, void*
 }
 
 const char* masked_from_dense(const SparseRows& entries, const void* dense, void* values,
-                              ValueType type, void* stream) {
+                              Dtype type, void* stream) {
   if (entries.kept == 0) return nullptr;
   return with_bits(type, [&]<typename Bits>() {
     return launch(collect_values<Bits>, blocks_for(entries.rows, kWarps), kWarps * kWarp, 0,

@@ -3,15 +3,16 @@
 
 #include <cstdint>
 
-#include "ops/masked.h"
+#include "ops/dtype.h"
+#include "ops/sparse_rows.h"
 
 namespace deqcore::cuda {
 
 // Between values [entries.kept] and dense [entries.rows, entries.width], which to_dense writes in
 // full. Null, or what went wrong.
 const char* masked_to_dense(const SparseRows& entries, const void* values, void* dense,
-                            ValueType type, void* stream);
+                            Dtype type, void* stream);
 const char* masked_from_dense(const SparseRows& entries, const void* dense, void* values,
-                              ValueType type, void* stream);
+                              Dtype type, void* stream);
 
 }  // namespace deqcore::cuda

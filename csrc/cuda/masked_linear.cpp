@@ -5,8 +5,8 @@
 
 #include <optional>
 
-#include "cuda/launch_binding.h"
-#include "ops/masked_binding.h"
+#include "cuda/torch_launch.h"
+#include "ops/masked_linear_binding.h"
 
 namespace deqcore::cuda {
 namespace {
@@ -15,16 +15,9 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
                         std::optional<Tensor> bias, int64_t rows, int64_t columns, int64_t block,
                         bool transposed, bool /*dense_outer: of the derivative*/) {
   check_device(x, {&x, &values, &pattern});
-  const ValueType type = value_type(values, "values");
-  STD_TORCH_CHECK(values.dim() == 1, "values: expected one dimension, got ", values.dim());
-  const SparseRows weight = read_pattern(pattern, values.size(0), rows, columns, block, transposed);
-  check_matrix(x, "x", values.scalar_type(), weight.width);
-  if (bias) {
-    check_device(x, {&*bias});
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.rows &&
-                        bias->scalar_type() == values.scalar_type(),
-                    "bias: expected ", weight.rows, " numbers of the values' dtype");
-  }
+  if (bias) check_device(x, {&*bias});
+  const auto [type, weight] =
+      masked_linear_operands(x, values, pattern, bias, rows, columns, block, transposed);
   const OnDeviceOf device(x);
   const Tensor inputs = contiguous_and_aligned(x), kept = contiguous_and_aligned(values);
   if (bias) bias = torch::stable::contiguous(*bias);

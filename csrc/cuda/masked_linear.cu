@@ -35,7 +35,7 @@ struct alignas(2 * sizeof(T)) Entry {
 
 template <typename S>
 struct Prepared {
-  Entry<Sum<S>>* entries;  // [kept]
+  Entry<Compute<S>>* entries;  // [kept]
   int32_t* ends;           // [chunks, rows]
   S* turned;               // [width, padded]
   int64_t padded;
@@ -52,7 +52,7 @@ struct Layout {
   static constexpr int kTileRows = kWarps * kRows;
 };
 template <typename S>
-constexpr int kPackTokens = 16 / sizeof(Sum<S>);
+constexpr int kPackTokens = 16 / sizeof(Compute<S>);
 template <typename S>
 using Large = Layout<kPackTokens<S>, 16, 16>;
 template <typename S>
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
 }
 
 template <typename S, int kTokens>
-DEQCORE_DEVICE void add_entry(const Entry<Sum<S>>& entry, const char* tile,
-                              Sum<S> (&sums)[kTokens]) {
+DEQCORE_DEVICE void add_entry(const Entry<Compute<S>>& entry, const char* tile,
+                              Compute<S> (&sums)[kTokens]) {
   const auto x = *reinterpret_cast<const Pack<S, kTokens>*>(tile + entry.place);
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) sums[t] = fma(entry.value, to_compute(x.at[t]), sums[t]);
@@ -100,9 +100,9 @@ DEQCORE_DEVICE void add_entry(const Entry<Sum<S>>& entry, const char* tile,
 
 // Entries first to last of a row, in their order; two small ones are read at a time.
 template <typename S, int kTokens>
-DEQCORE_DEVICE void add_entries(const Entry<Sum<S>>* entries, int first, int last, const char* tile,
-                                Sum<S> (&sums)[kTokens]) {
-  typedef Entry<Sum<S>> E;
+DEQCORE_DEVICE void add_entries(const Entry<Compute<S>>* entries, int first, int last, const char* tile,
+                                Compute<S> (&sums)[kTokens]) {
+  typedef Entry<Compute<S>> E;
   constexpr int kAtOnce = sizeof(E) == 8 ? 2 : 1;
   int i = first;
   if (kAtOnce == 2 && i % 2 != 0 && i < last) add_entry<S, kTokens>(entries[i++], tile, sums);
@@ -118,7 +118,7 @@ DEQCORE_DEVICE void add_entries(const Entry<Sum<S>>* entries, int first, int las
 // A lane's sums of one token, to kRows neighbours in y.
 template <typename S, typename L>
 DEQCORE_DEVICE void store_token(const MaskedLinearArgs& args, int64_t token, int64_t first_row,
-                                const Sum<S> (&sums)[L::kRows][L::kTokens], int t, bool aligned) {
+                                const Compute<S> (&sums)[L::kRows][L::kTokens], int t, bool aligned) {
   constexpr int kWhole = 16 / static_cast<int>(sizeof(S));
   constexpr int kWidth = kWhole < L::kRows ? kWhole : L::kRows;
   const S* const bias = static_cast<const S*>(args.bias);
@@ -129,9 +129,9 @@ DEQCORE_DEVICE void store_token(const MaskedLinearArgs& args, int64_t token, int
     Pack<S, kWidth> out;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      Sum<S> sum = sums[r + i][t];
+      Compute<S> sum = sums[r + i][t];
       if (bias != nullptr && i < left) sum += to_compute(bias[first_row + r + i]);
-      out.at[i] = to_state<S>(sum);
+      out.at[i] = from_compute<S>(sum);
     }
     if (aligned && left >= kWidth) {
       store<true, kWidth>(y + r, out, left);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(L::kThreads, 1)
     return has_row && chunk < ready.chunks ? ready.ends[chunk * weight.rows + own_row] : 0;
   };
 
-  Sum<S> sums[L::kRows][L::kTokens] = {};
+  Compute<S> sums[L::kRows][L::kTokens] = {};
   int begin = has_row ? weight.offsets[own_row] : 0, end = end_of(0);
   if (begin < end) ask_for_line(ready.entries + begin);
   fetch_chunk<Tile>(ready.turned, ready.padded, weight.width, 0, token_tile, L::kThreads, buffers);
@@ -204,7 +204,7 @@ Prepared<S> prepare_in(const MaskedLinearArgs& args, Pieces& pieces) {
   const SparseRows& weight = args.weight;
   const int64_t padded = Tile::padded(args.tokens), chunks = Tile::chunks(weight.width);
   Prepared<S> ready{};
-  ready.entries = pieces.take<Entry<Sum<S>>>(weight.kept);
+  ready.entries = pieces.take<Entry<Compute<S>>>(weight.kept);
   ready.ends = pieces.take<int32_t>(chunks * weight.rows);
   ready.turned = pieces.take<S>(weight.width * padded);
   ready.padded = padded;
@@ -244,22 +244,13 @@ auto with_layout(LinearPath path, const Run& run) {
 }
 
 template <typename Run>
-auto with_types(ValueType type, LinearPath path, const Run& run) {
-  switch (type) {
-    case ValueType::f64:
-      return with_layout<double>(path, run);
-    case ValueType::f32:
-      return with_layout<float>(path, run);
-    case ValueType::bf16:
-      return with_layout<BFloat16>(path, run);
-    default:
-      return with_layout<Half>(path, run);
-  }
+auto with_types(Dtype type, LinearPath path, const Run& run) {
+  return with_dtype(type, [&]<typename S>() { return with_layout<S>(path, run); });
 }
 
 }  // namespace
 
-LinearPath masked_linear_path(const MaskedLinearArgs& args, ValueType type) {
+LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type) {
   constexpr int64_t kFewTokens = 64;
   constexpr int64_t kEnoughBlocks = 256;  // about two for each multiprocessor of a large GPU
   if (masked_linear_has_blocks(args, type)) {
@@ -272,7 +263,7 @@ LinearPath masked_linear_path(const MaskedLinearArgs& args, ValueType type) {
   return tiles >= kEnoughBlocks ? LinearPath::large : LinearPath::medium;
 }
 
-int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType type,
+int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type,
                                       LinearPath path) {
   if (path == LinearPath::blocks || path == LinearPath::few_blocks) return 0;
   return with_types(type, path, [&]<typename S, typename L>() {
@@ -282,7 +273,7 @@ int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType ty
   });
 }
 
-const char* masked_linear(const MaskedLinearArgs& args, ValueType type, LinearPath path,
+const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath path,
                           void* workspace, void* stream) {
   if (args.tokens == 0 || args.weight.rows == 0) return nullptr;
   if (const char* const error = check_gpu()) return error;

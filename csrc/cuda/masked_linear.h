@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "ops/masked.h"
+#include "ops/dtype.h"
+#include "ops/sparse_rows.h"
 
 namespace deqcore::cuda {
 
@@ -22,20 +23,20 @@ struct MaskedLinearArgs {
 // are others. Blocks of bfloat16 and float16 go to tensor cores; of other types they are entries.
 enum class LinearPath { large, medium, few, blocks, few_blocks };
 
-LinearPath masked_linear_path(const MaskedLinearArgs& args, ValueType type);
+LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type);
 
 // Bytes of scratch memory, aligned to 16, that the product needs on the device.
-int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, ValueType type,
+int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type,
                                       LinearPath path);
 
 // Queues the product on `stream` (a cudaStream_t). Null, or what went wrong.
-const char* masked_linear(const MaskedLinearArgs& args, ValueType type, LinearPath path,
+const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath path,
                           void* workspace, void* stream);
 
 // The blocks' paths, which masked_linear takes when told to: whether these arguments allow it, and
 // the launcher.
-bool masked_linear_has_blocks(const MaskedLinearArgs& args, ValueType type);
-const char* masked_linear_blocks(const MaskedLinearArgs& args, ValueType type, bool few_tokens,
+bool masked_linear_has_blocks(const MaskedLinearArgs& args, Dtype type);
+const char* masked_linear_blocks(const MaskedLinearArgs& args, Dtype type, bool few_tokens,
                                  void* stream);
 
 }  // namespace deqcore::cuda

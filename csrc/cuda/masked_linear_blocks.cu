@@ -123,15 +123,14 @@ const char* launch_side(const MaskedLinearArgs& args, Stream stream) {
 
 }  // namespace
 
-bool masked_linear_has_blocks(const MaskedLinearArgs& args, ValueType type) {
-  const bool is_half = type == ValueType::bf16 || type == ValueType::f16;
-  return is_half && args.weight.block > 1 && are_aligned(16, {args.x, args.values, args.y});
+bool masked_linear_has_blocks(const MaskedLinearArgs& args, Dtype type) {
+  return is_half(type) && args.weight.block > 1 && are_aligned(16, {args.x, args.values, args.y});
 }
 
-const char* masked_linear_blocks(const MaskedLinearArgs& args, ValueType type, bool few_tokens,
+const char* masked_linear_blocks(const MaskedLinearArgs& args, Dtype type, bool few_tokens,
                                  void* stream) {
   const Stream on = static_cast<Stream>(stream);
-  if (type == ValueType::bf16) {
+  if (type == Dtype::bf16) {
     return few_tokens ? launch_side<BFloat16, 1>(args, on) : launch_side<BFloat16, 4>(args, on);
   }
   return few_tokens ? launch_side<Half, 1>(args, on) : launch_side<Half, 4>(args, on);

@@ -3,8 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/launch_binding.h"
-#include "ops/masked_binding.h"
+#include "cuda/torch_launch.h"
+#include "ops/masked_outer_binding.h"
 
 namespace deqcore::cuda {
 namespace {
@@ -12,16 +12,11 @@ namespace {
 Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pattern, int64_t rows,
                        int64_t columns, int64_t block) {
   check_device(left, {&left, &right, &pattern});
-  const ValueType type = value_type(left, "left");
-  const int64_t kept = (pattern.numel() - rows - columns - 2) / 3;
-  const SparseRows entries = read_pattern(pattern, kept, rows, columns, block, false);
-  check_matrix(left, "left", left.scalar_type(), rows);
-  check_matrix(right, "right", left.scalar_type(), columns);
-  STD_TORCH_CHECK(right.size(0) == left.size(0), "right: expected ", left.size(0),
-                  " tokens like left, got ", right.size(0));
+  const auto [type, entries] =
+      masked_outer_operands(left, right, pattern, rows, columns, block);
   const OnDeviceOf device(left);
   const Tensor lefts = contiguous_and_aligned(left), rights = contiguous_and_aligned(right);
-  Tensor values = torch::stable::new_empty(left, {kept});
+  Tensor values = torch::stable::new_empty(left, {entries.kept});
   const MaskedOuterArgs args{
       .left = lefts.const_data_ptr(),
       .right = rights.const_data_ptr(),

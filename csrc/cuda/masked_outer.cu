@@ -32,7 +32,7 @@ struct Prepared {
   int32_t* ends;  // [chunks, rows]
   S* left;        // [rows, padded]
   S* right;       // [width, padded]
-  Sum<S>* sums;   // [kept]: the values themselves, where they have that type
+  Compute<S>* sums;   // [kept]: the values themselves, where they have that type
   int64_t padded;
   int64_t chunks;
   int rows_of_a_warp;
@@ -92,7 +92,7 @@ DEQCORE_DEVICE void add_tile(const MaskedOuterArgs& args, const Prepared<S>& rea
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll 1
   for (int group = first; group < last; group += kGroup) {
-    Sum<S> sums[kGroup];
+    Compute<S> sums[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       sums[i] = 0;
@@ -104,12 +104,12 @@ DEQCORE_DEVICE void add_tile(const MaskedOuterArgs& args, const Prepared<S>& rea
         sums[i] = fma(to_compute(left.at[t]), to_compute(right.at[t]), sums[i]);
       }
     }
-    Sum<S> sum = add_lanes(sums, lane);
+    Compute<S> sum = add_lanes(sums, lane);
     const int entry = group + lane / kLanesOfAnEntry;
     if (lane % kLanesOfAnEntry != 0 || entry >= last) continue;
     if (!is_first) sum += ready.sums[entry];
     if (is_last) {
-      static_cast<S*>(args.values)[entry] = to_state<S>(sum);
+      static_cast<S*>(args.values)[entry] = from_compute<S>(sum);
     } else {
       ready.sums[entry] = sum;
     }
@@ -169,10 +169,10 @@ Prepared<S> prepare_in(const MaskedOuterArgs& args, Pieces& pieces) {
   ready.ends = pieces.take<int32_t>(ready.chunks * entries.rows);
   ready.left = pieces.take<S>(entries.rows * ready.padded);
   ready.right = pieces.take<S>(entries.width * ready.padded);
-  if constexpr (sizeof(S) == sizeof(Sum<S>)) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
     ready.sums = static_cast<S*>(args.values);
   } else {
-    ready.sums = pieces.take<Sum<S>>(entries.kept);
+    ready.sums = pieces.take<Compute<S>>(entries.kept);
   }
   // More rows share a tile of the right operand, but there should be blocks for a whole GPU.
   constexpr int64_t kEnoughBlocks = 256;
@@ -207,33 +207,24 @@ const char* launch_tokens(const MaskedOuterArgs& args, void* workspace, Stream s
 // Calls run.operator()<S, kTokens>() for a type and a path.
 template <typename S, typename Run>
 auto with_tokens(OuterPath path, const Run& run) {
-  constexpr int kMany = 16 / sizeof(Sum<S>);
+  constexpr int kMany = 16 / sizeof(Compute<S>);
   if (path == OuterPath::many) return run.template operator()<S, kMany>();
   return run.template operator()<S, 1>();
 }
 
 template <typename Run>
-auto with_types(ValueType type, OuterPath path, const Run& run) {
-  switch (type) {
-    case ValueType::f64:
-      return with_tokens<double>(path, run);
-    case ValueType::f32:
-      return with_tokens<float>(path, run);
-    case ValueType::bf16:
-      return with_tokens<BFloat16>(path, run);
-    default:
-      return with_tokens<Half>(path, run);
-  }
+auto with_types(Dtype type, OuterPath path, const Run& run) {
+  return with_dtype(type, [&]<typename S>() { return with_tokens<S>(path, run); });
 }
 
 }  // namespace
 
-OuterPath masked_outer_path(const MaskedOuterArgs& args, ValueType type) {
+OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type) {
   if (masked_outer_has_blocks(args, type)) return OuterPath::blocks;
   return args.tokens <= 64 ? OuterPath::few : OuterPath::many;
 }
 
-int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, ValueType type, OuterPath path) {
+int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, Dtype type, OuterPath path) {
   if (path == OuterPath::blocks) return 0;
   return with_types(type, path, [&]<typename S, int kTokens>() {
     Pieces pieces(nullptr);
@@ -242,7 +233,7 @@ int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, ValueType type
   });
 }
 
-const char* masked_outer(const MaskedOuterArgs& args, ValueType type, OuterPath path,
+const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path,
                          void* workspace, void* stream) {
   if (args.entries.kept == 0) return nullptr;
   if (const char* const error = check_gpu()) return error;

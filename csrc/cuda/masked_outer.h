@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "ops/masked.h"
+#include "ops/dtype.h"
+#include "ops/sparse_rows.h"
 
 namespace deqcore::cuda {
 
@@ -22,18 +23,18 @@ struct MaskedOuterArgs {
 enum class OuterPath { many, few, blocks };
 
 // By the number of tokens, the type, the block and the alignment.
-OuterPath masked_outer_path(const MaskedOuterArgs& args, ValueType type);
+OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type);
 
 // Bytes of scratch memory, aligned to 16, that it needs on the device.
-int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, ValueType type, OuterPath path);
+int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, Dtype type, OuterPath path);
 
 // Queues it on `stream` (a cudaStream_t). Null, or what went wrong.
-const char* masked_outer(const MaskedOuterArgs& args, ValueType type, OuterPath path,
+const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path,
                          void* workspace, void* stream);
 
 // The blocks' path, which masked_outer takes when told to: whether these arguments allow it, and
 // the launcher.
-bool masked_outer_has_blocks(const MaskedOuterArgs& args, ValueType type);
-const char* masked_outer_blocks(const MaskedOuterArgs& args, ValueType type, void* stream);
+bool masked_outer_has_blocks(const MaskedOuterArgs& args, Dtype type);
+const char* masked_outer_blocks(const MaskedOuterArgs& args, Dtype type, void* stream);
 
 }  // namespace deqcore::cuda

@@ -115,14 +115,13 @@ const char* launch_side(const MaskedOuterArgs& args, Stream stream) {
 
 }  // namespace
 
-bool masked_outer_has_blocks(const MaskedOuterArgs& args, ValueType type) {
-  const bool is_half = type == ValueType::bf16 || type == ValueType::f16;
-  return is_half && args.entries.block > 1 && are_aligned(16, {args.left, args.right, args.values});
+bool masked_outer_has_blocks(const MaskedOuterArgs& args, Dtype type) {
+  return is_half(type) && args.entries.block > 1 && are_aligned(16, {args.left, args.right, args.values});
 }
 
-const char* masked_outer_blocks(const MaskedOuterArgs& args, ValueType type, void* stream) {
+const char* masked_outer_blocks(const MaskedOuterArgs& args, Dtype type, void* stream) {
   const Stream on = static_cast<Stream>(stream);
-  return type == ValueType::bf16 ? launch_side<BFloat16>(args, on) : launch_side<Half>(args, on);
+  return type == Dtype::bf16 ? launch_side<BFloat16>(args, on) : launch_side<Half>(args, on);
 }
 
 }  // namespace deqcore::cuda

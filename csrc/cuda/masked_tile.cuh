@@ -5,24 +5,12 @@
 #include <cstdint>
 
 #include "cuda/async_copy.cuh"
-#include "cuda/masked.h"
+#include "cuda/masked_layout.h"
 #include "cuda/pack.cuh"
 #include "cuda/team.cuh"
-#include "ops/masked.h"
+#include "ops/sparse_rows.h"
 
 namespace deqcore::cuda {
-
-template <typename S>
-struct SumOf {
-  using type = float;
-};
-template <>
-struct SumOf<double> {
-  using type = double;
-};
-// The type in which tensors of type S are summed.
-template <typename S>
-using Sum = typename SumOf<S>::type;
 
 // A warp's lanes take kTokens tokens each, side by side.
 template <typename S, int kTokens>

@@ -5,65 +5,9 @@
 #include <cstring>
 
 #include "cuda/device.cuh"
+#include "ops/dtype.h"
 
 namespace deqcore::cuda {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-DEQCORE_DEVICE float to_compute(float value) { return value; }
-DEQCORE_DEVICE double to_compute(double value) { return value; }
-
-DEQCORE_DEVICE float to_compute(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float out;
-  memcpy(&out, &bits, sizeof(out));
-  return out;
-}
-
-DEQCORE_DEVICE float to_compute(Half value) {
-#if defined(__CUDA_ARCH__)
-  float out;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value.bits));
-  return out;
-#elif defined(__CUDACC__)
-  return 0.0f;  // nvcc's host pass: never run
-#else
-  return ::emulation::half_to_float(value.bits);
-#endif
-}
-
-// Rounds to nearest even, as torch does.
-template <typename F, typename X>
-DEQCORE_DEVICE F to_state(X value) {
-  if constexpr (sizeof(F) != 2) {
-    return value;
-  } else if constexpr (__is_same(F, BFloat16)) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    BFloat16 out;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
-    return out;
-#else
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof(bits));
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return BFloat16{static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
-#endif
-  } else {
-    Half out{0};
-#if defined(__CUDA_ARCH__)
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
-#elif !defined(__CUDACC__)
-    out.bits = ::emulation::float_to_half(value);
-#endif
-    return out;
-  }
-}
 
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Pack {
@@ -142,7 +86,7 @@ template <typename S, typename X, int kWidth>
 DEQCORE_DEVICE Pack<S, kWidth> narrowed(const Pack<X, kWidth>& pack) {
   Pack<S, kWidth> out;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) out.at[i] = to_state<S>(pack.at[i]);
+  for (int i = 0; i < kWidth; ++i) out.at[i] = from_compute<S>(pack.at[i]);
   return out;
 }
 
@@ -151,7 +95,7 @@ template <typename F, typename X, int kWidth>
 DEQCORE_DEVICE Pack<X, kWidth> residual_of(const Pack<X, kWidth>& f, const Pack<X, kWidth>& x) {
   Pack<X, kWidth> out;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) out.at[i] = f.at[i] - to_compute(to_state<F>(x.at[i]));
+  for (int i = 0; i < kWidth; ++i) out.at[i] = f.at[i] - to_compute(from_compute<F>(x.at[i]));
   return out;
 }
 
@@ -187,7 +131,7 @@ DEQCORE_DEVICE void store_iterate(X* x_next, F* z_next, const Pack<X, kWidth>& v
   if (z_next == nullptr) return;
   Pack<F, kWidth> rounded;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) rounded.at[i] = to_state<F>(value.at[i]);
+  for (int i = 0; i < kWidth; ++i) rounded.at[i] = from_compute<F>(value.at[i]);
   store<kAligned, kWidth>(z_next, rounded, left);
 }
 

@@ -455,19 +455,6 @@ const uint64_t* gather_warp(const uint64_t* own, int words) {
 
 void complain(const char* what) { fail(name_of(scheduler.running->index) + " " + what); }
 
-float half_to_float(uint16_t bits) {
-  _Float16 half;
-  std::memcpy(&half, &bits, sizeof(half));
-  return static_cast<float>(half);
-}
-
-uint16_t float_to_half(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof(bits));
-  return bits;
-}
-
 const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
                    const std::function<void()>& kernel) {
   ++launches;

@@ -72,9 +72,6 @@ const uint64_t* gather_warp(const uint64_t* own, int words);
 // Stops the launch with a message about the thread that runs.
 void complain(const char* what);
 
-float half_to_float(uint16_t bits);
-uint16_t float_to_half(float value);
-
 template <typename T>
 T exchange(WarpOperation operation, unsigned mask, T value, int operand) {
   static_assert(sizeof(T) <= sizeof(uint64_t));

@@ -70,9 +70,9 @@ struct Reader {
 };
 
 const char* run_anderson(Reader in) {
-  const auto type = static_cast<StateType>(in.integer());
-  const auto path = static_cast<cuda::Path>(in.integer());
   AndersonArgs args{};
+  args.type = static_cast<Dtype>(in.integer());
+  const auto path = static_cast<cuda::Path>(in.integer());
   args.x = in.pointer<void>();
   args.f = in.pointer<void>();
   args.damping = in.pointer<double>();
@@ -94,13 +94,13 @@ const char* run_anderson(Reader in) {
   args.options.safeguard = in.real();
   args.options.max_weight = in.real();
   const Workspace workspace(cuda::anderson_workspace_bytes(args, path));
-  return cuda::anderson_step(args, type, path, workspace.get(), nullptr);
+  return cuda::anderson_step(args, path, workspace.get(), nullptr);
 }
 
 const char* run_broyden(Reader in) {
-  const auto type = static_cast<StateType>(in.integer());
-  const auto path = static_cast<cuda::Path>(in.integer());
   BroydenArgs args{};
+  args.type = static_cast<Dtype>(in.integer());
+  const auto path = static_cast<cuda::Path>(in.integer());
   args.x = in.pointer<void>();
   args.f = in.pointer<void>();
   args.damping = in.pointer<double>();
@@ -118,11 +118,11 @@ const char* run_broyden(Reader in) {
   args.limits = in.limits();
   args.narrow = in.integer() != 0;
   const Workspace workspace(cuda::broyden_workspace_bytes(args, path));
-  return cuda::broyden_step(args, type, path, workspace.get(), nullptr);
+  return cuda::broyden_step(args, path, workspace.get(), nullptr);
 }
 
 const char* run_masked_linear(Reader in) {
-  const auto type = static_cast<ValueType>(in.integer());
+  const auto type = static_cast<Dtype>(in.integer());
   const auto path = static_cast<cuda::LinearPath>(in.integer());
   cuda::MaskedLinearArgs args{};
   args.x = in.pointer<void>();
@@ -136,7 +136,7 @@ const char* run_masked_linear(Reader in) {
 }
 
 const char* run_masked_outer(Reader in) {
-  const auto type = static_cast<ValueType>(in.integer());
+  const auto type = static_cast<Dtype>(in.integer());
   const auto path = static_cast<cuda::OuterPath>(in.integer());
   cuda::MaskedOuterArgs args{};
   args.left = in.pointer<void>();
@@ -149,7 +149,7 @@ const char* run_masked_outer(Reader in) {
 }
 
 const char* run_masked_dense(bool to_dense, Reader in) {
-  const auto type = static_cast<ValueType>(in.integer());
+  const auto type = static_cast<Dtype>(in.integer());
   in.integer();  // there is one path
   const void* const from = in.pointer<void>();
   void* const to = in.pointer<void>();

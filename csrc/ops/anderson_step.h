@@ -3,7 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
+#include "ops/dtype.h"
+#include "ops/numbers.h"
 #include "ops/rows.h"
 
 namespace deqcore {
@@ -13,15 +16,14 @@ constexpr int kAndersonMaxMemory = 64;
 constexpr double kAndersonNoise = 1e-14;
 constexpr double kAndersonPivot = 1e-14;
 
-struct AndersonOptions {
-  double ridge;
-  int64_t start;
-  int64_t restart;
-  double safeguard;
-  double max_weight;
-};
+#define DEQCORE_ANDERSON_OPTIONS(number)                                        \
+  number(double, ridge) number(int64_t, start) number(int64_t, restart)         \
+  number(double, safeguard) number(double, max_weight)
+DEQCORE_NUMBERS(AndersonOptions, DEQCORE_ANDERSON_OPTIONS)
+using AndersonNumbers = std::tuple<RowLimits, AndersonOptions>;
 
-// All contiguous. State-sized tensors are float or double ("X"), f and z_next may be half ("F").
+// All contiguous. f and z_next are of `type` ("F"), other state-sized tensors of what it is computed as
+// ("X": float or double).
 struct AndersonArgs {
   const void* x;          // X [B, D]
   const void* f;          // F [B, D]
@@ -36,6 +38,7 @@ struct AndersonArgs {
   int64_t batch, dim, memory, damping_length;
   RowLimits limits;
   AndersonOptions options;
+  Dtype type;  // F; X is Compute<F>
 };
 
 // What to write into x_next of one row.

@@ -3,7 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
+#include "ops/dtype.h"
+#include "ops/numbers.h"
 #include "ops/rows.h"
 
 namespace deqcore {
@@ -12,8 +15,12 @@ constexpr int kBroydenMaxMemory = 64;
 // A rank-one update that would stretch the step by more than this is singular: restart.
 constexpr double kBroydenMaxGrowth = 1e4;
 
-// All contiguous. State-sized tensors are float or double ("X"), f and z_next may be half ("F"),
-// and the steps of a float state may be bfloat16 ("S").
+#define DEQCORE_BROYDEN_OPTIONS(number) number(int64_t, memory)
+DEQCORE_NUMBERS(BroydenOptions, DEQCORE_BROYDEN_OPTIONS)
+using BroydenNumbers = std::tuple<RowLimits, BroydenOptions>;
+
+// All contiguous. f and z_next are of `type` ("F"), other state-sized tensors of what it is computed as
+// ("X": float or double); the steps of a float state may be bfloat16 ("S").
 struct BroydenArgs {
   const void* x;          // X [B, D]
   const void* f;          // F [B, D]
@@ -26,6 +33,7 @@ struct BroydenArgs {
   Rows rows;
   int64_t batch, dim, capacity, memory, damping_length;
   RowLimits limits;
+  Dtype type;   // F; X is Compute<F>
   bool narrow;  // S is bfloat16, else X
 };
 

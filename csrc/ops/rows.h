@@ -4,12 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define DEQCORE_HD static __host__ __device__ __forceinline__
-#else
-// Internal linkage: kernels include this once per instruction set, each with its own flags.
-#define DEQCORE_HD [[maybe_unused]] static inline
-#endif
+#include "ops/host_device.h"
+#include "ops/numbers.h"
 
 namespace deqcore {
 
@@ -28,12 +24,10 @@ enum Residual { kLatest, kBest, kFirst, kResiduals };
 
 constexpr double kDivergence = 1e8;  // a residual this many times the first one ends the row
 
-struct RowLimits {
-  double rtol;
-  double atol;
-  int64_t patience;
-  int64_t max_steps;
-};
+#define DEQCORE_ROW_LIMITS(number)          \
+  number(double, rtol) number(double, atol) \
+  number(int64_t, patience) number(int64_t, max_steps)
+DEQCORE_NUMBERS(RowLimits, DEQCORE_ROW_LIMITS)
 
 // Status and counters of all rows.
 struct Rows {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deqcore import Anderson, Broyden, Picard
+from deqcore import Anderson, Broyden, Picard, _kernels
 from deqcore.ops._library import number_names, pack_numbers, unpack_numbers
 from deqcore.ops._rows import Limits
 from deqcore.ops.anderson_step import AndersonNumbers
@@ -55,3 +55,11 @@ def test_limits_larger_than_a_kernel_counts_mean_as_many_as_it_counts():
     x = torch.zeros(2, 3)
     context = Anderson(max_steps=2**40, start=2**40).context(x, x.dtype, ())
     assert context.limits.max_steps == context.numbers.start == 2**31 - 1
+
+
+@pytest.mark.skipif(not _kernels.CPU_KERNELS, reason="no kernels here")
+@pytest.mark.parametrize(
+    ("op", "kind"), [("anderson_step", AndersonNumbers), ("broyden_step", BroydenNumbers)]
+)
+def test_the_kernels_read_the_numbers_in_the_same_order(op, kind):
+    assert _kernels.loaded["cpu"]["numbers"][op] == number_names(kind)

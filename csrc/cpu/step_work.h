@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/step.h"
-#include "ops/step_binding.h"
+#include "cpu/step_chunks.h"
+#include "ops/rows.h"
 
 namespace deqcore::cpu {
 

@@ -9,7 +9,7 @@
 #include <initializer_list>
 #include <optional>
 
-#include "ops/step_binding.h"
+#include "ops/tensor_checks.h"
 
 namespace deqcore::cuda {
 

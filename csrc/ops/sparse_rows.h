@@ -1,11 +1,9 @@
-// What the kernels of the masked matmuls share with their bindings, on every device. No torch.
+// The kept entries of a masked matmul's weight, for host and device. No torch.
 #pragma once
 
 #include <cstdint>
 
 namespace deqcore {
-
-enum class ValueType { f64, f32, bf16, f16 };  // of tensors; sums are f64 for f64, else f32
 
 // The kept entries of a matrix in compressed sparse rows: of the weight, or of its transpose.
 struct SparseRows {

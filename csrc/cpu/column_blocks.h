@@ -1,9 +1,7 @@
-// What the CPU kernels of the masked matmuls share with their bindings. No torch header.
+// Blocks of columns, which the CPU kernels of the masked matmuls take in turn. No torch.
 #pragma once
 
 #include <cstdint>
-
-#include "ops/masked.h"
 
 namespace deqcore::cpu {
 

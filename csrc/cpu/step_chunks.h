@@ -3,8 +3,6 @@
 
 #include <cstdint>
 
-#include "ops/state_type.h"
-
 namespace deqcore::cpu {
 
 // Elements of a row that are summed together. Threads share rows, or, where there are few long

@@ -1,4 +1,4 @@
-// What the CPU bindings of the masked matmuls share: spreading work.
+// How the CPU bindings of the masked matmuls cut up their work, and spread it over threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,16 +8,9 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/masked.h"
-#include "ops/masked_binding.h"
+#include "cpu/column_blocks.h"
 
 namespace deqcore::cpu {
-
-inline int64_t sum_size(ValueType type) {
-  return type == ValueType::f64 ? sizeof(double) : sizeof(float);
-}
-
-inline bool is_half(ValueType type) { return type == ValueType::bf16 || type == ValueType::f16; }
 
 // How many columns of a transposed tile to take at a time: they should fit the first-level cache,
 // but each row should find some entries among them.

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ops/masked.h"
+#include "ops/sparse_rows.h"
 #include "ops/rows.h"
 
 namespace deqcore::cuda {
