@@ -52,11 +52,11 @@ emulation: setup
 
 # nvcc alone: registers, shared memory and spills of each kernel. Then the extension, against a CUDA
 # build of torch in an environment of its own (6 GB). Neither needs a GPU.
-cuda-kernels:
-	$(PYTHON) tools/cuda_build.py --only kernels
+cuda-kernels: setup
+	$(BIN)/python tools/cuda_build.py --only kernels
 
-cuda-build:
-	$(PYTHON) tools/cuda_build.py
+cuda-build: setup
+	$(BIN)/python tools/cuda_build.py
 
 # On a machine with a GPU: make gpu-check GPU_CHECK="--only build,test --out somewhere"
 gpu-check:
@@ -64,7 +64,7 @@ gpu-check:
 
 # What such a machine may lack, to be taken there where it has no network: into wheels/, 5 MB.
 GPU_PYTHON ?= 3.12
-GPU_WHEELS := torchdeq==0.1.0 pytest pytest-xdist hypothesis pluggy iniconfig pygments packaging \
+GPU_WHEELS := ninja pybind11 torchdeq==0.1.0 pytest pytest-xdist hypothesis pluggy iniconfig pygments packaging \
     execnet sortedcontainers mlxtend
 gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest wheels \

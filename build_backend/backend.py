@@ -1,8 +1,9 @@
 """In-tree PEP 517 backend: setuptools, plus the torch that is already installed.
 
 The kernels must be compiled against the torch they will run with. A build isolated in the usual
-way would download a second torch of several gigabytes, so this backend asks for none: when torch
-(or setuptools) cannot be imported, it looks into the environment that pip installs into.
+way would download a second torch of several gigabytes, so this backend asks for none: what cannot
+be imported is looked for in the environment that pip installs into. Of the small packages that a
+build needs it asks for those that are not there either; where all are, nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import subprocess
 import sys
 from typing import Any
 
-# The first setuptools that reads an SPDX licence expression. torch asks for the same.
-_SETUPTOOLS = "setuptools>=77.0.3"
+# The first setuptools that reads an SPDX licence expression (torch asks for the same), and what the
+# kernels are compiled with; by major version.
+_SETUPTOOLS = ("setuptools", 77)
+_COMPILING = (("ninja", 1), ("pybind11", 3))
 
 
 def _see_target_environment() -> None:
@@ -31,21 +34,26 @@ def _see_target_environment() -> None:
     importlib.invalidate_caches()
 
 
-def _setuptools_is_recent() -> bool:
+def _is_installed(package: tuple[str, int]) -> bool:
+    name, major = package
     try:
-        major = importlib.metadata.version("setuptools").split(".")[0]
+        return int(importlib.metadata.version(name).split(".")[0]) >= major
     except importlib.metadata.PackageNotFoundError:
         return False
-    return int(major) >= 77
+
+
+def _compiles() -> bool:
+    return os.environ.get("DEQCORE_BUILD", "auto") != "none"
 
 
 def _prepare(needs_torch: bool) -> None:
-    if importlib.util.find_spec("torch") is None or not _setuptools_is_recent():
+    wanted = [_SETUPTOOLS, *(_COMPILING if _compiles() else ())]
+    if importlib.util.find_spec("torch") is None or not all(map(_is_installed, wanted)):
         _see_target_environment()
-    if not _setuptools_is_recent():
-        raise SystemExit(f"deqcore: building needs {_SETUPTOOLS}: pip install '{_SETUPTOOLS}'")
-    wanted = os.environ.get("DEQCORE_BUILD", "auto") != "none"
-    if needs_torch and wanted and importlib.util.find_spec("torch") is None:
+    if not _is_installed(_SETUPTOOLS):
+        setuptools = _requirement(_SETUPTOOLS)
+        raise SystemExit(f"deqcore: building needs {setuptools}: pip install '{setuptools}'")
+    if needs_torch and _compiles() and importlib.util.find_spec("torch") is None:
         raise SystemExit(
             "deqcore: install torch first (pip install torch): the kernels are compiled against "
             "the torch they will run with. Where torch is installed but out of sight of an "
@@ -54,21 +62,25 @@ def _prepare(needs_torch: bool) -> None:
         )
 
 
-def _requirements() -> list[str]:
+def _requirements(*packages: tuple[str, int]) -> list[str]:
     _see_target_environment()
-    return [] if _setuptools_is_recent() else [_SETUPTOOLS]
+    return [_requirement(package) for package in packages if not _is_installed(package)]
+
+
+def _requirement(package: tuple[str, int]) -> str:
+    return f"{package[0]}>={package[1]}"
 
 
 def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
-    return _requirements()
+    return _requirements(_SETUPTOOLS)
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return _requirements()
+    return _requirements(_SETUPTOOLS, *(_COMPILING if _compiles() else ()))
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return _requirements()
+    return get_requires_for_build_wheel(config_settings)
 
 
 def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:

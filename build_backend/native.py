@@ -1,7 +1,8 @@
 """Build deqcore._C and deqcore._cuda: which files, with which flags, in which order.
 
 torch's own BuildExtension gives every file of an extension the same flags; here a kernel is
-compiled once per instruction set, and only the bindings see torch's headers.
+compiled once per instruction set, and only the bindings see torch's headers. What is planned here
+ninja carries out (graph.py).
 """
 
 from __future__ import annotations
@@ -10,17 +11,24 @@ import os
 import platform
 import runpy
 import shlex
-import subprocess
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from graph import Graph, find_ninja
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
-from toolchain import Compiler, Cuda, Torch, UnavailableError, python_include
+from toolchain import (
+    Compiler,
+    Cuda,
+    Torch,
+    UnavailableError,
+    pybind11_include,
+    python_include,
+)
 
 # What each DEQCORE_BUILD does about each part.
 _POLICIES = {
@@ -31,12 +39,11 @@ _POLICIES = {
 }
 BUILD_CHOICES = tuple(_POLICIES)
 
-# The oldest torch whose stable ABI the bindings use; the binary runs on any later one. Not for
-# module.cpp: the pybind11 that torch 2.11 ships refuses to be included when this is defined.
+# The oldest torch whose stable ABI the bindings use; the binary runs on any later one.
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # One decision about contraction for all instruction sets: none, so that they agree; a kernel that
-# wants a fused multiply-add says so (multiply_add in cpu/isa.h).
+# wants a fused multiply-add says so (multiply_add in cpu/simd.h).
 _ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 _COMMON = ["-std=c++20", "-O3", "-g0", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", *_ARITHMETIC]
 _WARNINGS = ["-Wall", "-Wextra"]
@@ -60,7 +67,7 @@ class Unit:
     """One compilation: a source with its flags, into one object."""
 
     source: Path
-    name: str  # the object, below the temporary folder
+    name: str  # the object, below the folder of the build
     command: tuple[str, ...]
 
 
@@ -82,6 +89,12 @@ class NativeExtension(Extension):
         self.units = units
         self.linker = linker
         self.link_flags = libraries
+
+    def add_to(self, graph: Graph) -> Path:
+        """What it is made of and how; where ninja will leave it."""
+        objects = [graph.compile(unit.source, unit.name, unit.command) for unit in self.units]
+        name = f"{self.name.rpartition('.')[2]}.so"
+        return Path(graph.link(objects, name, self.linker, self.link_flags))
 
 
 def make_plan(choice: str) -> Plan:
@@ -106,13 +119,15 @@ def make_plan(choice: str) -> Plan:
 
 def _cpu_extension() -> NativeExtension:
     torch = Torch.find()
-    compiler, with_torch = _command_with_torch(torch)
-    binding = (*with_torch, _TORCH_TARGET)
+    find_ninja()
+    compiler, headers = _compiler_for(torch)
+    module = [*compiler.command, f"-isystem{pybind11_include()}", *headers]
+    binding = (*compiler.command, *headers, _TORCH_TARGET)
     kernel = [*compiler.command, *_COMMON, *_WARNINGS, "-fopenmp-simd", "-Icsrc", *_user_flags()]
     kernels = _files("csrc/cpu", "*_kernel.cpp")
     others = [path for path in _files("csrc/cpu", "*.cpp") if path not in kernels]
 
-    units = _module_units(with_torch, "cpu", shlex.join([*_COMMON, *_user_flags()]))
+    units = _module_units(module, "cpu", shlex.join([*_COMMON, *_user_flags()]))
     units += [Unit(path, f"cpu/{path.stem}.o", binding) for path in others]
     # The order matters. An inline function of the standard library that two objects both emit is
     # kept from the first: portable code must come before code that only some processors can run.
@@ -128,16 +143,19 @@ def _cuda_extension() -> NativeExtension:
     if not sources:
         raise UnavailableError("this version has no CUDA kernels (csrc/cuda/*.cu)")
     torch = Torch.find()
-    compiler, with_torch = _command_with_torch(torch)
+    find_ninja()
+    compiler, headers = _compiler_for(torch)
+    module = [*compiler.command, f"-isystem{pybind11_include()}", *headers]
     device = ["-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     if "CXX" in os.environ:
         device += ["-ccbin", compiler.driver[0]]
     cuda = Cuda.find(torch, device)
-    binding = (*with_torch, _TORCH_TARGET, "-DUSE_CUDA", f"-isystem{cuda.include}")
+    cuda_headers = f"-isystem{cuda.include}"
+    binding = (*compiler.command, *headers, _TORCH_TARGET, "-DUSE_CUDA", cuda_headers)
     user = shlex.split(os.environ.get("NVCC_FLAGS", ""))
     device = [str(cuda.nvcc), *device, *cuda.architectures, *user]
 
-    module = [*with_torch, "-DDEQCORE_CUDA_MODULE"]
+    module.append("-DDEQCORE_CUDA_MODULE")
     units = _module_units(module, "cuda", shlex.join(device[1:]))
     units += [Unit(path, f"cuda/{path.stem}.cpp.o", binding) for path in bindings]
     units += [Unit(path, f"cuda/{path.stem}.cu.o", tuple(device)) for path in sources]
@@ -146,12 +164,14 @@ def _cuda_extension() -> NativeExtension:
     return NativeExtension("deqcore._cuda", units, compiler.driver, _link_flags(torch, *libraries))
 
 
-def _command_with_torch(torch: Torch) -> tuple[Compiler, list[str]]:
-    """The command for a file that sees Python's and torch's headers."""
+def _compiler_for(torch: Torch) -> tuple[Compiler, list[str]]:
+    """The compiler, and the flags of a file that sees Python's and torch's headers.
+
+    Among torch's is a pybind11 of torch's choice: ours is to come before these flags.
+    """
     system = [f"-isystem{path}" for path in [str(torch.include), *python_include()]]
     flags = [*_COMMON, *_WARNINGS, "-Icsrc", *system, *_user_flags()]
-    compiler = Compiler.find(flags)
-    return compiler, [*compiler.command, *flags]
+    return Compiler.find(flags), flags
 
 
 def _module_units(command: list[str], part: str, flags: str) -> list[Unit]:
@@ -189,60 +209,26 @@ def _files(folder: str, *patterns: str) -> list[Path]:
 
 
 class BuildNative(build_ext):
-    """Compile what changed, several files at a time, then link."""
+    """Plan every extension into one build.ninja, run it, and put what it made in its place."""
 
-    def build_extension(self, ext: NativeExtension) -> None:
+    def build_extensions(self) -> None:
         # Not self.build_temp: an editable install gives a folder that is thrown away.
-        folder = Path("build", f"native.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
-        jobs = int(os.environ.get("MAX_JOBS", 0)) or _processors()
-        with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(lambda unit: _compile(unit, folder), ext.units))
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        command = [*ext.linker, *map(str, objects), *ext.link_flags, "-o", str(target)]
-        _run(command, f"link {target.name}")
+        graph = Graph(build_folder())
+        made = [extension.add_to(graph) for extension in self.extensions]
+        jobs = int(os.environ.get("MAX_JOBS", 0)) or None
+        if not graph.build(Path.cwd(), jobs):
+            raise SystemExit(
+                "deqcore: the kernels do not compile (above). DEQCORE_BUILD=none installs the "
+                "library without them."
+            )
+        for extension, path in zip(self.extensions, made, strict=True):
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # At once: a process that has loaded the old one must not see it change.
+            shutil.copy2(path, target.with_suffix(".new"))
+            target.with_suffix(".new").replace(target)
 
 
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _compile(unit: Unit, folder: Path) -> Path:
-    target = folder / unit.name
-    if _is_fresh(unit, target):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    record = target.with_suffix(".cmd")
-    record.unlink(missing_ok=True)
-    # -MD, not -MMD: another torch or compiler in the same place must be noticed too.
-    command = [*unit.command, "-MD", "-MF", str(target.with_suffix(".d"))]
-    _run([*command, "-c", str(unit.source), "-o", str(target)], f"compile {unit.name}")
-    record.write_text(shlex.join(unit.command))
-    return target
-
-
-def _is_fresh(unit: Unit, target: Path) -> bool:
-    """True if the object was made by this very command from files that have not changed since."""
-    record, depfile = target.with_suffix(".cmd"), target.with_suffix(".d")
-    if not (target.exists() and record.exists() and depfile.exists()):
-        return False
-    if record.read_text() != shlex.join(unit.command):
-        return False
-    prerequisites = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    made = target.stat().st_mtime_ns
-    return all(Path(p).exists() and Path(p).stat().st_mtime_ns < made for p in prerequisites)
-
-
-def _run(command: list[str], what: str) -> None:
-    sys.stderr.write(f"deqcore: {what}\n")  # one write, since several threads say this
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    messages = (done.stdout + done.stderr).strip()
-    if done.returncode != 0:
-        raise SystemExit(
-            f"deqcore: {shlex.join(command)}\n{messages}\ndeqcore: {what} failed (above). "
-            "DEQCORE_BUILD=none installs the library without compiled kernels."
-        )
-    if messages:
-        print(messages, file=sys.stderr)
+def build_folder() -> Path:
+    """Where objects are kept from build to build, for this interpreter."""
+    return Path("build", f"native.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")

@@ -143,6 +143,14 @@ def python_include() -> list[str]:
     return list(dict.fromkeys([paths["include"], paths["platinclude"]]))
 
 
+def pybind11_include() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        raise UnavailableError("pybind11 is not installed (pip install pybind11)") from None
+    return pybind11.get_include()
+
+
 def _folder_with(name: str, root: Path, *patterns: str) -> Path:
     for pattern in patterns:
         for folder in root.glob(pattern):

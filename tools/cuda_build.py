@@ -1,6 +1,6 @@
 """Compile the CUDA kernels and say what they cost; build the whole extension; both without a GPU.
 
-    python tools/cuda_build.py --only kernels     # nvcc alone: a minute
+    python tools/cuda_build.py --only kernels     # nvcc alone, for what has changed
     python tools/cuda_build.py                    # and the extension, against a CUDA build of torch
 
 Kernels are compiled for each architecture with the assembler's report, printed as a table. A
@@ -21,11 +21,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+from graph import Graph  # noqa: E402
+
+BUILD_PACKAGES = ("setuptools>=77.0.3", "ninja", "pybind11>=3")
 ARCHITECTURES = ("80", "90")  # PTX of the last one serves what came later
 FLAGS = [
     "-std=c++20",
@@ -100,29 +104,25 @@ def _short(name: str) -> str:
     return re.sub(r"deqcore::(cuda::)?", "", name)
 
 
-def compile_kernels(architectures: Iterable[str], jobs: int) -> list[Kernel]:
-    """Compile every csrc/cuda/*.cu for every architecture."""
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    work = [(source, number) for source in sources for number in architectures]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-
-        def compile_one(item: tuple[Path, str]) -> str:
-            return _compile(*item, Path(folder))
-
-        reports = pool.map(compile_one, work)
-        return [kernel for report in reports for kernel in read_report(report)]
-
-
-def _compile(source: Path, number: str, folder: Path) -> str:
-    target = folder / f"{source.stem}.{number}.o"
-    gencode = f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"
-    command = ["nvcc", *FLAGS, gencode, "-c", str(source), "-o", str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    text = done.stdout + done.stderr
-    # A spill is a warning and so an error; let the table show where it is.
-    if done.returncode and not read_report(text):
-        raise SystemExit(f"{' '.join(command)}\n{text}")
-    return text
+def compile_kernels(architectures: Iterable[str], jobs: int | None) -> list[Kernel]:
+    """Compile every csrc/cuda/*.cu for every architecture, but for what has not changed."""
+    graph = Graph(Path("build", "cuda_kernels"))
+    objects = []
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        for number in architectures:
+            gencode = f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"
+            name = f"{source.stem}.{number}.o"
+            command = ["nvcc", *FLAGS, gencode]
+            objects.append(graph.compile(source.relative_to(ROOT), name, command, keep_report=True))
+    compiled = graph.build(ROOT, jobs, keep_going=True)
+    kernels: list[Kernel] = []
+    for path in objects:
+        found = read_report((ROOT / f"{path}.txt").read_text())
+        # A spill is a warning and so an error, which the table shows; anything else ends here.
+        if not compiled and not found:
+            raise SystemExit(f"{path} does not compile (above)")
+        kernels += found
+    return kernels
 
 
 def print_table(kernels: list[Kernel]) -> None:
@@ -136,7 +136,7 @@ def print_table(kernels: list[Kernel]) -> None:
         )
 
 
-def check_kernels(architectures: Iterable[str], jobs: int) -> dict[str, object]:
+def check_kernels(architectures: Iterable[str], jobs: int | None) -> dict[str, object]:
     began = time.monotonic()
     kernels = compile_kernels(architectures, jobs)
     print_table(kernels)
@@ -162,7 +162,7 @@ def check_extension(venv: Path, torch: str, architectures: Iterable[str]) -> dic
     if not python.exists():
         _run(sys.executable, "-m", "venv", venv)
     if subprocess.run([python, "-c", "import torch"], check=False, capture_output=True).returncode:
-        _run(python, "-m", "pip", "install", "-q", torch, "numpy", "setuptools>=77.0.3")
+        _run(python, "-m", "pip", "install", "-q", torch, "numpy", *BUILD_PACKAGES)
     numbers = [f"{number[:-1]}.{number[-1]}" for number in architectures]
     environment = {
         **os.environ,
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="90")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-cuda")
     parser.add_argument("--torch", default="torch==2.14.1", help="what pip installs into it")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, help="as many as there are processors if not said")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     if shutil.which("nvcc") is None:
