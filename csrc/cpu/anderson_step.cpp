@@ -14,9 +14,8 @@ void anderson_step(const Tensor& x, const Tensor& f, const Tensor& damping, cons
                    const Tensor& status, const Tensor& counters, const Tensor& residuals,
                    const Tensor& remaining, const Tensor& x_next, const Tensor& z_next,
                    const Tensor& options) {
-  const AndersonArgs args =
-      anderson_args(x, f, damping, g_ring, h_ring, gram, best, status, counters, residuals, remaining,
-                    x_next, z_next, options);
+  const AndersonArgs args = anderson_args(x, f, damping, g_ring, h_ring, gram, best, status,
+                                          counters, residuals, remaining, x_next, z_next, options);
   run_step<AndersonDecision>(
       args.batch, args.dim, args.memory + 1, 2 * args.memory + 4,
       [&](int64_t first, int64_t last, double* parts) {

@@ -16,11 +16,11 @@ struct AndersonDecision {
 
 // The three parts of a step. Items are chunks of rows, row * step_chunks(dim) + chunk; parts,
 // memory + 1 numbers an item, begins with the first item's, and decisions with its row's.
-DEQCORE_DECLARE_KERNEL(void anderson_push(const AndersonArgs& args, int64_t first,
-                                          int64_t last, double* parts))
+DEQCORE_DECLARE_KERNEL(void anderson_push(const AndersonArgs& args, int64_t first, int64_t last,
+                                          double* parts))
 DEQCORE_DECLARE_KERNEL(void anderson_decide(const AndersonArgs& args, int64_t row,
                                             const double* parts, AndersonDecision* decision))
-DEQCORE_DECLARE_KERNEL(void anderson_move(const AndersonArgs& args, int64_t first,
-                                          int64_t last, const AndersonDecision* decisions))
+DEQCORE_DECLARE_KERNEL(void anderson_move(const AndersonArgs& args, int64_t first, int64_t last,
+                                          const AndersonDecision* decisions))
 
 }  // namespace deqcore::cpu

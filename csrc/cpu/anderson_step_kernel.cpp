@@ -173,8 +173,7 @@ void move_to(const AndersonArgs& args, int64_t row, const AndersonPlan& plan, co
 
 }  // namespace
 
-void anderson_push(const AndersonArgs& args, int64_t first, int64_t last,
-                   double* parts) {
+void anderson_push(const AndersonArgs& args, int64_t first, int64_t last, double* parts) {
   with_dtype(args.type, [&]<typename F>() {
     using X = Compute<F>;
     const int64_t chunks = step_chunks(args.dim);

@@ -13,9 +13,8 @@ void broyden_step(const Tensor& x, const Tensor& f, const Tensor& damping, const
                   const Tensor& gram, const Tensor& best, const Tensor& status,
                   const Tensor& counters, const Tensor& residuals, const Tensor& remaining,
                   const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
-  const BroydenArgs args =
-      broyden_args(x, f, damping, s_ring, gram, best, status, counters, residuals, remaining,
-                    x_next, z_next, options);
+  const BroydenArgs args = broyden_args(x, f, damping, s_ring, gram, best, status, counters,
+                                        residuals, remaining, x_next, z_next, options);
   int64_t stored = 0;
   for (int64_t row = 0; row < args.batch; ++row) {
     if (args.rows.status[row] != kActive) continue;

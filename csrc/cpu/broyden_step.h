@@ -16,11 +16,11 @@ struct BroydenDecision {
 
 // The three parts of a step. Items are chunks of rows, row * step_chunks(dim) + chunk; parts, 2 *
 // capacity + 2 numbers an item, begins with the first item's, and decisions with its row's.
-DEQCORE_DECLARE_KERNEL(void broyden_push(const BroydenArgs& args, int64_t first,
-                                         int64_t last, double* parts))
+DEQCORE_DECLARE_KERNEL(void broyden_push(const BroydenArgs& args, int64_t first, int64_t last,
+                                         double* parts))
 DEQCORE_DECLARE_KERNEL(void broyden_decide(const BroydenArgs& args, int64_t row,
                                            const double* parts, BroydenDecision* decision))
-DEQCORE_DECLARE_KERNEL(void broyden_move(const BroydenArgs& args, int64_t first,
-                                         int64_t last, const BroydenDecision* decisions))
+DEQCORE_DECLARE_KERNEL(void broyden_move(const BroydenArgs& args, int64_t first, int64_t last,
+                                         const BroydenDecision* decisions))
 
 }  // namespace deqcore::cpu

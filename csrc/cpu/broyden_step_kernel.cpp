@@ -138,8 +138,7 @@ void with_types(const BroydenArgs& args, const Run& run) {
 
 }  // namespace
 
-void broyden_push(const BroydenArgs& args, int64_t first, int64_t last,
-                  double* parts) {
+void broyden_push(const BroydenArgs& args, int64_t first, int64_t last, double* parts) {
   with_types(args, [&]<typename X, typename F, typename S>() {
     const int64_t chunks = step_chunks(args.dim);
     for (int64_t item = first; item < last; ++item) {

@@ -21,7 +21,7 @@ constexpr int kGroup = 4;
 // The part of x [tokens, width] from `token` on, as the type of sums.
 template <typename S>
 const Compute<S>* read_panel(const void* source, int64_t width, int64_t token, int64_t tokens,
-                         Scratch<Compute<S>>& panel) {
+                             Scratch<Compute<S>>& panel) {
   const S* from = static_cast<const S*>(source) + token * width;
   if constexpr (sizeof(S) == sizeof(Compute<S>)) {
     return from;
@@ -29,7 +29,8 @@ const Compute<S>* read_panel(const void* source, int64_t width, int64_t token, i
     constexpr int N = kLanes<Compute<S>>;
     const int64_t count = tokens * width;
     int64_t i = 0;
-    for (; i + N <= count; i += N) store<Compute<S>, N>(panel.data() + i, load_as<Compute<S>, N>(from + i));
+    for (; i + N <= count; i += N)
+      store<Compute<S>, N>(panel.data() + i, load_as<Compute<S>, N>(from + i));
     for (; i < count; ++i) panel.data()[i] = to_compute(from[i]);
     return panel.data();
   }
@@ -75,8 +76,8 @@ template <typename S, int N, int V, int G>
 }
 
 template <typename S, int V>
-void multiply_panel(const MaskedLinearArgs& args, const Compute<S>* x, int64_t token, int64_t tokens,
-                    int64_t first, int64_t last) {
+void multiply_panel(const MaskedLinearArgs& args, const Compute<S>* x, int64_t token,
+                    int64_t tokens, int64_t first, int64_t last) {
   constexpr int N = kLanes<Compute<S>>;
   const int64_t size = args.weight.block, rows = args.weight.rows, width = args.weight.width;
   S* y = static_cast<S*>(args.y) + token * rows;
@@ -169,8 +170,7 @@ void with_vectors(int64_t size, const Run& run) {
 
 }  // namespace
 
-void masked_linear_blocks(const MaskedLinearArgs& args, Dtype type, int64_t begin,
-                          int64_t end) {
+void masked_linear_blocks(const MaskedLinearArgs& args, Dtype type, int64_t begin, int64_t end) {
   with_dtype(type, [&]<typename S>() {
     typedef Compute<S> T;
     const int64_t tile = masked_linear_tile(type);
@@ -183,9 +183,8 @@ void masked_linear_blocks(const MaskedLinearArgs& args, Dtype type, int64_t begi
       const int64_t first = task % args.row_chunks * chunk;
       const int64_t last = first + chunk < rows ? first + chunk : rows;
       const T* x = read_panel<S>(args.x, args.weight.width, token, tokens, panel);
-      with_vectors<T>(args.weight.block, [&]<int V>() {
-        multiply_panel<S, V>(args, x, token, tokens, first, last);
-      });
+      with_vectors<T>(args.weight.block,
+                      [&]<int V>() { multiply_panel<S, V>(args, x, token, tokens, first, last); });
     }
   });
 }

@@ -1,5 +1,6 @@
-// Bindings of masked_to_dense, masked_expand and masked_from_dense for CPU tensors: they move numbers
-// and compute nothing, so that one version of all but masked_expand serves every instruction set.
+// Bindings of masked_to_dense, masked_expand and masked_from_dense for CPU tensors: they move
+// numbers and compute nothing, so that one version of all but masked_expand serves every
+// instruction set.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -53,8 +54,8 @@ Tensor masked_expand(const Tensor& values, const Tensor& words, const Tensor& pa
   const int64_t cells = rows * columns;
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Byte && words.is_contiguous() &&
                       words.numel() == (cells + 7) / 8,
-                  "words: expected a contiguous uint8 tensor of ", (cells + 7) / 8, " entries, got ",
-                  words.numel());
+                  "words: expected a contiguous uint8 tensor of ", (cells + 7) / 8,
+                  " entries, got ", words.numel());
   const Tensor kept = torch::stable::contiguous(values);
   Tensor dense = torch::stable::new_empty(values, {rows, columns});
   if (cells == 0) return dense;
@@ -64,12 +65,14 @@ Tensor masked_expand(const Tensor& values, const Tensor& words, const Tensor& pa
   // A thread begins where a row's place in the values is known, and a byte of its bits.
   const int64_t step = columns % kExpandCells == 0 ? 1 : rows;
   std::atomic<bool> done = true;
-  torch::stable::parallel_for(0, rows / step, step == 1 ? kGrain : 1, [&](int64_t from, int64_t to) {
-    const int64_t first = from * step, last = to * step;
-    const bool mine = DEQCORE_DISPATCH_ISA(masked_expand, args, checked.type, entries.offsets[first],
-                                           first * columns, last * columns);
-    if (!mine) done = false;
-  });
+  torch::stable::parallel_for(
+      0, rows / step, step == 1 ? kGrain : 1, [&](int64_t from, int64_t to) {
+        const int64_t first = from * step, last = to * step;
+        const bool mine =
+            DEQCORE_DISPATCH_ISA(masked_expand, args, checked.type, entries.offsets[first],
+                                 first * columns, last * columns);
+        if (!mine) done = false;
+      });
   return done ? dense : masked_to_dense(values, pattern, rows, columns);
 }
 

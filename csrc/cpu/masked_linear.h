@@ -1,8 +1,8 @@
 // Kernels of masked_linear: y [tokens, rows] = x [tokens, width] * weight^T + bias.
 #pragma once
 
-#include "cpu/isa.h"
 #include "cpu/column_blocks.h"
+#include "cpu/isa.h"
 #include "ops/dtype.h"
 #include "ops/sparse_rows.h"
 
@@ -24,20 +24,19 @@ struct MaskedLinearArgs {
 DEQCORE_DECLARE_KERNEL(int64_t masked_linear_tile(Dtype type))
 
 // Tasks begin to end of ceil(tokens / tile) * row_chunks.
-DEQCORE_DECLARE_KERNEL(void masked_linear(const MaskedLinearArgs& args, Dtype type,
-                                          int64_t begin, int64_t end))
+DEQCORE_DECLARE_KERNEL(void masked_linear(const MaskedLinearArgs& args, Dtype type, int64_t begin,
+                                          int64_t end))
 
 // The same tasks, for a weight of blocks.
 DEQCORE_DECLARE_KERNEL(void masked_linear_blocks(const MaskedLinearArgs& args, Dtype type,
                                                  int64_t begin, int64_t end))
 
 // Reads entries begin to end of stored values, in the order of `rows`, as the type of sums.
-DEQCORE_DECLARE_KERNEL(void masked_values(const SparseRows& rows, const void* values,
-                                          Dtype type, void* out, int64_t begin, int64_t end))
+DEQCORE_DECLARE_KERNEL(void masked_values(const SparseRows& rows, const void* values, Dtype type,
+                                          void* out, int64_t begin, int64_t end))
 
 // The same for a weight of blocks, rows of blocks begin to end: out [block, column, row].
 DEQCORE_DECLARE_KERNEL(void masked_pack_blocks(const SparseRows& rows, const void* values,
-                                               Dtype type, void* out, int64_t begin,
-                                               int64_t end))
+                                               Dtype type, void* out, int64_t begin, int64_t end))
 
 }  // namespace deqcore::cpu

@@ -89,7 +89,8 @@ struct Part {
 
 // One tile of at most N * V tokens. tile: columns of one block; sums: the part's rows.
 template <typename S, int N, int V>
-void multiply_tile(const MaskedLinearArgs& args, const Part& part, Compute<S>* tile, Compute<S>* sums) {
+void multiply_tile(const MaskedLinearArgs& args, const Part& part, Compute<S>* tile,
+                   Compute<S>* sums) {
   typedef Compute<S> T;
   constexpr int W = N * V;
   constexpr int R = V >= 3 ? kTileRows : V == 2 ? 2 : 4;
@@ -207,23 +208,21 @@ void masked_linear(const MaskedLinearArgs& args, Dtype type, int64_t begin, int6
     const int64_t rounded = (args.tokens + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     const int64_t wide = args.tokens < kTile ? rounded : kTile;
     const int64_t width = args.weight.width;
-    Scratch<T> tile(width < step          ? width * wide
-                            : step * wide < width ? width
-                                                  : step * wide);
+    Scratch<T> tile(width < step ? width * wide : step * wide < width ? width : step * wide);
     Scratch<T> sums(chunk * wide);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t token = task / args.row_chunks * kTile;
       const int64_t first = task % args.row_chunks * chunk;
-      const Part part{token, args.tokens - token < kTile ? args.tokens - token : kTile,
-                              first, first + chunk < rows ? first + chunk : rows};
+      const Part part{token, args.tokens - token < kTile ? args.tokens - token : kTile, first,
+                      first + chunk < rows ? first + chunk : rows};
       if (part.first >= part.last) continue;
       multiply<S, kTileVectors>(args, part, tile.data(), sums.data());
     }
   });
 }
 
-void masked_values(const SparseRows& rows, const void* values, Dtype type, void* out,
-                   int64_t begin, int64_t end) {
+void masked_values(const SparseRows& rows, const void* values, Dtype type, void* out, int64_t begin,
+                   int64_t end) {
   with_dtype(type, [&]<typename S>() {
     const S* from = static_cast<const S*>(values);
     auto* to = static_cast<Compute<S>*>(out);

@@ -2,8 +2,8 @@
 // [tokens, width], at the kept entries alone.
 #pragma once
 
-#include "cpu/isa.h"
 #include "cpu/column_blocks.h"
+#include "cpu/isa.h"
 #include "ops/dtype.h"
 #include "ops/sparse_rows.h"
 
@@ -32,9 +32,8 @@ struct OuterTile {
 DEQCORE_DECLARE_KERNEL(int64_t masked_outer_tile(Dtype type, int64_t tokens))
 
 // Transposes one tile: out [columns, width] of source [tokens, columns].
-DEQCORE_DECLARE_KERNEL(void masked_outer_transpose(const void* source, Dtype type,
-                                                   int64_t tokens, int64_t columns, int64_t width,
-                                                   void* out))
+DEQCORE_DECLARE_KERNEL(void masked_outer_transpose(const void* source, Dtype type, int64_t tokens,
+                                                   int64_t columns, int64_t width, void* out))
 
 // Adds one tile to the values of its rows.
 DEQCORE_DECLARE_KERNEL(void masked_outer(const MaskedOuterArgs& args, Dtype type,

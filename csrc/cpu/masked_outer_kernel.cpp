@@ -118,15 +118,14 @@ void masked_outer_transpose(const void* source, Dtype type, int64_t tokens, int6
     typedef Compute<S> T;
     with_tile<T>(width, [&]<int N, int V>() {
       transpose_in<S, N, N * V>(static_cast<const S*>(source), columns, tokens, columns,
-                                        static_cast<T*>(out));
+                                static_cast<T*>(out));
     });
   });
 }
 
 void masked_outer(const MaskedOuterArgs& args, Dtype type, const OuterTile& tile) {
   with_dtype(type, [&]<typename S>() {
-    with_tile<Compute<S>>(
-        tile.width, [&]<int N, int V>() { add_tile<S, N, V>(args, tile); });
+    with_tile<Compute<S>>(tile.width, [&]<int N, int V>() { add_tile<S, N, V>(args, tile); });
   });
 }
 
@@ -140,8 +139,7 @@ void masked_outer_round(const void* sums, Dtype type, void* out, int64_t begin, 
     for (; i + N <= end; i += N) {
       store_as<S, N>(to + i, load<T, N>(from + i));
     }
-    if (i < end)
-      store_part<S, N>(to + i, load_part<T, N>(from + i, end - i), end - i);
+    if (i < end) store_part<S, N>(to + i, load_part<T, N>(from + i, end - i), end - i);
   });
 }
 

@@ -27,7 +27,8 @@ class Scratch {
 
 // out [columns, W] = source [tokens, stride], columns first to last; missing tokens become zero.
 template <typename S, int N, int W>
-void transpose_in(const S* source, int64_t stride, int64_t tokens, int64_t columns, Compute<S>* out) {
+void transpose_in(const S* source, int64_t stride, int64_t tokens, int64_t columns,
+                  Compute<S>* out) {
   typedef Compute<S> T;
   for (int64_t c = 0; c < columns; c += N) {
     const int64_t count = columns - c < N ? columns - c : N;
@@ -55,7 +56,8 @@ void transpose_in(const S* source, int64_t stride, int64_t tokens, int64_t colum
 
 // The way back: target [tokens, stride] = sums [columns, W].
 template <typename S, int N, int W>
-void transpose_out(const Compute<S>* sums, int64_t columns, S* target, int64_t stride, int64_t tokens) {
+void transpose_out(const Compute<S>* sums, int64_t columns, S* target, int64_t stride,
+                   int64_t tokens) {
   typedef Compute<S> T;
   for (int64_t c = 0; c < columns; c += N) {
     const int64_t count = columns - c < N ? columns - c : N;

@@ -22,9 +22,9 @@ constexpr int fitting_parts(int parts, int most) {
   return parts;
 }
 
-// sums[l][r][lane] += lefts[l] . rights[r] over one block, for lane = index % kAccumulators. Every load
-// and conversion serves all sums; as many accumulators as there are registers run side by side.
-// kSelf: lefts[0] is rights[0].
+// sums[l][r][lane] += lefts[l] . rights[r] over one block, for lane = index % kAccumulators. Every
+// load and conversion serves all sums; as many accumulators as there are registers run side by
+// side. kSelf: lefts[0] is rights[0].
 template <int kLefts, int kRights, bool kSelf, typename L, typename R>
 inline void add_dots(const L* const* lefts, const R* const* rights, int count, double* sums) {
   constexpr int kParts = kAccumulators / kWide, kSums = kLefts * kRights;
@@ -34,7 +34,8 @@ inline void add_dots(const L* const* lefts, const R* const* rights, int count, d
     Doubles totals[kSums * kTogether];
     double* const at = sums + first * kWide;
     unrolled<kSums * kTogether>([&](auto k) __attribute__((always_inline)) {
-      totals[k] = load_as<double, kWide>(at + k / kTogether * kAccumulators + k % kTogether * kWide);
+      totals[k] =
+          load_as<double, kWide>(at + k / kTogether * kAccumulators + k % kTogether * kWide);
     });
     for (int i = first * kWide; i < whole; i += kAccumulators) {
       unrolled<kTogether>([&](auto part) __attribute__((always_inline)) {

@@ -121,8 +121,8 @@ template <typename T, int N>
   }
 }
 
-// By name: GCC converts a vector in halves. (Intrinsics with a mask of ones, here and below, because
-// GCC warns of the others: they begin with a register that has no value.)
+// By name: GCC converts a vector in halves. (Intrinsics with a mask of ones, here and below,
+// because GCC warns of the others: they begin with a register that has no value.)
 template <int N>
 [[gnu::always_inline]] inline Vector<double, N> to_doubles(Vector<float, N> value) {
 #if defined(__AVX512F__)

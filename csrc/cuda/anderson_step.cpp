@@ -16,9 +16,8 @@ void anderson_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, c
                       const Tensor& options) {
   check_device(x, {&x, &f, &damping, &g_ring, &h_ring, &gram, &best, &status, &counters, &residuals,
                    &remaining, &x_next, &z_next});
-  const AndersonArgs args =
-      anderson_args(x, f, damping, g_ring, h_ring, gram, best, status, counters, residuals, remaining,
-                    x_next, z_next, options);
+  const AndersonArgs args = anderson_args(x, f, damping, g_ring, h_ring, gram, best, status,
+                                          counters, residuals, remaining, x_next, z_next, options);
   const OnDeviceOf device(x);
   const Path path = anderson_path(args);
   const Workspace workspace(x, anderson_workspace_bytes(args, path));

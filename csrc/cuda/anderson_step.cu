@@ -19,7 +19,7 @@ constexpr int kManyAges = sizeof(X) == 8 ? 6 : 8;  // as many as registers hold
 
 // Blocks that a processor runs at once: as many as registers allow without a spill.
 template <typename X, typename F, bool kAligned, int kAges>
-constexpr int kPushBlocks = kAligned&& kAges == kFewAges && sizeof(X) + sizeof(F) == 8 ? 3 : 2;
+constexpr int kPushBlocks = kAligned && kAges == kFewAges && sizeof(X) + sizeof(F) == 8 ? 3 : 2;
 template <typename X>
 constexpr int kMoveBlocks = sizeof(X) == 4 ? 3 : 2;
 

@@ -15,9 +15,8 @@ void broyden_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, co
                      const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
   check_device(x, {&x, &f, &damping, &s_ring, &gram, &best, &status, &counters, &residuals,
                    &remaining, &x_next, &z_next});
-  const BroydenArgs args =
-      broyden_args(x, f, damping, s_ring, gram, best, status, counters, residuals, remaining,
-                    x_next, z_next, options);
+  const BroydenArgs args = broyden_args(x, f, damping, s_ring, gram, best, status, counters,
+                                        residuals, remaining, x_next, z_next, options);
   const OnDeviceOf device(x);
   const Path path = broyden_path(args);
   const Workspace workspace(x, broyden_workspace_bytes(args, path));

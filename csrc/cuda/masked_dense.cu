@@ -52,8 +52,8 @@ const char* with_bits(Dtype type, const Run& run) {
 
 }  // namespace
 
-const char* masked_to_dense(const SparseRows& entries, const void* values, void* dense,
-                            Dtype type, void* stream) {
+const char* masked_to_dense(const SparseRows& entries, const void* values, void* dense, Dtype type,
+                            void* stream) {
   if (entries.rows == 0 || entries.width == 0) return nullptr;
   return with_bits(type, [&]<typename Bits>() {
     return launch(spread_values<Bits>, blocks_for(entries.rows, kWarps), kWarps * kWarp, 0,

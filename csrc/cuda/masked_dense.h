@@ -10,8 +10,8 @@ namespace deqcore::cuda {
 
 // Between values [entries.kept] and dense [entries.rows, entries.width], which to_dense writes in
 // full. Null, or what went wrong.
-const char* masked_to_dense(const SparseRows& entries, const void* values, void* dense,
-                            Dtype type, void* stream);
+const char* masked_to_dense(const SparseRows& entries, const void* values, void* dense, Dtype type,
+                            void* stream);
 const char* masked_from_dense(const SparseRows& entries, const void* dense, void* values,
                               Dtype type, void* stream);
 

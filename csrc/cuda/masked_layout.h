@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "ops/sparse_rows.h"
 #include "ops/rows.h"
+#include "ops/sparse_rows.h"
 
 namespace deqcore::cuda {
 

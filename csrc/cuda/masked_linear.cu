@@ -36,8 +36,8 @@ struct alignas(2 * sizeof(T)) Entry {
 template <typename S>
 struct Prepared {
   Entry<Compute<S>>* entries;  // [kept]
-  int32_t* ends;           // [chunks, rows]
-  S* turned;               // [width, padded]
+  int32_t* ends;               // [chunks, rows]
+  S* turned;                   // [width, padded]
   int64_t padded;
   int64_t chunks;
 };
@@ -100,8 +100,8 @@ DEQCORE_DEVICE void add_entry(const Entry<Compute<S>>& entry, const char* tile,
 
 // Entries first to last of a row, in their order; two small ones are read at a time.
 template <typename S, int kTokens>
-DEQCORE_DEVICE void add_entries(const Entry<Compute<S>>* entries, int first, int last, const char* tile,
-                                Compute<S> (&sums)[kTokens]) {
+DEQCORE_DEVICE void add_entries(const Entry<Compute<S>>* entries, int first, int last,
+                                const char* tile, Compute<S> (&sums)[kTokens]) {
   typedef Entry<Compute<S>> E;
   constexpr int kAtOnce = sizeof(E) == 8 ? 2 : 1;
   int i = first;
@@ -118,7 +118,8 @@ DEQCORE_DEVICE void add_entries(const Entry<Compute<S>>* entries, int first, int
 // A lane's sums of one token, to kRows neighbours in y.
 template <typename S, typename L>
 DEQCORE_DEVICE void store_token(const MaskedLinearArgs& args, int64_t token, int64_t first_row,
-                                const Compute<S> (&sums)[L::kRows][L::kTokens], int t, bool aligned) {
+                                const Compute<S> (&sums)[L::kRows][L::kTokens], int t,
+                                bool aligned) {
   constexpr int kWhole = 16 / static_cast<int>(sizeof(S));
   constexpr int kWidth = kWhole < L::kRows ? kWhole : L::kRows;
   const S* const bias = static_cast<const S*>(args.bias);
@@ -263,8 +264,7 @@ LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type) {
   return tiles >= kEnoughBlocks ? LinearPath::large : LinearPath::medium;
 }
 
-int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type,
-                                      LinearPath path) {
+int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type, LinearPath path) {
   if (path == LinearPath::blocks || path == LinearPath::few_blocks) return 0;
   return with_types(type, path, [&]<typename S, typename L>() {
     Pieces pieces(nullptr);

@@ -26,8 +26,7 @@ enum class LinearPath { large, medium, few, blocks, few_blocks };
 LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type);
 
 // Bytes of scratch memory, aligned to 16, that the product needs on the device.
-int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type,
-                                      LinearPath path);
+int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type, LinearPath path);
 
 // Queues the product on `stream` (a cudaStream_t). Null, or what went wrong.
 const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath path,

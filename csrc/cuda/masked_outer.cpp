@@ -12,8 +12,7 @@ namespace {
 Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pattern, int64_t rows,
                        int64_t columns, int64_t block) {
   check_device(left, {&left, &right, &pattern});
-  const auto [type, entries] =
-      masked_outer_operands(left, right, pattern, rows, columns, block);
+  const auto [type, entries] = masked_outer_operands(left, right, pattern, rows, columns, block);
   const OnDeviceOf device(left);
   const Tensor lefts = contiguous_and_aligned(left), rights = contiguous_and_aligned(right);
   Tensor values = torch::stable::new_empty(left, {entries.kept});

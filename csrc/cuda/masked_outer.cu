@@ -29,10 +29,10 @@ constexpr int kLanesOfAnEntry = kWarp / kGroup;  // that hold its sum in the end
 
 template <typename S>
 struct Prepared {
-  int32_t* ends;  // [chunks, rows]
-  S* left;        // [rows, padded]
-  S* right;       // [width, padded]
-  Compute<S>* sums;   // [kept]: the values themselves, where they have that type
+  int32_t* ends;     // [chunks, rows]
+  S* left;           // [rows, padded]
+  S* right;          // [width, padded]
+  Compute<S>* sums;  // [kept]: the values themselves, where they have that type
   int64_t padded;
   int64_t chunks;
   int rows_of_a_warp;
@@ -233,8 +233,8 @@ int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, Dtype type, Ou
   });
 }
 
-const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path,
-                         void* workspace, void* stream) {
+const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path, void* workspace,
+                         void* stream) {
   if (args.entries.kept == 0) return nullptr;
   if (const char* const error = check_gpu()) return error;
   if (path == OuterPath::blocks) return masked_outer_blocks(args, type, stream);

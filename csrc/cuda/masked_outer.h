@@ -29,8 +29,8 @@ OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type);
 int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, Dtype type, OuterPath path);
 
 // Queues it on `stream` (a cudaStream_t). Null, or what went wrong.
-const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path,
-                         void* workspace, void* stream);
+const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path, void* workspace,
+                         void* stream);
 
 // The blocks' path, which masked_outer takes when told to: whether these arguments allow it, and
 // the launcher.

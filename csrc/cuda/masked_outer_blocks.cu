@@ -116,7 +116,8 @@ const char* launch_side(const MaskedOuterArgs& args, Stream stream) {
 }  // namespace
 
 bool masked_outer_has_blocks(const MaskedOuterArgs& args, Dtype type) {
-  return is_half(type) && args.entries.block > 1 && are_aligned(16, {args.left, args.right, args.values});
+  return is_half(type) && args.entries.block > 1 &&
+         are_aligned(16, {args.left, args.right, args.values});
 }
 
 const char* masked_outer_blocks(const MaskedOuterArgs& args, Dtype type, void* stream) {

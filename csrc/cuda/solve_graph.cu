@@ -30,9 +30,8 @@ void append(cudaGraph_t graph, uintptr_t part, cudaGraphNode_t* last) {
 
 #if CUDART_VERSION >= 12040
 
-__global__ void go_on_while_rows_remain(cudaGraphConditionalHandle handle,
-                                        const int32_t* remaining, int32_t* taken,
-                                        int32_t max_steps) {
+__global__ void go_on_while_rows_remain(cudaGraphConditionalHandle handle, const int32_t* remaining,
+                                        int32_t* taken, int32_t max_steps) {
   const int32_t steps = *taken + 1;
   const bool go_on = *remaining > 0 && steps < max_steps;
   *taken = go_on ? steps : 0;

@@ -16,13 +16,14 @@ constexpr int kAndersonMaxMemory = 64;
 constexpr double kAndersonNoise = 1e-14;
 constexpr double kAndersonPivot = 1e-14;
 
-#define DEQCORE_ANDERSON_OPTIONS(number)                                        \
-  number(double, ridge) number(int64_t, start) number(int64_t, restart)         \
-  number(double, safeguard) number(double, max_weight)
+#define DEQCORE_ANDERSON_OPTIONS(number)                                                          \
+  number(double, ridge) number(int64_t, start) number(int64_t, restart) number(double, safeguard) \
+      number(double, max_weight)
 DEQCORE_NUMBERS(AndersonOptions, DEQCORE_ANDERSON_OPTIONS)
 using AndersonNumbers = std::tuple<RowLimits, AndersonOptions>;
 
-// All contiguous. f and z_next are of `type` ("F"), other state-sized tensors of what it is computed as
+// All contiguous. f and z_next are of `type` ("F"), other state-sized tensors of what it is
+// computed as
 // ("X": float or double).
 struct AndersonArgs {
   const void* x;          // X [B, D]

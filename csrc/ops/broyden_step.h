@@ -19,7 +19,8 @@ constexpr double kBroydenMaxGrowth = 1e4;
 DEQCORE_NUMBERS(BroydenOptions, DEQCORE_BROYDEN_OPTIONS)
 using BroydenNumbers = std::tuple<RowLimits, BroydenOptions>;
 
-// All contiguous. f and z_next are of `type` ("F"), other state-sized tensors of what it is computed as
+// All contiguous. f and z_next are of `type` ("F"), other state-sized tensors of what it is
+// computed as
 // ("X": float or double); the steps of a float state may be bfloat16 ("S").
 struct BroydenArgs {
   const void* x;          // X [B, D]

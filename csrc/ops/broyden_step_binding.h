@@ -12,8 +12,7 @@ inline BroydenArgs broyden_args(const Tensor& x, const Tensor& f, const Tensor& 
                                 const Tensor& s_ring, const Tensor& gram, const Tensor& best,
                                 const Tensor& status, const Tensor& counters,
                                 const Tensor& residuals, const Tensor& remaining,
-                                const Tensor& x_next, const Tensor& z_next,
-                                const Tensor& options) {
+                                const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
   const Dtype type = check_states(x, f);
   const ScalarType dtype = x.scalar_type();
   const int64_t batch = x.size(0), dim = x.size(1);

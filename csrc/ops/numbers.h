@@ -16,10 +16,10 @@
 #define DEQCORE_NUMBER_COUNT_(type, name) +1
 #define DEQCORE_NUMBER_NAME_(type, name) #name " "
 
-#define DEQCORE_NUMBERS(Name, LIST)                                                \
-  struct Name {                                                                    \
-    LIST(DEQCORE_NUMBER_FIELD_)                                                    \
-    static constexpr int64_t kCount = LIST(DEQCORE_NUMBER_COUNT_);                 \
-    static constexpr const char* kNames = LIST(DEQCORE_NUMBER_NAME_);              \
+#define DEQCORE_NUMBERS(Name, LIST)                                               \
+  struct Name {                                                                   \
+    LIST(DEQCORE_NUMBER_FIELD_)                                                   \
+    static constexpr int64_t kCount = LIST(DEQCORE_NUMBER_COUNT_);                \
+    static constexpr const char* kNames = LIST(DEQCORE_NUMBER_NAME_);             \
     static Name read(const double* from) { return {LIST(DEQCORE_NUMBER_READ_)}; } \
   };

@@ -24,9 +24,8 @@ enum Residual { kLatest, kBest, kFirst, kResiduals };
 
 constexpr double kDivergence = 1e8;  // a residual this many times the first one ends the row
 
-#define DEQCORE_ROW_LIMITS(number)          \
-  number(double, rtol) number(double, atol) \
-  number(int64_t, patience) number(int64_t, max_steps)
+#define DEQCORE_ROW_LIMITS(number) \
+  number(double, rtol) number(double, atol) number(int64_t, patience) number(int64_t, max_steps)
 DEQCORE_NUMBERS(RowLimits, DEQCORE_ROW_LIMITS)
 
 // Status and counters of all rows.
