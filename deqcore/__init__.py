@@ -3,6 +3,7 @@
 from deqcore import _kernels
 from deqcore._build_info import build_info
 from deqcore._loop import Problem, Solved
+from deqcore._notices import ConvergenceWarning
 from deqcore._solution import ConvergenceError, Solution, SolveReport
 from deqcore._status import Status
 from deqcore._version import __version__
@@ -29,6 +30,7 @@ __all__ = [
     "Broyden",
     "CapturedSolver",
     "ConvergenceError",
+    "ConvergenceWarning",
     "Implicit",
     "ImplicitLayer",
     "MaskedLinear",

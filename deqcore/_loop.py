@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from deqcore._checks import Measure, RelativeMeasure, check_frozen_rows
+from deqcore._module_buffers import ModuleBuffers
 from deqcore._packing import Packing
 from deqcore._transforms import refuse_mapped
 from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
@@ -24,7 +27,9 @@ from deqcore.solvers.base import StepContext
 class Problem:
     """f as solvers and adjoints see it: on matrices [B, D] of one dtype, counting its calls.
 
-    ``problem(z)`` is f(z), with a graph in grad mode; :meth:`solve` finds z = f(z) without one.
+    ``problem(z)`` is f(z), with a graph in grad mode; :meth:`solve` finds z = f(z) without one, and
+    :meth:`at_solution` is the evaluation there. A coupled batch is one row, and what f's modules
+    note of their inputs (running statistics) they note of that last evaluation alone.
 
     Attributes:
         calls: evaluations so far.
@@ -43,45 +48,85 @@ class Problem:
         self.f, self.args, self.packing = f, args, packing
         self.calls = 0
         self.f_dtypes = f_dtypes
+        self.buffers = ModuleBuffers() if packing.coupled else None
 
     def __call__(self, z: Tensor) -> Tensor:  # [B, D] -> [B, D], in the packed dtype
+        if self.buffers is None:
+            return self.evaluate(z)
+        with self.buffers.unchanged():
+            return self.evaluate(z)
+
+    def at_solution(self, z: Tensor, solved: Solved) -> Tensor:
+        """f(z) for z = ``solved.value``, which shows whether rows are still what they were."""
+        with contextlib.nullcontext() if self.buffers is None else self.buffers.changing():
+            f = self.evaluate(z)
+        with torch.no_grad():
+            solved.check(self, z.detach(), f.detach())
+        return f
+
+    def finish(self, solved: Solved) -> None:
+        """Let modules note the solution, if :meth:`at_solution` has not been called."""
+        if self.buffers is not None and self.buffers.waiting:
+            with torch.no_grad():
+                self.at_solution(solved.value, solved)
+
+    def test(self, context: StepContext) -> Any:
+        """What ends a row instead of the solver's tolerance (a `_root.RootTest`), or None."""
+        return None
+
+    def evaluate(self, z: Tensor) -> Tensor:
+        """f(z), come what may of the buffers of f's modules."""
         self.calls += 1
         if z.is_inference():  # of a differentiable step, or of leaves of several dtypes
             with counting_changes():
                 z = z.clone()
         version = z._version
-        value = self.f(self.packing.unpack(z), *self.args)
+        packed, value = self._packed_value(z)
         if z._version != version:
             raise RuntimeError(
                 "f changed its argument in place, which is the solver's own iterate; return a new "
                 "tensor (z * 0.5, not z.mul_(0.5)), or start f with z = z.clone()"
             )
-        packed = self.packing.pack(value)
         if self.calls == 1:
             leaves = pytree.tree_leaves(value)
             self.f_dtypes += tuple(leaf.dtype for leaf in leaves) + _autocast_dtypes(self.packing)
         return packed
 
-    def solve(self, z0: Tensor, solver: Solver, frozen: Tensor | None = None) -> Solved:
+    def rounding(self) -> float:
+        """The coarsest machine epsilon of the state and of f."""
+        return max(torch.finfo(d).eps for d in (self.packing.dtype, *self.f_dtypes))
+
+    def _packed_value(self, z: Tensor) -> tuple[Tensor, Any]:
+        """f(z) as a matrix, and as f returned it."""
+        value = self.f(self.packing.unpack(z), *self.args)
+        return self.packing.pack(value), value
+
+    def solve(
+        self, z0: Tensor, solver: Solver, frozen: Tensor | None = None, *, check: bool = True
+    ) -> Solved:
         """Iterate from ``z0`` [B, D] without a graph.
 
-        Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps.
+        Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps. Without
+        ``check``, :meth:`at_solution` is yet to show whether rows depend on each other.
         """
         with torch.no_grad():
             run = _Run(self, z0, solver, frozen)
             watch = _EndWatch(run.rows, solver.check_every)
+            f = None
             for step in range(1, solver.max_steps + 1):
                 if watch.all_ended():
                     break
+                f = None  # no iterate but the current one is alive while f runs
                 f = self(run.z)
                 if step == 1:
                     _refuse_forward_mode(f)
                     refuse_mapped(run.x, f)
-                    context = run.context()
-                run.state, run.x, z = solver.take_step(run.state, run.x, f, step, context)
+                    run.begin()
+                run.end_rows()
+                run.state, run.x, z = solver.take_step(run.state, run.x, f, step, run.context)
                 run.seen(z)
-                del f, z  # no iterate but the current one is alive while f runs
-        return run.solved()
+                del z
+            return run.solved(f if check else None)
 
 
 def _autocast_dtypes(packing: Packing) -> tuple[torch.dtype, ...]:
@@ -102,12 +147,24 @@ class Solved:
         trace: [B, n] residuals, or None.
         state: the solver's history; an adjoint that does not need it sets it to None, so that its
             memory is free while f's graph is built.
+        measure: what a row's residual is compared with; None where f was not called.
+        inconsistent: bool [], whether :meth:`check` has found such a row; None: not looked for.
     """
 
     value: Tensor
     rows: Rows
     trace: Tensor | None
     state: Any
+    measure: Measure | None = None
+    inconsistent: Tensor | None = None
+
+    def check(self, problem: Problem, z: Tensor, f: Tensor, evaluations: int | None = None) -> None:
+        """Compare f with what it was for rows that had ended; see :func:`check_frozen_rows`."""
+        if self.measure is None or problem.packing.batch < 2:
+            return  # no rows, or none to depend on
+        found = check_frozen_rows(self.rows, z, f, self.measure, problem.rounding(), evaluations)
+        if found is not None:
+            self.inconsistent = found
 
     def with_gradient_of(self, source: Tensor) -> Tensor:
         """``value``, whose gradient goes to ``source`` [B, D] as it is."""
@@ -163,7 +220,8 @@ def differentiable_solve(
             _checkpointed_steps(run, range(first, last))
         else:
             _differentiable_steps(run, range(first, last))
-    return run.solved()
+    with torch.no_grad():
+        return run.solved(run.latest)
 
 
 def _differentiable_steps(run: _Run, steps: range) -> None:
@@ -174,9 +232,11 @@ def _differentiable_steps(run: _Run, steps: range) -> None:
             return
         f = run.problem(run.z)
         refuse_mapped(run.x, f)
-        context = run.context()
-        run.state, run.x = run.solver.differentiable_step(run.state, run.x, f, step, context)
+        run.begin()
+        run.end_rows()
+        run.state, run.x = run.solver.differentiable_step(run.state, run.x, f, step, run.context)
         run.seen(run.x.to(run.packing.dtype))
+        run.latest = f.detach()
 
 
 def _checkpointed_steps(run: _Run, steps: range) -> None:
@@ -184,16 +244,20 @@ def _checkpointed_steps(run: _Run, steps: range) -> None:
 
     def segment(*leaves: Tensor) -> tuple[Tensor, ...]:
         part = copy.copy(run)
-        part.x, part.z, part.state, part.traces = pytree.tree_unflatten(list(leaves), spec)
+        part.take(pytree.tree_unflatten(list(leaves), spec))
         _differentiable_steps(part, steps)
-        out, out_specs[0] = pytree.tree_flatten((part.x, part.z, part.state, part.traces))
+        parts[:] = [part]
+        out, out_specs[0] = pytree.tree_flatten(part.tensors())
         return tuple(out)
 
     out_specs: list[pytree.TreeSpec | None] = [None]
-    leaves, spec = pytree.tree_flatten((run.x, run.z, run.state, run.traces))
+    parts: list[_Run] = []
+    leaves, spec = pytree.tree_flatten(run.tensors())
     out = checkpoint(segment, *leaves, use_reentrant=False)
     assert out_specs[0] is not None
-    run.x, run.z, run.state, run.traces = pytree.tree_unflatten(list(out), out_specs[0])
+    run.take(pytree.tree_unflatten(list(out), out_specs[0]))
+    part = parts.pop()
+    run.latest, run.taken, run.test, run.context = part.latest, part.taken, part.test, part.context
 
 
 def _refuse_forward_mode(f: Tensor) -> None:
@@ -216,6 +280,11 @@ class _Run:
     ) -> None:
         packing = problem.packing
         self.problem, self.solver, self.packing = problem, solver, packing
+        self.differentiable = differentiable
+        self.test: Any = None  # in place of the solver's
+        self.test_state: Any = None
+        self.latest: Tensor | None = None  # f, for a look after the last step
+        self.taken = 0  # steps
         # The current iterate; a tensor of its own, so that z0's memory is seen to be shared.
         self.x = z0.to(packing.compute_dtype).contiguous().view(z0.shape)
         with counting_changes():
@@ -231,26 +300,68 @@ class _Run:
         rows: Rows = self.state.rows
         return rows
 
-    def context(self) -> StepContext:
+    def begin(self) -> None:
         """After the first call of f: only then is it known what f returns."""
-        return self.solver.context(self.x, self.packing.dtype, self.problem.f_dtypes)
+        if self.taken:
+            return
+        self.context: StepContext = self.solver.context(
+            self.x, self.packing.dtype, self.problem.f_dtypes
+        )
+        self.test = self.problem.test(self.context)
+        if self.test is not None:
+            self.test_state = self.test.start(self.x)
+            self.context = self.solver.without_tolerance(self.context)
+
+    def end_rows(self) -> None:
+        """End the rows that a test other than the solver's finds to be done."""
+        if self.test is None:
+            return
+        before = self.rows
+        self.test_state, rows = self.test.end(self.test_state, before, self.x, self.problem)
+        if self.differentiable:
+            self.state = self.state._replace(rows=rows)
+        elif rows is not before:
+            for old, new in zip(before, rows, strict=True):
+                old.copy_(new)  # the loop watches these tensors
 
     def seen(self, z: Tensor) -> None:
         """Take over the next iterate as f will see it, and note the residual just measured."""
         self.z = z
+        self.taken += 1
         if not self.packing.uniform:
             self.z = self.packing.cast(z)
             self.x = self.z.to(self.packing.compute_dtype)
+        if self.test is not None:
+            self.test_state = self.test.after_step(self.test_state, self.rows)
         if self.solver.record_trace:
-            self.traces.append(self.rows.residuals[:, LATEST].clone())
+            latest = self.rows.residuals[:, LATEST] if self.test is None else self.test_state.latest
+            self.traces.append(latest.clone())
 
-    def solved(self) -> Solved:
+    def tensors(self) -> tuple[Any, ...]:
+        """All that changes from step to step, for autograd to follow."""
+        return self.x, self.z, self.state, self.traces, self.test_state
+
+    def take(self, tensors: tuple[Any, ...]) -> None:
+        self.x, self.z, self.state, self.traces, self.test_state = tensors
+
+    def solved(self, f: Tensor | None) -> Solved:
+        """The end; ``f`` is its last evaluation, to be compared, or None."""
         value = self.z if self.problem.calls else self.z.clone()  # never an alias of z0
         trace = None
         if self.solver.record_trace:
             empty = self.rows.residuals.new_empty(len(self.x), 0)
             trace = torch.stack(self.traces, 1) if self.traces else empty
-        return Solved(value, self.rows, trace, self.state)
+        solved = Solved(value, self.rows, trace, self.state)
+        if not self.taken:
+            return solved
+        if self.test is None:
+            solved.measure = RelativeMeasure(self.context.limits.rtol, self.context.limits.atol)
+        else:
+            self.test.report(self.test_state, self.rows)
+            solved.measure = self.test.measure(self.test_state, self.problem)
+        if f is not None:
+            solved.check(self.problem, value.detach(), f, self.taken)
+        return solved
 
 
 class _EndWatch:

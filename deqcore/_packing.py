@@ -1,4 +1,7 @@
-"""Between the caller's state (a tensor or a pytree) and the matrix [B, D] that solvers see."""
+"""Between the caller's state (a tensor or a pytree) and the matrix [B, D] that solvers see.
+
+A batch whose rows depend on each other is one row of that matrix, [1, B * D].
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ class Packing:
     """The structure of one state.
 
     Attributes:
-        batch, dim: rows, and elements in a row over all leaves.
+        batch, dim: rows that are solved, and elements in a row over all leaves.
+        coupled: the whole state is one row.
         dtype: dtype of the packed state: the promotion of the leaves' dtypes.
         compute_dtype: of the current iterate and the history: half-precision states are kept in
             float32.
@@ -38,6 +42,7 @@ class Packing:
     device: torch.device
     uniform: bool
     is_tensor: bool
+    coupled: bool = False
 
     def _is_plain(self, state: Any) -> bool:
         """The usual case, worth being quick about: one tensor that needs no conversion."""
@@ -50,39 +55,44 @@ class Packing:
         )
 
     @classmethod
-    def of(cls, z0: Any) -> Packing:
-        """Read the structure of ``z0``; raises TypeError or ValueError that names the bad leaf."""
+    def of(cls, z0: Any, batch: str = "rows") -> Packing:
+        """Read the structure of ``z0``; raises TypeError or ValueError that names the bad leaf.
+
+        ``batch`` is one of :data:`BATCHES`.
+        """
+        coupled = is_coupled(batch)
         is_tensor = isinstance(z0, Tensor)
         leaves, spec = ([z0], _LEAF) if is_tensor else pytree.tree_flatten(z0)
         if not leaves:
             raise ValueError("z0: expected a tensor or a pytree of tensors, got an empty pytree")
         for index, leaf in enumerate(leaves):
-            _check_leaf(leaf, index, leaves)
-        scalar = len(leaves) == 1 and leaves[0].dim() == 0
-        batch = 1 if scalar else leaves[0].shape[0]
+            _check_leaf(leaf, index, leaves, coupled)
+        one_row = coupled or (len(leaves) == 1 and leaves[0].dim() == 0)
         dtype = leaves[0].dtype
         for leaf in leaves[1:]:
             dtype = torch.promote_types(dtype, leaf.dtype)
         dtypes = tuple([leaf.dtype for leaf in leaves])
-        widths = tuple([math.prod(leaf.shape[1:]) for leaf in leaves])
+        widths = tuple([math.prod(leaf.shape[0 if one_row else 1 :]) for leaf in leaves])
         return cls(
             spec=spec,
             shapes=tuple([leaf.shape for leaf in leaves]),
             dtypes=dtypes,
             widths=widths,
-            batch=batch,
+            batch=1 if one_row else leaves[0].shape[0],
             dim=sum(widths),
             dtype=dtype,
             compute_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             device=leaves[0].device,
             uniform=len(set(dtypes)) == 1,
             is_tensor=is_tensor,
+            coupled=coupled,
         )
 
     def pack(self, state: Any, what: str = "f(z)") -> Tensor:
         """[B, D] in the packed dtype, contiguous; checks that ``state`` has z0's structure."""
         if self._is_plain(state):
-            packed: Tensor = state if state.dim() == 2 else state.reshape(self.batch, self.dim)
+            as_it_is = state.dim() == 2 and not self.coupled
+            packed: Tensor = state if as_it_is else state.reshape(self.batch, self.dim)
             return packed.contiguous()
         leaves = self._checked(state, what)
         if len(leaves) == 1:
@@ -142,9 +152,20 @@ class Packing:
 
 
 _LEAF = pytree.tree_structure(None)
+BATCHES = ("rows", "coupled")
 
 
-def _check_leaf(leaf: Any, index: int, leaves: list[Any]) -> None:
+def is_coupled(batch: str) -> bool:
+    """Whether the whole batch is one problem; raises ValueError for what is no way to take it."""
+    if batch not in BATCHES:
+        raise ValueError(
+            f"batch: expected 'rows' (each row of dim 0 is a problem of its own) or 'coupled' (the "
+            f"whole state is one), got {batch!r}"
+        )
+    return batch == "coupled"
+
+
+def _check_leaf(leaf: Any, index: int, leaves: list[Any], coupled: bool) -> None:
     where = "z0" if len(leaves) == 1 else f"z0: leaf {index}"
     if not isinstance(leaf, Tensor):
         raise TypeError(f"{where}: expected a tensor, got {type(leaf).__name__}")
@@ -163,12 +184,19 @@ def _check_leaf(leaf: Any, index: int, leaves: list[Any]) -> None:
         )
     if len(leaves) == 1:
         return
+    if not coupled:
+        _check_rows(leaf, leaves[0], where)
+    if leaf.device != leaves[0].device:
+        raise ValueError(
+            f"{where}: expected device {leaves[0].device} like leaf 0, got {leaf.device}"
+        )
+
+
+def _check_rows(leaf: Tensor, first: Tensor, where: str) -> None:
     if leaf.dim() == 0:
         raise ValueError(f"{where}: expected a batch dimension (dim 0), got a 0-dim tensor")
-    first = leaves[0]
     if leaf.shape[0] != first.shape[0]:
         raise ValueError(
-            f"{where}: expected {first.shape[0]} rows in dim 0 like leaf 0, got {leaf.shape[0]}"
+            f"{where}: expected {first.shape[0]} rows in dim 0 like leaf 0, got {leaf.shape[0]}; "
+            "leaves of one problem that has no rows go with batch='coupled'"
         )
-    if leaf.device != first.device:
-        raise ValueError(f"{where}: expected device {first.device} like leaf 0, got {leaf.device}")

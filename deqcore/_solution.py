@@ -27,9 +27,9 @@ class SolveReport:
     """The outcome of a solve, row by row, without the solution itself.
 
     Attributes:
-        status: int8 [B], values of :class:`Status`.
+        status: int8 [B], values of :class:`Status`; [1] with ``batch="coupled"``, as all of these.
         residual: [B], rms(f(z) - z) of the iterate that was returned; float32, or float64 for a
-            float64 state.
+            float64 state. Of ``root`` the norm of g(z) that was asked for.
         steps: int32 [B], evaluations of f that the row used.
         evaluations: calls of f in all, the extra one that builds a graph included.
         trace: [B, n], the residual after each step when ``record_trace=True``, else None. A row

@@ -13,6 +13,7 @@ class Status(enum.IntEnum):
     STALLED = 2
     DIVERGED = 3
     NONFINITE = 4
+    INCONSISTENT = 5  # it had converged, and evaluated again, without having moved, it had not
 
     @property
     def advice(self) -> str:
@@ -39,5 +40,12 @@ _ADVICE = {
     Status.NONFINITE: (
         "f returned NaN or inf, or float64 values whose squares are inf (near 1e154): check its "
         "inputs and parameters for these rows, or scale the problem."
+    ),
+    Status.INCONSISTENT: (
+        "f gave a row that had converged, and had not moved, another value than before: either "
+        "rows depend on each other (batch norm in training mode, graphs, attention over the "
+        "batch): pass batch='coupled', which solves the whole batch as one problem; or f is random "
+        "or changes from call to call (dropout, spectral norm in training mode): make it "
+        "repeatable."
     ),
 }

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from deqcore._checks import RelativeMeasure, check_frozen_rows, warn_of_forward
 from deqcore._graphs import CudaGraphs, Parts
 from deqcore._loop import Problem, report_fields
+from deqcore._notices import pending
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord, Solution, SolveReport
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.adjoints._linear import UnitGradient, graph_leaves, scaled_back, vector_jacobian
-from deqcore.ops._rows import Rows
+from deqcore.adjoints._system import act_on_failure, row_bits
+from deqcore.ops._rows import STEPS, Rows
 from deqcore.solvers import Anderson, Solver
 
 WARM_UP_STEPS = 2  # the first one writes what later ones read
@@ -35,6 +38,7 @@ def capture(
     *args: Any,
     solver: Solver = Anderson(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
+    batch: Literal["rows", "coupled"] = "rows",
 ) -> CapturedSolver:
     """Record ``fixed_point(f, z0, *args)`` as a CUDA graph, to be replayed with new inputs.
 
@@ -51,7 +55,9 @@ def capture(
             tensors of ``args`` that require grad here, and the parameters of f.
         solver: as in :func:`fixed_point`; ``check_every`` has no effect, and ``record_trace`` is
             refused.
-        adjoint: ``Implicit`` without ``reuse_forward``, where gradients are wanted.
+        adjoint: ``Implicit`` without ``reuse_forward``, where gradients are wanted; its
+            ``on_failure`` may not be ``"fallback"``, and ``"raise"`` waits for the GPU.
+        batch: as in :func:`fixed_point`.
 
     Returns:
         A :class:`CapturedSolver`. Memory for all steps is held as long as it lives.
@@ -60,9 +66,13 @@ def capture(
         ValueError: z0 is not on a GPU, or an option cannot be captured.
         RuntimeError: the CUDA kernels are missing, or f cannot be captured.
 
+    What :func:`fixed_point` checks with ``batch="rows"`` is checked here too, on the device, at the
+    cost of a copy of f(z) for each step of a batch, and of two products with signs for each step in
+    backward; warnings come with a later call.
+
     Without CUDA 12.4 the graph takes ``max_steps`` steps each time, and a warning says so.
     """
-    return _capture(f, z0, args, solver, adjoint, CudaGraphs())
+    return _capture(f, z0, args, solver, adjoint, CudaGraphs(), batch)
 
 
 def _capture(
@@ -72,8 +82,9 @@ def _capture(
     solver: Solver,
     adjoint: Adjoint,
     recorder: Any,
+    batch: str = "rows",
 ) -> CapturedSolver:
-    packing = Packing.of(z0)
+    packing = Packing.of(z0, batch)
     recorder.check(packing.device)
     if solver.record_trace:
         raise ValueError("capture: record_trace=True needs a solve that is not captured")
@@ -127,12 +138,16 @@ class CapturedSolver:
         with _on(self._device), recorder.set_up():
             self._args = [_static_copy(leaf) for leaf in leaves]
             problem = Problem(f, pytree.tree_unflatten(self._args, self._args_spec), packing)
+            if problem.buffers is not None:
+                problem.buffers.remember()
             self._forward = _StaticSolve(problem, solver)
             self._forward.z0.copy_(packing.pack(z0, "z0").detach())
             self._backward: _StaticBackward | None = None
             if torch.is_grad_enabled():
                 self._backward = self._make_backward(problem, adjoint)
             self._record(recorder)
+            if problem.buffers is not None:
+                problem.buffers.recall()
         self.exits_early = recorder.exits_early
 
     def _make_backward(self, problem: Problem, adjoint: Adjoint) -> _StaticBackward | None:
@@ -148,12 +163,18 @@ class CapturedSolver:
                 "capture: gradients need adjoint=deqcore.Implicit() without reuse_forward, got "
                 f"{adjoint!r}; without gradients, capture under torch.no_grad()"
             )
+        if adjoint.on_failure == "fallback":
+            raise ValueError(
+                "capture: on_failure='fallback' would wait for the GPU in each backward, to choose "
+                "other means; use 'warn', 'raise' or 'ignore', or a solver that converges"
+            )
+        self._on_failure = adjoint.on_failure
         backward.make_linear(adjoint.solver)
         return backward
 
     def _record(self, recorder: Any) -> None:
         forward, backward = self._forward, self._backward
-        last = None if backward is None else backward.evaluate
+        last = forward.finish if backward is None else backward.evaluate
         parts = [forward.parts(last)]
         if backward is not None:
             parts.append(backward.linear.parts(backward.finish, first=backward.begin))
@@ -170,8 +191,10 @@ class CapturedSolver:
             ValueError: other structure, shapes or dtypes than those captured.
         """
         packing = self._packing
-        if Packing.of(z0) != packing:
-            raise ValueError(f"z0: expected what was captured, {packing}, got {Packing.of(z0)}")
+        given = Packing.of(z0, "coupled" if packing.coupled else "rows")
+        if given != packing:
+            raise ValueError(f"z0: expected what was captured, {packing}, got {given}")
+        pending.tell()
         leaves, spec = pytree.tree_flatten(args)
         if spec != self._args_spec:
             raise ValueError(f"args: expected the structure {self._args_spec}, got {spec}")
@@ -187,7 +210,8 @@ class CapturedSolver:
         else:
             inputs = self._current_inputs(leaves, backward.inputs)
             value = _Replay.apply(self, record, *inputs)
-        fields = self._report(self._forward, extra=backward is not None)
+        fields = self._report(self._forward, extra=backward is not None or self._forward.extra)
+        warn_of_forward(self._forward.rows, self._forward.inconsistent, relative=True, wait=True)
         return CapturedSolution(**fields, record=record, value=packing.unpack(value))
 
     def _current_inputs(self, leaves: list[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -208,6 +232,7 @@ class CapturedSolver:
             backward.grad.copy_(grad)
             launch()
             record.report = SolveReport(**self._report(backward.linear, extra=False))
+            act_on_failure(self._on_failure, record.report, wait=True)
             return [None if g is None else g.clone() for g in backward.grads]
 
     def _report(self, solve: _StaticSolve, *, extra: bool) -> dict[str, Any]:
@@ -233,6 +258,10 @@ class _StaticSolve:
         rows = Rows.start(size[0], device)
         self.state = solver.with_all_room(solver.initial_state(self.x, rows))
         self.context: Any = None
+        self.extra = False  # whether `finish` evaluates f
+        # f, for a look after the last step at rows that had ended before.
+        self.latest = torch.zeros_like(self.z0) if size[0] > 1 else None
+        self.inconsistent: Tensor | None = None
 
     @property
     def rows(self) -> Rows:
@@ -251,6 +280,8 @@ class _StaticSolve:
         self.x.copy_(self.z0)
         if not self.same or not self.packing.uniform:
             self._see(self.packing.cast(self.x))
+        if self.problem.buffers is not None:
+            self.problem.buffers.take()
         self.rows.restart(self.frozen)
         self.solver.reset(self.state, self.x)
 
@@ -260,11 +291,40 @@ class _StaticSolve:
         if self.context is None:  # while warming up
             dtypes = self.problem.f_dtypes
             self.context = self.solver.context(self.x, self.packing.dtype, dtypes)
+        if self.latest is not None:
+            self.latest.copy_(f)
         z_next = self.context.nothing if self.same else self.z
         self.solver.advance(self.state, self.x, f, self.context, self.x, z_next)
         if not self.packing.uniform:
             self._see(self.packing.cast(self.z))
             self.x.copy_(self.z)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last step: compare rows, and let modules note the solution."""
+        buffers = self.problem.buffers
+        if self.latest is not None:
+            self.check(self.latest, self.rows.counters[:, STEPS].amax())
+        if buffers is not None and buffers.waiting:
+            self.extra = True
+            with buffers.changing():
+                self.problem.evaluate(self.z)
+
+    def check(self, f: Tensor, evaluations: Tensor | None) -> None:
+        """See :func:`check_frozen_rows`."""
+        if self.latest is None or self.context is None:  # not before the first step
+            return
+        found = check_frozen_rows(
+            self.rows,
+            self.z,
+            f,
+            RelativeMeasure(self.context.limits.rtol, self.context.limits.atol),
+            self.problem.rounding(),
+            evaluations,
+        )
+        if self.inconsistent is None:
+            self.inconsistent = torch.zeros((), dtype=torch.bool, device=f.device)
+        self.inconsistent.fill_(False) if found is None else self.inconsistent.copy_(found)
 
     def _see(self, z: Tensor) -> None:
         self.z.copy_(z)
@@ -286,16 +346,29 @@ class _StaticBackward:
     def make_linear(self, solver: Solver) -> None:
         zero = torch.zeros(len(self.unit), dtype=torch.bool, device=self.unit.device)
         packing, dtypes = Packing.of(self.unit), self.problem.f_dtypes
-        problem = Problem(
-            lambda u: self.unit + vector_jacobian(self.f, self.z, u), (), packing, dtypes
-        )
+        # As in LinearSystem.problem; which product has signs must be known to the device alone.
+        self.signs = torch.ones(len(self.unit), 1, dtype=self.unit.dtype, device=self.unit.device)
+        self.flip = (1 - 2 * row_bits(self.unit)).prod(0)
+        problem = Problem(self._image, (), packing, dtypes)
         self.linear = _StaticSolve(problem, solver, frozen=zero)
+
+    def _image(self, u: Tensor) -> Tensor:
+        if len(u) < 2:
+            return self.unit + vector_jacobian(self.f, self.z, u)
+        product = vector_jacobian(self.f, self.z, u * self.signs)
+        image = torch.addcmul(self.unit, self.signs, product)
+        self.signs.mul_(self.flip)
+        return image
 
     @torch.enable_grad()
     def evaluate(self) -> None:
         """f at the solution, with its graph."""
         self.z = self.forward.z.clone().requires_grad_()
-        self.f = self.problem(self.z)
+        buffers = self.problem.buffers
+        with contextlib.nullcontext() if buffers is None else buffers.changing():
+            self.f = self.problem.evaluate(self.z)
+        with torch.no_grad():
+            self.forward.check(self.f.detach(), None)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -303,10 +376,12 @@ class _StaticBackward:
         self.unit.copy_(unit)
         assert self.linear.frozen is not None
         self.linear.frozen.copy_(zero)
+        self.signs.fill_(1)
         self.linear.z0.copy_(self.unit)
         self.linear.begin()
 
     def finish(self) -> None:
+        self.linear.finish()
         u = scaled_back(self.linear.z, self.exponent)
         self.grads = torch.autograd.grad(
             self.f, self.inputs, u, retain_graph=True, allow_unused=True

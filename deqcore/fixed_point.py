@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
+from deqcore._checks import warn_of_forward
 from deqcore._compile import never_traced
-from deqcore._loop import Problem
+from deqcore._loop import Problem, Solved
+from deqcore._notices import pending
 from deqcore._packing import Packing
+from deqcore._root import NORMS, RootProblem, packed_scale
 from deqcore._solution import BackwardRecord, Solution
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.solvers import Anderson, Solver
@@ -25,11 +27,14 @@ def fixed_point(
     *args: Any,
     solver: Solver = Anderson(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
+    batch: Literal["rows", "coupled"] = "rows",
 ) -> Solution:
     """Solve z = f(z, *args) for each row of a batch, with gradients.
 
     Rows are independent: each has its own history, stops by itself and is then frozen bit for bit,
-    whatever its batch-mates do.
+    whatever its batch-mates do. Where f lets rows depend on each other (batch norm in training
+    mode, a graph with its nodes in dim 0, attention over the batch) say ``batch="coupled"``: the
+    whole state is then one problem, with one history, one norm and one status.
 
     Args:
         f: any callable that maps a state to a state of the same structure and shapes. It always
@@ -41,6 +46,10 @@ def fixed_point(
         solver: ``Picard``, ``Anderson``, ``Broyden`` or a :class:`deqcore.Solver` of your own.
         adjoint: how gradients are computed, when grad mode is on: ``Implicit`` (default),
             ``Phantom`` or ``Unrolled``.
+        batch: ``"rows"``: each row of dim 0 is a problem of its own. ``"coupled"``: the state as a
+            whole is one. Leaves of a pytree then need not share dim 0, and status, residual and
+            steps have shape [1]. Modules in training mode that f calls update their buffers
+            (running statistics) once, from the solution, instead of in each evaluation.
 
     Returns:
         A :class:`Solution`; nothing is raised when rows do not converge: look at
@@ -48,55 +57,109 @@ def fixed_point(
 
     Raises:
         TypeError: ``solver``, ``adjoint`` or ``z0`` of a wrong kind.
-        ValueError: f returned another structure, shape or device; z0 is on the meta device.
+        ValueError: f returned another structure, shape or device; z0 is on the meta device; another
+            ``batch``.
+
+    Warns:
+        ConvergenceWarning: once in a process for each cause; on a GPU in a later call, since
+            nothing waits for it (never with ``check_every=0``; the statuses tell there, too).
+
+    What "converged" means: rms(f(z) - z) <= atol + rtol * rms(f(z)), relative to f(z) as it is now.
+    Iterates that grow without bound therefore meet any ``rtol`` in the end, as those of z + 1 do. A
+    row that has converged at a residual above its first is warned of: there may be no fixed point.
+    ``root`` measures against the first residual instead.
+
+    What is checked with ``batch="rows"``: rows that have converged must still be what they were in
+    the last evaluation. In grad mode (``Implicit``, ``Phantom``) that is the one at the solution,
+    and covers all rows. Without grad mode, and with ``Unrolled``, it is the last of the iteration:
+    it covers the rows that had converged before, and measured those that converged in it. A row
+    that is not what it was becomes INCONSISTENT, and its residual that of the value returned. What
+    is not seen without grad mode: a row that did not converge has the residual that it had beside
+    the values that its batch-mates had then. In backward, rows are in addition multiplied by signs
+    and powers of two that a row-wise Jacobian lets pass bit for bit, so that the solve for a
+    coupled one does not converge.
 
     ``torch.compile`` leaves a solve as it is, at the cost of one graph break: compile f instead.
 
     At most ``solver.max_steps`` calls of f are made to find the solution. In grad mode ``Implicit``
-    makes one more to build the graph, and ``Phantom`` its ``steps``.
+    makes one more to build the graph, and ``Phantom`` its ``steps``; with ``batch="coupled"`` one
+    more is made where modules have buffers to update and no other was made at the solution.
     """
     if not callable(f):
         raise TypeError(f"f: expected a callable, got {type(f).__name__}")
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver: expected e.g. deqcore.Anderson(), got {solver!r}")
-    if not isinstance(adjoint, Adjoint):
-        raise TypeError(f"adjoint: expected e.g. deqcore.Implicit(), got {adjoint!r}")
-    packing = Packing.of(z0)
-    if packing.device.type == "meta":
-        raise ValueError(
-            "z0: expected data on a CPU or a GPU, got a meta tensor: how many steps a solve takes "
-            "depends on values; move the model and z0 with to_empty(device=...) first"
-        )
-    problem = Problem(f, args, packing)
-    record = BackwardRecord()
-    value, solved = adjoint.solve(problem, packing.pack(z0, "z0"), solver, record)
-    return Solution(
-        **solved.report(problem), record=record, value=packing.unpack(value, apart=True)
-    )
+    problem = Problem(f, args, _checked(z0, batch, solver, adjoint))
+    start = problem.packing.pack(z0, "z0")
+    solved, value, record = _solve(problem, start, solver, adjoint, relative=True)
+    value = problem.packing.unpack(value, apart=True)
+    return Solution(**solved.report(problem), record=record, value=value)
 
 
+@never_traced(reason="a solve takes as many steps as values need; compile g instead")
 def root(
     g: Callable[..., Any],
     z0: Any,
     *args: Any,
     solver: Solver = Anderson(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
+    batch: Literal["rows", "coupled"] = "rows",
+    norm: Literal["rms", "max"] = "rms",
+    u_scale: Any = None,
+    f_scale: Any = None,
 ) -> Solution:
-    """Solve g(z, *args) = 0, as the fixed point of f(z) = z + g(z).
+    """Solve g(z, *args) = 0, by the fixed-point iteration of z + g(z).
 
     Arguments, result and errors are those of :func:`fixed_point`: g too must return the structure
-    and shapes of z0, nothing is broadcast. The residual is rms(g(z)), and a
-    row has converged when rms(g(z)) <= atol + rtol * rms(z + g(z)). Where g is steep, pass
-    ``damping`` or use ``Broyden``.
-    """
+    and shapes of z0, nothing is broadcast. Where g is steep, pass ``damping`` or use ``Broyden``.
 
+    A row has converged when, first, norm(f_scale * g(z)) <= atol + rtol * norm(f_scale * g(z0)):
+    how large z is plays no part, and ``atol`` is in the units of g. Second, the secant through the
+    last two evaluations must place the root within a thousandth of rms(z), or of the way from z0;
+    else g may just fade away, as exp(-z) does. A start that meets ``atol`` alone is a root.
+
+    Args:
+        norm: over the elements of a row: ``"rms"``, or ``"max"`` for the largest absolute value.
+            ``Solution.residual`` and ``trace`` are in this norm, of f_scale * g(z).
+        u_scale: positive numbers that broadcast to z0 (a tensor, a number or a pytree like z0), 1 /
+            the usual size of each component of z. Steps and mixing weights are computed for
+            u_scale * z, so that components in other units count alike.
+        f_scale: the same for g; it decides about convergence alone.
+
+    Both scales are what KINSOL calls so (Hindmarsh et al., ACM TOMS 31, 2005), whose stopping test
+    has the max norm; there u_scale enters the test for small steps and not the steps.
+    """
     if not callable(g):
         raise TypeError(f"g: expected a callable, got {type(g).__name__}")
-    packing = Packing.of(z0)
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected 'rms' or 'max', got {norm!r}")
+    packing = _checked(z0, batch, solver, adjoint)
+    scales = [packed_scale(scale, packing, z0, name)
+              for name, scale in (("u_scale", u_scale), ("f_scale", f_scale))]  # fmt: skip
+    problem = RootProblem(g, args, packing, norm, *scales)
+    solved, value, record = _solve(problem, problem.pack(z0), solver, adjoint, relative=False)
+    return Solution(**solved.report(problem), record=record, value=problem.unpack(value))
 
-    def shifted(z: Any, *rest: Any) -> Any:
-        value = g(z, *rest)
-        packing.check(value, "g(z)")  # the sum would broadcast a smaller one
-        return pytree.tree_map(torch.add, z, value)
 
-    return fixed_point(shifted, z0, *args, solver=solver, adjoint=adjoint)
+def _checked(z0: Any, batch: str, solver: Solver, adjoint: Adjoint) -> Packing:
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver: expected e.g. deqcore.Anderson(), got {solver!r}")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint: expected e.g. deqcore.Implicit(), got {adjoint!r}")
+    packing = Packing.of(z0, batch)
+    if packing.device.type == "meta":
+        raise ValueError(
+            "z0: expected data on a CPU or a GPU, got a meta tensor: how many steps a solve takes "
+            "depends on values; move the model and z0 with to_empty(device=...) first"
+        )
+    return packing
+
+
+def _solve(
+    problem: Problem, z0: Tensor, solver: Solver, adjoint: Adjoint, *, relative: bool
+) -> tuple[Solved, Tensor, BackwardRecord]:
+    pending.tell()
+    record = BackwardRecord()
+    value, solved = adjoint.solve(problem, z0, solver, record)
+    problem.finish(solved)
+    wait = solver.check_every > 0
+    warn_of_forward(solved.rows, solved.inconsistent, relative=relative, wait=wait)
+    return solved, value, record

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from deqcore._packing import Packing
+from deqcore._packing import Packing, is_coupled
 from deqcore._solution import SolveReport
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.fixed_point import fixed_point
@@ -25,6 +25,8 @@ class ImplicitLayer(nn.Module):
         cell: module called as ``cell(z, x, *args)``; returns a state like z.
         solver: ``Picard``, ``Anderson`` or ``Broyden``.
         adjoint: ``Implicit``, ``Phantom`` or ``Unrolled``.
+        batch: ``"rows"``, or ``"coupled"`` where the cell lets rows depend on each other, as batch
+            norm in training mode does: see :func:`deqcore.fixed_point`.
 
     Attributes:
         report: outcome of the last forward solve (status, residual, steps, evaluations, trace),
@@ -37,6 +39,7 @@ class ImplicitLayer(nn.Module):
         cell: nn.Module,
         solver: Solver = Anderson(),  # noqa: B008  (frozen)
         adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
+        batch: Literal["rows", "coupled"] = "rows",
     ) -> None:
         super().__init__()
         if not callable(cell):
@@ -45,21 +48,25 @@ class ImplicitLayer(nn.Module):
             raise TypeError(f"solver: expected e.g. deqcore.Anderson(), got {solver!r}")
         if not isinstance(adjoint, Adjoint):
             raise TypeError(f"adjoint: expected e.g. deqcore.Implicit(), got {adjoint!r}")
+        is_coupled(batch)  # or an error
         self.cell = cell
         self.solver = solver
         self.adjoint = adjoint
+        self.batch = batch
         self.report: SolveReport | None = None
 
     def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
         """The solution, shaped like ``z0``; from zeros shaped like ``x`` unless ``z0`` is given."""
         if z0 is None:
             z0 = _zeros_like(x)
-        solution = fixed_point(self.cell, z0, x, *args, solver=self.solver, adjoint=self.adjoint)
+        solution = fixed_point(
+            self.cell, z0, x, *args, solver=self.solver, adjoint=self.adjoint, batch=self.batch
+        )
         self.report = solution.report()
         return solution.value
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, adjoint={self.adjoint}"
+        return f"solver={self.solver}, adjoint={self.adjoint}, batch={self.batch!r}"
 
 
 def _zeros_like(x: Any) -> Any:

@@ -1,14 +1,13 @@
 """How contractive a cell is: a penalty to train with, and the spectral radius to look at.
 
 Both need vector-Jacobian products of f alone, and both take J = df/dz row by row: an f that mixes
-the rows of a batch (batch norm in training mode) has no such J, and the numbers are then estimates
-for the batch as a whole.
+the rows of a batch (batch norm in training mode) has no such J, and needs batch="coupled".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ def jacobian_penalty(
     *args: Any,
     samples: int = 1,
     generator: torch.Generator | None = None,
+    batch: Literal["rows", "coupled"] = "rows",
 ) -> Tensor:
     """Estimate |df/dz|_F^2 / D, averaged over the rows of the batch.
 
@@ -39,6 +39,7 @@ def jacobian_penalty(
             here: it cannot close over tensors made there.
         samples: random vectors, at least 1; each costs a VJP. The variance falls as 1 / samples.
         generator: of the random vectors; None: the global one. It may be on another device than z.
+        batch: ``"coupled"`` takes the state as a whole: see :func:`deqcore.fixed_point`.
 
     Returns:
         A scalar, float32, or float64 for a float64 state; differentiable in grad mode. An empty
@@ -54,7 +55,7 @@ def jacobian_penalty(
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples: expected an integer of at least 1, got {samples!r}")
     create_graph = torch.is_grad_enabled()
-    point = _Linearization(f, z, args)
+    point = _Linearization(f, z, args, batch)
     total = point.z.new_zeros((), dtype=point.packing.compute_dtype)
     for _ in range(samples):
         signs = _random(point.z, generator).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
@@ -70,6 +71,7 @@ def spectral_radius(
     *args: Any,
     krylov: int = 20,
     generator: torch.Generator | None = None,
+    batch: Literal["rows", "coupled"] = "rows",
 ) -> Tensor:
     """Estimate the largest absolute eigenvalue of df/dz, row by row.
 
@@ -85,6 +87,8 @@ def spectral_radius(
             states in memory. From D on the result is exact to rounding; below, it is the largest
             Ritz value, which for a non-normal J may lie on either side.
         generator: of the first vector; None: the global one. It may be on another device than z.
+        batch: ``"coupled"`` takes the state as a whole, and gives one number: see
+            :func:`deqcore.fixed_point`.
 
     Returns:
         [B], float32, or float64 for a float64 state, without a graph; works with grad mode off. A
@@ -99,7 +103,7 @@ def spectral_radius(
     """
     if isinstance(krylov, bool) or not isinstance(krylov, int) or krylov < 1:
         raise ValueError(f"krylov: expected an integer of at least 1, got {krylov!r}")
-    point = _Linearization(f, z, args)
+    point = _Linearization(f, z, args, batch)
     start = _random(point.z, generator).normal_(generator=generator)
     start = start.to(point.z.device, point.packing.compute_dtype)
     with torch.no_grad():
@@ -149,12 +153,14 @@ def _unit(vector: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
 class _Linearization:
     """f at one point, evaluated once, with a graph from the packed z; grad mode does not matter."""
 
-    def __init__(self, f: Callable[..., Any], z: Any, args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, f: Callable[..., Any], z: Any, args: tuple[Any, ...], batch: str = "rows"
+    ) -> None:
         if not callable(f):
             raise TypeError(f"f: expected a callable, got {type(f).__name__}")
         with torch.inference_mode(False), torch.enable_grad():
             z, args = pytree.tree_map(_usable, (z, args))
-            self.packing = Packing.of(z)
+            self.packing = Packing.of(z, batch)
             packed = self.packing.pack(z, "z")
             # A tensor of its own: what z depends on is not a way from z to f.
             self.z = packed.view_as(packed) if packed.requires_grad else packed.detach()

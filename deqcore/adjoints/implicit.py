@@ -5,24 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from deqcore._loop import Problem, Solved
-from deqcore._packing import Packing
+from deqcore._notices import pending
 from deqcore._solution import BackwardRecord, SolveReport
 from deqcore._transforms import refuse_mapped, refuse_transforms
-from deqcore.adjoints._linear import (
-    UnitGradient,
-    graph_leaves,
-    graph_nodes,
-    scaled_back,
-    vector_jacobian,
-)
+from deqcore.adjoints._linear import graph_leaves, graph_nodes, vector_jacobian
 from deqcore.adjoints._saved import SavedOnce
+from deqcore.adjoints._system import POLICIES, LinearSystem, act_on_failure, fall_back
 from deqcore.adjoints.base import Adjoint
 from deqcore.solvers import Anderson, Broyden, Solver
 from deqcore.solvers._options import options, require_bool
@@ -42,13 +37,23 @@ class Implicit(Adjoint):
         reuse_forward: start the linear solve from the inverse Jacobian that a ``Broyden`` forward
             solve has built (SHINE, Ramzi et al., arXiv 2106.00553); its history stays allocated
             until backward.
+        on_failure: what to do where rows of that solve do not converge. ``"warn"``: warn, once in a
+            process for each status, with advice; on a GPU in a later call, since nothing waits for
+            it. ``"raise"``: a :class:`ConvergenceError` in backward. ``"fallback"``: solve these
+            rows by other means: directly, by each row's own matrix, up to 256 elements (as many
+            products), else by Anderson with a memory of 64 in up to 300 steps; rows that depend on
+            each other all as one; then warn if that fails too. ``"ignore"``: for a backward that is
+            cut short on purpose. ``"raise"`` and ``"fallback"`` wait for a GPU once in backward.
 
     Raises:
+        ConvergenceError: in backward, with ``on_failure="raise"``. Other ranks of a distributed
+            run then wait for this one, as with any error.
         RuntimeError: in backward, if f's parameters or inputs were changed in place since forward.
     """
 
     solver: Solver = Anderson()
     reuse_forward: bool = False
+    on_failure: Literal["warn", "raise", "fallback", "ignore"] = "warn"
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
@@ -56,6 +61,11 @@ class Implicit(Adjoint):
                 f"Implicit: solver must be a solver such as deqcore.Anderson(), got {self.solver!r}"
             )
         require_bool(self, "reuse_forward")
+        if self.on_failure not in POLICIES:
+            raise ValueError(
+                "Implicit: on_failure must be 'warn', 'raise', 'fallback' or 'ignore', got "
+                f"{self.on_failure!r}"
+            )
 
     def solve(
         self, problem: Problem, z0: Tensor, solver: Solver, record: BackwardRecord
@@ -67,9 +77,10 @@ class Implicit(Adjoint):
             )
         if torch.is_grad_enabled():
             refuse_transforms(self)
-        solved = problem.solve(z0, solver)
         if not torch.is_grad_enabled():
+            solved = problem.solve(z0, solver)
             return solved.value, solved
+        solved = problem.solve(z0, solver, check=False)
         guess = None
         if self.reuse_forward and isinstance(solver, Broyden):
             guess = functools.partial(solver.inverse_transpose, solved.state)
@@ -77,10 +88,10 @@ class Implicit(Adjoint):
         z = solved.value.clone().requires_grad_()  # the caller may change the value in place
         saved = SavedOnce()
         with saved.recording():
-            f = problem(z)
+            f = problem.at_solution(z, solved)
         if all(leaf is z for leaf in graph_leaves(f)) and not _runs_python(f):
             return solved.value, solved
-        linear = _LinearProblem(z, f, saved, problem.f_dtypes, self.solver, guess, record)
+        linear = _LinearProblem(z, f, saved, problem.f_dtypes, self, guess, record)
         return _ImplicitGradient.apply(f, solved, linear), solved
 
 
@@ -92,24 +103,28 @@ class _LinearProblem:
     f: Tensor  # [B, D] f(z), with its graph
     saved: SavedOnce  # by that graph
     f_dtypes: tuple[torch.dtype, ...]  # the vector-Jacobian products are as coarse as f
-    solver: Solver
+    adjoint: Implicit
     guess: Callable[[Tensor], Tensor] | None  # g -> first u
     record: BackwardRecord
 
     def solve(self, grad: Tensor) -> Tensor:
         """u for an incoming gradient [B, D], row by row at unit scale."""
         self.saved.unpack()
-        unit, exponent, zero = UnitGradient.of(grad)
-        problem = Problem(
-            lambda u: unit + vector_jacobian(self.f, self.z, u),
-            (),
-            Packing.of(unit),
-            self.f_dtypes,
-        )
-        u0 = unit if self.guess is None else self.guess(unit)
-        solved = problem.solve(u0, self.solver, frozen=zero)
-        self.record.report = SolveReport(**solved.report(problem))
-        return scaled_back(solved.value, exponent)
+        pending.tell()
+        solver, policy = self.adjoint.solver, self.adjoint.on_failure
+        vjp = functools.partial(vector_jacobian, self.f, self.z)
+        system = LinearSystem(vjp, grad, self.f_dtypes)
+        problem = system.problem()
+        u0 = system.unit if self.guess is None else self.guess(system.unit)
+        solved = problem.solve(u0, solver, frozen=system.zero)
+        report = SolveReport(**solved.report(problem))
+        if policy == "fallback":
+            u, report = fall_back(system, solver, solved.value, report)
+        else:
+            u = system.unscaled(solved.value)
+        self.record.report = report
+        act_on_failure(policy, report, wait=solver.check_every > 0)
+        return u
 
 
 class _ImplicitGradient(torch.autograd.Function):

@@ -40,10 +40,12 @@ class Phantom(Adjoint):
     ) -> tuple[Tensor, Solved]:
         if torch.is_grad_enabled():
             refuse_transforms(self)
-        solved = problem.solve(z0, solver)
         if not torch.is_grad_enabled():
+            solved = problem.solve(z0, solver)
             return solved.value, solved
+        solved = problem.solve(z0, solver, check=False)
         z = solved.value.clone()  # the caller may change the value in place
-        for _ in range(self.steps):
-            z = torch.lerp(z, problem(z), self.damping) if self.damping < 1 else problem(z)
+        for step in range(self.steps):
+            f = problem(z) if step else problem.at_solution(z, solved)
+            z = torch.lerp(z, f, self.damping) if self.damping < 1 else f
         return solved.with_gradient_of(z), solved

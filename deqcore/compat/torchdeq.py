@@ -31,6 +31,8 @@ states of a list    one dtype, the promoted one          each keeps its dtype
 ``nstep``           step of the lowest residual          calls of f that the row used
 ``sradius``         power method, only in ``eval()``     Arnoldi, in any mode; -1 when not asked for
 the caller's dict   is changed                           is not
+rows that depend    one norm for all, in some solvers    ``batch="coupled"``: one for all, with
+on each other                                            ``info`` of shape [1]
 unknown options     are ignored                          TypeError
 ==================  ===================================  =========================================
 
@@ -50,7 +52,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from deqcore._packing import Packing
+from deqcore._packing import BATCHES, Packing
 from deqcore._solution import Solution, SolveReport
 from deqcore.adjoints import Adjoint, Implicit, Phantom
 from deqcore.fixed_point import fixed_point
@@ -97,7 +99,7 @@ _METHODS: dict[str, tuple[Callable[..., Solver], dict[str, str]]] = {
 
 @options
 class Options:
-    """torchdeq's options that are offered, with torchdeq's defaults."""
+    """torchdeq's options that are offered, with torchdeq's defaults; ``batch`` is ours."""
 
     core: str = "sliced"
     f_solver: str = "fixed_point_iter"
@@ -116,6 +118,7 @@ class Options:
     tau: float = 1.0
     n_states: int = 1
     indexing: Sequence[int] = ()
+    batch: str = "rows"
 
     def __post_init__(self) -> None:
         for name in ("f_max_iter", "b_max_iter", "n_states"):
@@ -127,6 +130,7 @@ class Options:
         require_number(self, "eval_factor", 0.0, above=True)
         require_int(self, "eval_f_max_iter", 0)
         _require_choice(self, "core", ("sliced", "indexing"))
+        _require_choice(self, "batch", BATCHES)
         for which in ("f", "b"):
             _require_choice(self, f"{which}_solver", tuple(_METHODS))
             _require_choice(self, f"{which}_stop_mode", ("abs", "rel"))
@@ -160,7 +164,10 @@ class Options:
         steps *= states // len(steps)
         implicit: list[Adjoint] = []
         if self.ift or self.hook_ift:  # of the last state, where grad and tau have no effect
-            implicit = [Implicit(solver=self.solver("b", self.b_max_iter))]
+            solver = self.solver("b", self.b_max_iter)
+            # Without a tolerance there is none to miss.
+            fixed_steps = solver.rtol == 0 and solver.atol == 0
+            implicit = [Implicit(solver=solver, on_failure="ignore" if fixed_steps else "warn")]
             steps.pop()
         return [*(Phantom(steps=count, damping=self.tau) for count in steps), *implicit]
 
@@ -260,17 +267,18 @@ class DEQ(nn.Module):
         is_list = isinstance(z_init, (list, tuple))
         z = list(z_init) if is_list else z_init
         f = (lambda state: list(func(*state))) if is_list else func
-        dim = Packing.of(z).dim
+        batch: Any = self.options.batch
+        dim = Packing.of(z, batch).dim
         z_out = []
         for budget, adjoint in zip(budgets, adjoints, strict=True):
             solver = self.options.solver("f", budget, dim, given)
-            solution = fixed_point(f, z, solver=solver, adjoint=adjoint)
+            solution = fixed_point(f, z, solver=solver, adjoint=adjoint, batch=batch)
             z_out.append(solution.value)
             z = pytree.tree_map(torch.detach, solution.value)
         self.report = solution.report()
-        info = _info(solution, Packing.of(z).pack(z))
+        info = _info(solution, Packing.of(z, batch).pack(z))
         not_asked = info["nstep"].new_tensor([-1.0])
-        info["sradius"] = spectral_radius(f, z) if sradius_mode else not_asked
+        info["sradius"] = spectral_radius(f, z, batch=batch) if sradius_mode else not_asked
         return z_out, info
 
     def extra_repr(self) -> str:

@@ -197,6 +197,12 @@ class Solver(abc.ABC):
             nothing=x.new_empty(0),
         )
 
+    def without_tolerance(self, context: StepContext) -> StepContext:
+        """``context`` with which a step ends no row as converged, not even at a residual of 0."""
+        limits = context.limits._replace(rtol=0.0, atol=-1.0)
+        numbers = self.numbers(limits)
+        return context._replace(limits=limits, numbers=numbers, options=pack_numbers(numbers))
+
     # What the loop calls, made of `begin` and `step`. A solver whose op does the loop's part too
     # (`_fused.FusedSolver`) has its own. `state` is a NamedTuple of tensors with a field `rows`.
 

@@ -213,7 +213,7 @@ def test_raise_for_status_shows_only_the_first_rows():
 
 
 def test_every_status_has_advice():
-    assert [status.value for status in Status] == [0, 1, 2, 3, 4]
+    assert [status.value for status in Status] == [0, 1, 2, 3, 4, 5]
     assert len({status.advice for status in Status}) == len(Status)
 
 
