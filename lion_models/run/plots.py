@@ -14,8 +14,10 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from lion_models.base.files import save_figure
 from lion_models.run.config import RunConfig
 
-__all__ = ["draw_traces", "dress", "new_figure", "plot_confusion", "plot_run", "quiet_grid"]
+__all__ = ["draw_traces", "dress", "new_figure", "plot_confusion", "plot_run", "quiet_grid",
+           "write_numbers"]  # fmt: skip
 
+TRAIN_COLOUR, VALIDATION_COLOUR = "#999999", "#0072B2"
 SIDE_COLOURS = {"input": "#009E73", "output": "#CC79A7"}
 
 
@@ -36,37 +38,25 @@ def plot_run(
     data = config.data
     shots = f"{data.shots} images a class" if data.shots else "all images"
     figure.suptitle(f"{config.method.name} on {data.data}, {shots}, seed {config.training.seed}")
+    accuracy, loss = axes[:2]
     epochs = [row["epoch"] for row in history]
 
-    accuracy = axes[0]
-    accuracy.plot(
-        epochs, [100 * row["train_accuracy"] for row in history], color="#999999", label="train"
-    )
-    accuracy.plot(
-        epochs,
-        [100 * row["validation_accuracy"] for row in history],
-        color="#0072B2",
-        label="validation",
-    )
-    best = result["best_epoch"]
-    accuracy.plot(
-        best,
-        100 * result["validation_accuracy"],
-        "o",
-        color="#0072B2",
-        label=f"chosen epoch {best}: {100 * result['validation_accuracy']:.1f}%",
-    )
+    def curve(axis: Axes, key: str, label: str, colour: str, scale: int = 1) -> None:
+        axis.plot(epochs, [scale * row[key] for row in history], color=colour, label=label)
+
+    curve(accuracy, "train_accuracy", "train", TRAIN_COLOUR, 100)
+    curve(accuracy, "validation_accuracy", "validation", VALIDATION_COLOUR, 100)
+    best, value = result["best_epoch"], 100 * result["validation_accuracy"]
+    label = f"chosen epoch {best}: {value:.1f}%"
+    accuracy.plot(best, value, "o", color=VALIDATION_COLOUR, label=label)
     if "test" in result:
         value = 100 * result["test"]["accuracy"]
         accuracy.axhline(value, color="#D55E00", linestyle="--", label=f"test {value:.1f}%")
     accuracy.set_ylim(top=101)
     dress(accuracy, "Accuracy", "epoch", "accuracy (%)")
 
-    loss = axes[1]
-    loss.plot(epochs, [row["loss"] for row in history], color="#999999", label="train")
-    loss.plot(
-        epochs, [row["validation_loss"] for row in history], color="#0072B2", label="validation"
-    )
+    curve(loss, "loss", "train", TRAIN_COLOUR)
+    curve(loss, "validation_loss", "validation", VALIDATION_COLOUR)
     loss.set_yscale("log")
     loss.yaxis.set_major_formatter(ScalarFormatter())
     dress(loss, "Loss", "epoch", "cross-entropy (nats, log scale)")
@@ -114,14 +104,19 @@ def plot_confusion(path: Path, report: dict[str, Any]) -> None:
     axis.set_ylabel("true")
     axis.set_title(f"{report['images']} images, accuracy {100 * report['accuracy']:.1f}%")
     if len(names) <= 30:
-        for row, values in enumerate(counts):
-            for column, value in enumerate(values):
-                if value:
-                    colour = "white" if shares[row][column] > 0.55 else "black"
-                    axis.text(
-                        column, row, str(value), ha="center", va="center", color=colour, fontsize=8
-                    )
+        shown = [[str(value) if value else "" for value in row] for row in counts]
+        write_numbers(axis, shown, [[share > 0.55 for share in row] for row in shares], fontsize=8)
     save_figure(path, figure)
+
+
+def write_numbers(
+    axis: Axes, texts: Sequence[Sequence[str]], dark: Sequence[Sequence[bool]], **style: Any
+) -> None:
+    """Write a text into each square of an image, white on what is dark."""
+    for row, values in enumerate(texts):
+        for column, text in enumerate(values):
+            colour = "white" if dark[row][column] else "black"
+            axis.text(column, row, text, ha="center", va="center", color=colour, **style)
 
 
 def new_figure(

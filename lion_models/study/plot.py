@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from matplotlib.axes import Axes
 
 from lion_models.base.files import save_figure
 from lion_models.methods.registry import colour_of
-from lion_models.run.plots import draw_traces, dress, new_figure, quiet_grid
+from lion_models.run.plots import draw_traces, dress, new_figure, quiet_grid, write_numbers
 
 __all__ = ["plot_comparison", "plot_sweep", "plot_tested"]
 
@@ -27,59 +29,41 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
         cells: one per run: `method`, `seed`, `test_accuracy`, `without_head`, `curve` (validation
             accuracy per epoch) and `traces`.
     """
-    methods = list(dict.fromkeys(cell["method"] for cell in cells))
-    figure, [axes] = new_figure(4.6 * 3, 4.2, columns=3)
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        by_method.setdefault(cell["method"], []).append(cell)
+    figure, [[points, curves, last]] = new_figure(4.6 * 3, 4.2, columns=3)
     figure.suptitle(title)
-    points, curves, last = axes
-    for position, method in enumerate(methods):
-        own = [cell for cell in cells if cell["method"] == method]
-        values = [100 * cell["test_accuracy"] for cell in own]
-        mean = sum(values) / len(values)
-        colour = colour_of(method)
-        # Dots, not bars: the axis does not begin at zero, where a bar's length would mislead.
-        points.hlines(mean, position - 0.25, position + 0.25, color=colour, linewidth=4)
-        points.plot([position] * len(values), values, "o", color="black", markersize=5, alpha=0.6)
-        points.annotate(
-            f"{mean:.1f}",
-            (position + 0.3, mean),
-            xytext=(2, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold",
-            color=colour,
-        )
-        epochs = list(zip(*(cell["curve"] for cell in own), strict=True))
-        means = [100 * sum(epoch) / len(epoch) for epoch in epochs]
-        curves.plot(range(1, len(means) + 1), means, color=colour, label=method)
-        if len(own) > 1:
-            curves.fill_between(
-                range(1, len(means) + 1),
-                [100 * min(epoch) for epoch in epochs],
-                [100 * max(epoch) for epoch in epochs],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
     labels = []
-    for method in methods:
-        count = next(cell["without_head"] for cell in cells if cell["method"] == method)
-        labels.append(f"{method}\n{count:,} weights\n+ head")
-    points.set_xticks(range(len(methods)), labels)
-    points.set_xlim(-0.5, len(methods) - 0.3)
+    for at, (method, own) in enumerate(by_method.items()):
+        labels.append(f"{method}\n{own[0]['without_head']:,} weights\n+ head")
+        values, colour = [100 * cell["test_accuracy"] for cell in own], colour_of(method)
+        mean = sum(values) / len(values)
+        # Dots, not bars: the axis does not begin at zero, where a bar's length would mislead.
+        points.hlines(mean, at - 0.25, at + 0.25, color=colour, linewidth=4)
+        points.plot([at] * len(values), values, "o", color="black", markersize=5, alpha=0.6)
+        style = {"textcoords": "offset points", "va": "center", "fontweight": "bold"}
+        points.annotate(f"{mean:.1f}", (at + 0.3, mean), (2, 0), color=colour, **style)
+        # A run that stopped early has no more to say.
+        columns = itertools.zip_longest(*(cell["curve"] for cell in own))
+        epochs = [[100 * one for one in column if one is not None] for column in columns]
+        numbers = range(1, len(epochs) + 1)
+        means = [sum(epoch) / len(epoch) for epoch in epochs]
+        curves.plot(numbers, means, color=colour, label=method)
+        if len(own) > 1:
+            low, high = [min(epoch) for epoch in epochs], [max(epoch) for epoch in epochs]
+            curves.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
+    points.set_xticks(range(len(labels)), labels)
+    points.set_xlim(-0.5, len(labels) - 0.3)
     everything = [100 * cell["test_accuracy"] for cell in cells]
     points.set_ylim(max(0.0, min(everything) - 5), min(101.0, max(everything) + 5))
-    dress(
-        points,
-        "Test accuracy (a dot is a seed, a line their mean)",
-        "",
-        "accuracy (%)",
-        legend=False,
-    )
+    about = "Test accuracy (a dot is a seed, a line their mean)"
+    dress(points, about, "", "accuracy (%)", legend=False)
     points.grid(axis="x", visible=False)
     dress(curves, "Validation while training (band: all seeds)", "epoch", "accuracy (%)")
-    traced = [cell for cell in cells if cell["traces"]["after"]]
+    traced = [cell["traces"] for cell in cells if cell["traces"]["after"]]
     if traced:
-        draw_traces(last, traced[0]["traces"])
+        draw_traces(last, traced[0])
     else:
         last.set_axis_off()
     save_figure(path, figure)
@@ -107,14 +91,11 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     methods = sorted({method for _, method in groups})
     size = (5.6 * len(methods), 4.0 * len(conditions) + 0.4)
     figure, panels = new_figure(*size, len(conditions), len(methods), dpi=110)
-    seeds = ", ".join(map(str, content["seeds"]))
-    data = (
-        "" if "data" in content["settings"][0]["condition"] else f" on {content['options']['data']}"
-    )
-    figure.suptitle(
-        f"Validation accuracy (%){data}, seed{'s' * (len(content['seeds']) > 1)} {seeds}; "
-        "bold is chosen"
-    )
+    seeds = content["seeds"]
+    varied = "data" in content["settings"][0]["condition"]
+    where = "" if varied else f" on {content['options']['data']}"
+    about = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; bold is chosen"
+    figure.suptitle(f"Validation accuracy (%){where}, {about}")
     by_run = {cell["run"]: cell.get("validation_accuracy") for cell in content["cells"]}
     for row, condition in enumerate(conditions):
         for column, method in enumerate(methods):
@@ -184,30 +165,19 @@ def _heat_map(axis: Axes, settings: list[dict[str, Any]], keys: list[str]) -> No
     across, down = keys
     columns = _sorted({s["setting"][across] for s in settings})
     rows = _sorted({s["setting"][down] for s in settings})
-    means = [[float("nan")] * len(columns) for _ in rows]
-    best = settings[0]
-    for one in settings:
-        at = rows.index(one["setting"][down]), columns.index(one["setting"][across])
-        means[at[0]][at[1]] = max(100 * one["validation_accuracy"], _or_low(means[at[0]][at[1]]))
+    best: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for one in settings:  # best first
+        best.setdefault((one["setting"][down], one["setting"][across]), one)
+    cells = [[best.get((row, column)) for column in columns] for row in rows]
+    means = [[100 * one["validation_accuracy"] if one else math.nan for one in r] for r in cells]
     image = axis.imshow(means, cmap="cividis", aspect="auto")
-    low, high = image.get_clim()
-    for row, values in enumerate(means):
-        for column, value in enumerate(values):
-            if value == value:
-                dark = value < (low + high) / 2
-                chosen = (rows[row], columns[column]) == (
-                    best["setting"][down],
-                    best["setting"][across],
-                )
-                axis.text(
-                    column,
-                    row,
-                    f"{value:.1f}",
-                    ha="center",
-                    va="center",
-                    color="white" if dark else "black",
-                    fontweight="bold" if chosen else "normal",
-                )
+    middle = sum(image.get_clim()) / 2
+    shown = [["" if math.isnan(mean) else f"{mean:.1f}" for mean in row] for row in means]
+    write_numbers(axis, shown, [[mean < middle for mean in row] for row in means])
+    # The panel's first setting is its best: what validation chose.
+    chosen = settings[0]["setting"]
+    at = rows.index(chosen[down]) * len(columns) + columns.index(chosen[across])
+    axis.texts[at].set_fontweight("bold")
     axis.set_xticks(range(len(columns)), [str(value) for value in columns])
     axis.set_yticks(range(len(rows)), [str(value) for value in rows])
     axis.set_xlabel(across)
@@ -235,7 +205,3 @@ def _dots(
 
 def _sorted(values: set[Any]) -> list[Any]:
     return sorted(values, key=lambda value: (isinstance(value, str), value is None, value or 0))
-
-
-def _or_low(value: float) -> float:
-    return value if value == value else float("-inf")

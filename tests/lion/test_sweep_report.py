@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lion_models.base.files import save_figure
 from lion_models.study import plot as sweep_plot
+from lion_models.study.plot import plot_comparison
 from lion_models.study.presets import write_measured
 from lion_models.study.report import measured_markdown, measured_methods, sweep_tables
 
@@ -158,3 +159,13 @@ def test_pictures_mark_the_chosen_setting_among_dots_and_in_a_heat_map(
     assert {text.get_text(): text.get_fontweight() for text in heat_map.texts} == {
         "80.0": "bold", "70.0": "normal", "60.0": "normal", "50.0": "normal"}  # fmt: skip
     assert "bold is chosen" in figure.get_suptitle()
+
+
+def test_comparison_of_seeds_that_stopped_at_different_epochs_is_drawn(tmp_path: Path):
+    cells = [
+        {"method": "linear", "test_accuracy": 0.5, "without_head": 0, "curve": curve,
+         "traces": {"before": {}, "after": {}}}
+        for curve in ([0.1, 0.2, 0.3], [0.3])
+    ]  # fmt: skip
+    plot_comparison(tmp_path / "compare.png", "title", cells)
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
