@@ -134,8 +134,9 @@ def run_study(
         UserError: the folder, or one of a trial, holds something else; or data or backbone cannot
             serve a method.
     """
-    # Without a grid nothing is to be chosen, and what is trained may be tested at once.
-    at_once = test and not plan.grid and tuple(test_seeds) in ((), plan.seeds)
+    # Where each seed has one setting nothing is to be chosen: what is trained is tested at once.
+    # The mean of several seeds waits for all: where one has failed, no test set is read.
+    at_once = test and plan.each_seed and not plan.grid
     rows = plan.rows(folder, test=at_once)
     _check(rows, runner, overwrite)
     make_folder(folder)  # where nothing can be written, nothing is trained

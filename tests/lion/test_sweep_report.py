@@ -169,3 +169,15 @@ def test_comparison_of_seeds_that_stopped_at_different_epochs_is_drawn(tmp_path:
     ]  # fmt: skip
     plot_comparison(tmp_path / "compare.png", "title", cells)
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_pictures_draw_a_method_that_is_not_registered_here(
+    content: dict[str, Any], tmp_path: Path
+):
+    cell = {"method": "of-a-plugin", "test_accuracy": 0.5, "without_head": 7, "curve": [0.1],
+            "traces": {"before": {}, "after": {}}}  # fmt: skip
+    plot_comparison(tmp_path / "compare.png", "title", [cell])
+    content["tested"] = [one | {"method": "of-a-plugin"} for one in content["tested"][:1]]
+    write_measured(tmp_path, content)
+    assert "| of-a-plugin | 3,840 |" in (tmp_path / "tested.md").read_text()
+    assert (tmp_path / "tested.png").exists()
