@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from lion_models.backbones.tiny_vit import save_vit
 from lion_models.backbones.vit import VisionTransformer, ViTConfig
+from lion_models.base.files import replacing
 from lion_models.data.idx import read_idx_pair
 
 VALIDATION_IMAGES = 5000
@@ -222,18 +223,15 @@ def main() -> None:
         )
         print(json.dumps(history[-1]), flush=True)
         log_path.write_text("".join(json.dumps(row) + "\n" for row in history))
-        partial = state_path.with_suffix(".part")
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "decoder": decoder.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "history": history,
-                "best": best,
-            },
-            partial,
-        )
-        partial.replace(state_path)
+        state = {
+            "model": model.state_dict(),
+            "decoder": decoder.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "history": history,
+            "best": best,
+        }
+        with replacing(state_path) as file:
+            torch.save(state, file)
 
     model.load_state_dict(best)
     chosen = max(history, key=lambda row: row["validation_accuracy"])
