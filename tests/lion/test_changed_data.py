@@ -126,6 +126,7 @@ def test_every_part_of_a_split_belongs_to_what_is_remembered(tmp_path: Path):
 
 
 def test_source_that_remembers_images_passes_names_on(config: RunConfig, photos: Path):
-    names = Workbench().source(config).row_names()
+    bench = Workbench()
+    names = bench.source(config.data, bench.backbone(config.backbone.backbone)).row_names()
     assert names[:2] == ["dark/0.png", "dark/1.jpg"]
     assert len(names) == 36
