@@ -237,13 +237,13 @@ DEQCORE_DEVICE void decide(int lane, const BroydenArgs& args, int64_t row, bool 
   const BroydenArgs one = row_args(args, state);
   const int history = history_of(args, state);
   const int64_t step = state->counters[kSteps] + 1;
-  double* const gram = args.gram + row * args.capacity * args.capacity;
+  double* const gram = args.gram + row * args.memory * args.memory;
   for (int at = lane; at < history * history; at += kWarp) {
     const int i = at / history, j = at % history;
     const bool fresh = i + 1 == history || j + 1 == history;
     const int other = i + 1 == history ? j : i;
     scratch.gram[i * scratch.stride + j] =
-        fresh ? scratch.sums[3 + 2 * other] : gram[i * args.capacity + j];
+        fresh ? scratch.sums[3 + 2 * other] : gram[i * args.memory + j];
   }
   __syncwarp();
   if (lane == 0) *scratch.plan = broyden_begin(one, 0, scratch.sums[0], scratch.sums[1]);
@@ -266,7 +266,7 @@ DEQCORE_DEVICE void decide(int lane, const BroydenArgs& args, int64_t row, bool 
   commit_row(lane, state, args.rows, row);
   if (!takes_step) return;
   for (int j = lane; j < history; j += kWarp) {
-    gram[(history - 1) * args.capacity + j] = gram[j * args.capacity + history - 1] =
+    gram[(history - 1) * args.memory + j] = gram[j * args.memory + history - 1] =
         scratch.sums[3 + 2 * j];
   }
 }
