@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lion_models.base.options import Options, option
+
 __all__ = ["CDR", "THRESHOLDS", "RobustOptimizer"]
 
 THRESHOLDS = ("layer", "global")
 
 
 @dataclass(frozen=True)
-class CDR:
+class CDR(Options):
     """Which weights are critical, and what happens to the others.
 
     A weight's score is |gradient * weight|; the share 1 - tau with the highest scores is critical.
@@ -40,31 +42,15 @@ class CDR:
             as published. A tensor of zeros is scored by |gradient|, unless this is 0.
 
     Raises:
-        ValueError: a value out of its range.
+        UserError: a value out of its range.
     """
 
-    tau: float = 0.5
-    decay: float = 1e-3
-    ramp: int = 0
-    fix_after: int | None = None
-    threshold: str = "layer"
-    floor: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tau < 1:
-            raise ValueError(f"tau: expected a share from 0 to below 1, got {self.tau}")
-        if not self.decay >= 0:
-            raise ValueError(f"decay: expected 0 or more, got {self.decay}")
-        if self.ramp < 0:
-            raise ValueError(f"ramp: expected 0 or more steps, got {self.ramp}")
-        if self.fix_after is not None and self.fix_after < 1:
-            raise ValueError(f"fix_after: expected 1 or more steps, or None, got {self.fix_after}")
-        if self.threshold not in THRESHOLDS:
-            raise ValueError(
-                f"threshold: expected one of {', '.join(THRESHOLDS)}, got {self.threshold!r}"
-            )
-        if not 0 <= self.floor < 1:
-            raise ValueError(f"floor: expected a share from 0 to below 1, got {self.floor}")
+    tau: float = option(0.5, low=0, below=1, expected="a share from 0 to below 1")
+    decay: float = option(1e-3, low=0)
+    ramp: int = option(0, low=0)
+    fix_after: int | None = option(None, low=1)
+    threshold: str = option("layer", choices=THRESHOLDS)
+    floor: float = option(0.01, low=0, below=1, expected="a share from 0 to below 1")
 
     def tau_at(self, step: int) -> float:
         """Tau in a step; 1 is the first."""

@@ -276,13 +276,13 @@ def test_parameters_with_weight_decay_or_of_others_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tau": 1.0}, "tau: expected a share from 0 to below 1"),
-        ({"tau": float("nan")}, "tau: expected a share"),
-        ({"decay": -1.0}, "decay: expected 0 or more"),
-        ({"ramp": -1}, "ramp: expected 0 or more steps"),
-        ({"fix_after": 0}, "fix_after: expected 1 or more steps"),
-        ({"threshold": "both"}, "threshold: expected one of layer, global, got 'both'"),
-        ({"floor": 1.0}, "floor: expected a share"),
+        ({"tau": 1.0}, "`tau`: expected a share from 0 to below 1"),
+        ({"tau": float("nan")}, "`tau`: expected a share"),
+        ({"decay": -1.0}, "`decay`: expected 0 or more"),
+        ({"ramp": -1}, "`ramp`: expected 0 or more, got -1"),
+        ({"fix_after": 0}, "`fix_after`: expected 1 or more, got 0"),
+        ({"threshold": "both"}, "`threshold`: expected one of global, layer, got 'both'"),
+        ({"floor": 1.0}, "`floor`: expected a share"),
     ],
 )
 def test_bad_rules_are_named(options: dict[str, object], message: str):
