@@ -28,7 +28,7 @@ class Need(NamedTuple):
     Attributes:
         met: whether the configuration of a run has it.
         why: ends the message where no run has; names of options in braces stand for their values,
-            {method} for the methods.
+            {name} for the option's own name and {method} for the methods.
     """
 
     met: Callable[[Any], bool]

@@ -34,7 +34,7 @@ class DataConfig(Options):
         low=1,
         below=1e6,
         expected="1 or more and below 1,000,000",
-        unset="balanced",
+        unset="balanced classes",
     )
     transform: str = option(
         "square", "How pictures are fitted to the backbone's square.", choices=TRANSFORMS

@@ -15,7 +15,7 @@ CDR_OPTIONS = ("tau", "robust_set", "robust_scope", "robust_decay", "robust_ramp
 
 _CDR = Need(
     lambda run: run.robust.robust == "cdr",
-    "belongs to `robust` cdr, which is not there; add it, or leave this out",
+    "belongs to `robust` cdr, which is not there; add it, or leave `{name}` out",
 )
 _MATRICES = Need(
     lambda run: run.robust.robust == "none" or run.robust.acts_on(run.method),

@@ -162,7 +162,7 @@ def check_felt(given: Iterable[str], runs: Sequence[RunConfig]) -> None:
         unmet = [_unmet(run, name) for run in runs if name in run.options()]
         if all(unmet):
             methods = dict.fromkeys(str(run.method) for run in runs)
-            values = runs[0].options() | {"method": " and ".join(methods)}
+            values = runs[0].options() | {"name": name, "method": " and ".join(methods)}
             raise UserError(f"`{name}`: {unmet[0].format_map(values)}")
 
 

@@ -234,7 +234,7 @@ class Run:
         check_same(self.folder, self.config)
         result = self._read_result()
         if result is None:
-            raise UserError(f"{self.folder}: not finished; continue it with `resume`")
+            raise UserError(f"{self.folder}: not finished; train it on with `resume`")
         test = None
         if (self.folder / REPORT).exists():
             weights, _ = read_checkpoint(self.folder / CHECKPOINT)

@@ -63,10 +63,10 @@ class TrainingConfig(Options):
         above=0,
         below=1,
         expected="a decay such as 0.999",
-        unset="off",
+        unset="no average",
     )
     patience: int | None = option(
-        None, "Stop after this many epochs without a better one.", low=1, unset="off"
+        None, "Stop after this many epochs without a better one.", low=1, unset="all epochs"
     )
     class_weights: str = option("none", "Of the training loss.", choices=CLASS_WEIGHTS)
 
