@@ -2,18 +2,16 @@
 
 A table has, for each kind of processor (a CPU's instruction set, or a GPU's name), dtype, op and
 block size, the least sparsity from which the kernels for kept entries beat a dense product, at some
-numbers of tokens. The one that comes with deqcore is in ``crossovers.py``; ``python -m
-deqcore.tune`` measures one for this machine and keeps it in the user's cache directory, where it
-takes precedence.
+numbers of tokens. Those that come with deqcore are in ``tables``; ``python -m deqcore.tune``
+measures one for this machine and keeps it in the user's cache directory, where it takes precedence.
+A GPU without a table takes that of the nearest GPU of its compute capability's major version.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,20 +20,17 @@ from torch import Tensor
 
 from deqcore import _kernels
 from deqcore._compile import constant_when_traced
-from deqcore.sparse.crossovers import CROSSOVERS
+from deqcore.sparse.crossovers import Line, default_lines, nearest_gpu, read_table
 
 if TYPE_CHECKING:
     from deqcore.sparse.pattern import SparsityPattern
 
 Op = Literal["linear", "outer"]
-# (tokens, least sparsity), by ascending number of tokens; 2.0 where sparse never wins.
-Line = list[tuple[int, float]]
-Table = dict[str, dict[str, Line]]  # kind of processor -> "dtype/op/block" -> line
 
 NEVER = 2.0
 # For a processor that nobody has measured: only where sparse wins on all that were.
 UNKNOWN: Line = [(1, 0.9)]
-# For a GPU that nobody has measured: dense, but where counting (docs/architecture.md) leaves at
+# For a GPU that nothing is known of: dense, but where counting (docs/architecture.md) leaves at
 # least a factor of two: many tokens, a weight that fills the device, and a high sparsity.
 _COUNTED_TOKENS = 2048
 _COUNTED_ENTRIES = 2048 * 2048
@@ -70,32 +65,15 @@ def line_name(dtype: torch.dtype, op: str, block: int) -> str:
     return f"{str(dtype).removeprefix('torch.')}/{op}/{block}"
 
 
-def read_table(path: Path) -> Table:
-    """The table in a file; empty if there is none, or if it is damaged (with a warning)."""
-    try:
-        data = json.loads(path.read_text())
-        return {
-            kind: {
-                name: sorted((int(tokens), float(sparsity)) for tokens, sparsity in line)
-                for name, line in lines.items()
-            }
-            for kind, lines in data.items()
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(
-            f"deqcore: {path} is not a table of crossovers ({error}) and is ignored; delete it, or "
-            "measure it again with python -m deqcore.tune",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return {}
-
-
 def _lines(kind: str) -> dict[str, Line]:
     measured = read_table(cache_file()).get(kind)
-    return dict(CROSSOVERS.get(kind, {})) if measured is None else measured
+    return default_lines(kind) if measured is None else measured
+
+
+def _gpu_lines(index: int) -> dict[str, Line]:
+    measured = _lines(gpu_kind(index))
+    nearest = None if measured else nearest_gpu(torch.cuda.get_device_capability(index))
+    return measured if nearest is None else default_lines(nearest)
 
 
 # Read once, at import: a traced function must not read files.
@@ -142,7 +120,7 @@ def _least_sparsity(line: Line, tokens: int | None) -> float:
 def _gpu_line(index: int, name: str) -> Line | None:
     """What was measured on a GPU; None if nothing was."""
     if index not in _GPU_LINES:  # at the first product, since it wakes the driver
-        _GPU_LINES[index] = _lines(gpu_kind(index))
+        _GPU_LINES[index] = _gpu_lines(index)
     return _GPU_LINES[index].get(name)
 
 

@@ -1,111 +1,74 @@
-"""Measured crossovers of the masked matmuls; written by ``python -m deqcore.tune --as-default``.
+"""The tables of crossovers that come with deqcore: one file for each kind of processor.
 
-All were measured on an AMD EPYC of the fourth generation (Zen 4), one thread. The kinds without
-"-bf16" are that processor with its wider or bfloat16 instructions turned off, in torch
-(ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY) and here (DEQCORE_CPU_ISA).
+``python -m deqcore.tune --as-default`` writes them. Those of CPUs were measured on an AMD EPYC of
+the fourth generation (Zen 4), one thread, with the dense weight filled anew for each product. The
+kinds without "-bf16" are that processor with its wider or bfloat16 instructions turned off, in
+torch (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY) and here (DEQCORE_CPU_ISA).
 """
 
-CROSSOVERS: dict[str, dict[str, list[tuple[int, float]]]] = {
-    "x86_64-avx2": {
-        "float32/linear/1": [(1, 0.1), (8, 0.1), (64, 0.5), (512, 0.5)],
-        "float32/outer/1": [(1, 0.8), (8, 0.4), (64, 0.7), (512, 0.6)],
-        "float32/linear/16": [(1, 0.1), (8, 0.4), (64, 0.3), (512, 0.2)],
-        "float32/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.4)],
-        "float32/linear/32": [(1, 0.1), (8, 0.5), (64, 0.3), (512, 0.3)],
-        "float32/outer/32": [(1, 0.1), (8, 0.1), (64, 0.2), (512, 0.4)],
-        "float32/linear/64": [(1, 0.1), (8, 0.6), (64, 0.5), (512, 0.5)],
-        "float32/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.3)],
-        "float64/linear/1": [(1, 0.1), (8, 0.4), (64, 0.5), (512, 0.5)],
-        "float64/outer/1": [(1, 0.8), (8, 0.6), (64, 0.6), (512, 0.6)],
-        "float64/linear/16": [(1, 0.1), (8, 0.5), (64, 0.4), (512, 0.4)],
-        "float64/outer/16": [(1, 0.1), (8, 0.1), (64, 0.4), (512, 0.6)],
-        "float64/linear/32": [(1, 0.1), (8, 0.4), (64, 0.4), (512, 0.4)],
-        "float64/outer/32": [(1, 0.1), (8, 0.1), (64, 0.3), (512, 0.5)],
-        "float64/linear/64": [(1, 0.1), (8, 0.6), (64, 0.5), (512, 0.5)],
-        "float64/outer/64": [(1, 0.1), (8, 0.1), (64, 0.2), (512, 0.5)],
-        "bfloat16/linear/1": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/outer/1": [(1, 0.4), (8, 0.1), (64, 0.2), (512, 0.1)],
-        "bfloat16/linear/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/linear/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/linear/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/1": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/1": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/16": [(1, 0.8), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/32": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/64": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-    },
-    "x86_64-avx512": {
-        "float32/linear/1": [(1, 0.8), (8, 0.3), (64, 0.4), (512, 0.4)],
-        "float32/outer/1": [(1, 0.8), (8, 0.2), (64, 0.7), (512, 0.5)],
-        "float32/linear/16": [(1, 0.8), (8, 0.5), (64, 0.3), (512, 0.2)],
-        "float32/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float32/linear/32": [(1, 0.7), (8, 0.6), (64, 0.3), (512, 0.1)],
-        "float32/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float32/linear/64": [(1, 0.8), (8, 0.6), (64, 0.5), (512, 0.1)],
-        "float32/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float64/linear/1": [(1, 0.5), (8, 0.3), (64, 0.4), (512, 0.4)],
-        "float64/outer/1": [(1, 0.4), (8, 0.5), (64, 0.6), (512, 0.5)],
-        "float64/linear/16": [(1, 0.3), (8, 0.5), (64, 0.3), (512, 0.1)],
-        "float64/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.2)],
-        "float64/linear/32": [(1, 0.4), (8, 0.4), (64, 0.2), (512, 0.1)],
-        "float64/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float64/linear/64": [(1, 0.6), (8, 0.6), (64, 0.5), (512, 0.1)],
-        "float64/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/linear/1": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/outer/1": [(1, 0.2), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/linear/16": [(1, 0.1), (8, 0.2), (64, 0.1), (512, 0.1)],
-        "bfloat16/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/linear/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/linear/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/1": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/1": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/16": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/32": [(1, 0.8), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/64": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-    },
-    "x86_64-avx512-bf16": {
-        "float32/linear/1": [(1, 0.7), (8, 0.4), (64, 0.4), (512, 0.4)],
-        "float32/outer/1": [(1, 0.8), (8, 0.3), (64, 0.7), (512, 0.5)],
-        "float32/linear/16": [(1, 0.7), (8, 0.6), (64, 0.3), (512, 0.2)],
-        "float32/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float32/linear/32": [(1, 0.7), (8, 0.6), (64, 0.3), (512, 0.1)],
-        "float32/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float32/linear/64": [(1, 0.7), (8, 0.6), (64, 0.5), (512, 0.1)],
-        "float32/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float64/linear/1": [(1, 0.4), (8, 0.3), (64, 0.4), (512, 0.4)],
-        "float64/outer/1": [(1, 0.5), (8, 0.5), (64, 0.6), (512, 0.4)],
-        "float64/linear/16": [(1, 0.3), (8, 0.4), (64, 0.3), (512, 0.1)],
-        "float64/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.2)],
-        "float64/linear/32": [(1, 0.4), (8, 0.4), (64, 0.3), (512, 0.1)],
-        "float64/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float64/linear/64": [(1, 0.6), (8, 0.5), (64, 0.3), (512, 0.1)],
-        "float64/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "bfloat16/linear/1": [(1, 0.1), (8, 0.1), (64, 0.7), (512, 0.8)],
-        "bfloat16/outer/1": [(1, 0.7), (8, 0.7), (64, 0.9), (512, 0.8)],
-        "bfloat16/linear/16": [(1, 0.1), (8, 0.5), (64, 0.6), (512, 0.7)],
-        "bfloat16/outer/16": [(1, 0.1), (8, 0.1), (64, 0.5), (512, 0.6)],
-        "bfloat16/linear/32": [(1, 0.1), (8, 0.6), (64, 0.6), (512, 0.6)],
-        "bfloat16/outer/32": [(1, 0.1), (8, 0.1), (64, 0.4), (512, 0.5)],
-        "bfloat16/linear/64": [(1, 0.1), (8, 0.6), (64, 0.6), (512, 0.6)],
-        "bfloat16/outer/64": [(1, 0.1), (8, 0.1), (64, 0.4), (512, 0.6)],
-        "float16/linear/1": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/1": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/16": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/16": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/32": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/32": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/linear/64": [(1, 0.7), (8, 0.1), (64, 0.1), (512, 0.1)],
-        "float16/outer/64": [(1, 0.1), (8, 0.1), (64, 0.1), (512, 0.1)],
-    },
-}
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+# (tokens, least sparsity), by ascending number of tokens; 2.0 where sparse never wins.
+Line = list[tuple[int, float]]
+Table = dict[str, dict[str, Line]]  # kind of processor -> "dtype/op/block" -> line
+
+TABLES = Path(__file__).with_name("tables")
+# Compute capability of each GPU in TABLES: one that has no table takes that of its nearest.
+GPUS = {"NVIDIA H200": (9, 0)}
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file; empty if there is none, or if it is damaged (with a warning)."""
+    try:
+        data = json.loads(path.read_text())
+        return {
+            kind: {
+                name: sorted((int(tokens), float(sparsity)) for tokens, sparsity in line)
+                for name, line in lines.items()
+            }
+            for kind, lines in data.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"deqcore: {path} is not a table of crossovers ({error}) and is ignored; delete it, or "
+            "measure it again with python -m deqcore.tune",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a table so that :func:`read_table` reads it, and people a change of it."""
+    kinds = []
+    for kind, lines in sorted(table.items()):
+        rows = [f"  {json.dumps(name)}: {json.dumps(line)}" for name, line in lines.items()]
+        kinds.append(f" {json.dumps(kind)}: {{\n" + ",\n".join(rows) + "\n }")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{\n" + ",\n".join(kinds) + "\n}\n")
+    temporary.replace(path)
+
+
+def default_file(kind: str) -> Path:
+    """Where the table of a kind of processor is that comes with deqcore."""
+    return TABLES / (re.sub(r"[^a-z0-9_]+", "-", kind.lower()) + ".json")
+
+
+def default_lines(kind: str) -> dict[str, Line]:
+    """The lines that come with deqcore for a kind of processor; none where nobody measured it."""
+    return read_table(default_file(kind)).get(kind, {})
+
+
+def nearest_gpu(capability: tuple[int, int]) -> str | None:
+    """The GPU with a table whose compute capability is nearest, of the same major version."""
+    major, minor = capability
+    alike = [kind for kind, (its, _) in GPUS.items() if its == major]
+    return min(alike, key=lambda kind: (abs(GPUS[kind][1] - minor), kind), default=None)

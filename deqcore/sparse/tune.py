@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import time
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from deqcore import _kernels
 from deqcore.sparse import choice
-from deqcore.sparse.crossovers import CROSSOVERS
+from deqcore.sparse.crossovers import Line, default_file, read_table, write_table
 from deqcore.sparse.functional import masked_linear
 from deqcore.sparse.pattern import SparsityPattern
 
@@ -41,9 +40,9 @@ MARGIN = 1.03  # sparse must win by this much, so that noise in a measurement co
 
 def measure(
     seconds: float, say: Callable[[str], None], device: torch.device = CPU
-) -> dict[str, choice.Line]:
+) -> dict[str, Line]:
     """Crossovers of a device, by line name; ``seconds`` is spent on each comparison."""
-    lines: dict[str, choice.Line] = {}
+    lines: dict[str, Line] = {}
     numbers = TOKENS if device.type == "cpu" else GPU_TOKENS
     for dtype in DTYPES:
         for block in BLOCKS:
@@ -140,27 +139,6 @@ def gpu_seconds(run: Callable[[], object], calls: int) -> float:
     return float(before.elapsed_time(after)) / 1e3
 
 
-def _write_json(path: Path, kind: str, lines: dict[str, choice.Line]) -> None:
-    table = choice.read_table(path) | {kind: lines}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(table, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def _write_default(kind: str, lines: dict[str, choice.Line]) -> None:
-    table = dict(sorted((CROSSOVERS | {kind: lines}).items()))
-    path = Path(choice.__file__).with_name("crossovers.py")
-    head = path.read_text().split("CROSSOVERS:")[0]
-    rows = []
-    for name, measured in table.items():
-        rows.append(f"    {json.dumps(name)}: {{")
-        rows += [f"        {json.dumps(key)}: {line}," for key, line in measured.items()]
-        rows.append("    },")
-    body = "\n".join(["CROSSOVERS: dict[str, dict[str, list[tuple[int, float]]]] = {", *rows, "}"])
-    path.write_text(f"{head}{body}\n")
-
-
 def _missing(device: torch.device) -> str | None:
     """Why this device cannot be measured, or None."""
     if device.type == "cpu":
@@ -204,12 +182,9 @@ def main() -> None:
     print(f"{kind}: least sparsity at which sparse is faster, by number of tokens")
     say = functools.partial(print, flush=True)
     lines = measure(options.seconds, say, options.device)
-    if options.as_default:
-        _write_default(kind, lines)
-    else:
-        path = options.out or choice.cache_file()
-        _write_json(path, kind, lines)
-        print(f"written to {path}")
+    path = default_file(kind) if options.as_default else options.out or choice.cache_file()
+    write_table(path, read_table(path) | {kind: lines})
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def test_sdist_holds_what_a_build_needs(sdist):
     kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
     backend = {str(path.relative_to(ROOT)) for path in (ROOT / "build_backend").glob("*.py")}
     wanted = {"setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    wanted |= {str(p.relative_to(ROOT)) for p in ROOT.glob("deqcore/sparse/tables/*.json")}
     assert (wanted | backend | kernels) - names == set()
     assert [name for name in names if name.endswith((".so", "_built.json"))] == []
 
@@ -40,7 +41,10 @@ def test_sdist_holds_what_a_build_needs(sdist):
 def test_wheel_is_small_and_holds_both_packages_and_their_data(wheel):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
-    patterns = ("deqcore/**/*.py", "lion_models/**/*.py", "lion_models/**/*.safetensors")
+    patterns = (
+        *("deqcore/**/*.py", "deqcore/sparse/tables/*.json"),
+        *("lion_models/**/*.py", "lion_models/**/*.safetensors"),
+    )
     sources = {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)}
     assert sources - sizes.keys() == set()
     top = {name.split("/")[0] for name in sizes if ".dist-info/" not in name}

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from deqcore import SparsityPattern, _kernels
-from deqcore.sparse import choice, tune
-from deqcore.sparse.crossovers import CROSSOVERS
+from deqcore.sparse import choice, crossovers, tune
 
 F32 = choice.line_name(torch.float32, "linear", 1)
 
@@ -75,9 +74,9 @@ class OnGpu:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, choice.Line]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, crossovers.Line]:
     """A GPU whose table the test fills in."""
-    lines: dict[str, choice.Line] = {}
+    lines: dict[str, crossovers.Line] = {}
     monkeypatch.setattr(_kernels, "CUDA_KERNELS", True)
     monkeypatch.setattr(choice, "_GPU_LINES", {0: lines})
     return lines
@@ -91,7 +90,7 @@ def large(sparsity: float, structure: int | None = None) -> SparsityPattern:
 
 
 def test_an_unmeasured_gpu_multiplies_densely_but_where_counting_leaves_a_margin(
-    gpu: dict[str, choice.Line], monkeypatch: pytest.MonkeyPatch
+    gpu: dict[str, crossovers.Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prefers(pattern: SparsityPattern, dtype: torch.dtype, op: Any = "linear", n: Any = 8192):
         return choice.prefers_sparse(op, n, pattern, OnGpu(dtype))  # type: ignore[arg-type]
@@ -115,7 +114,7 @@ def test_an_unmeasured_gpu_multiplies_densely_but_where_counting_leaves_a_margin
     assert not prefers(high, torch.float64)
 
 
-def test_a_gpu_s_table_decides_where_there_is_one(gpu: dict[str, choice.Line]) -> None:
+def test_a_gpu_s_table_decides_where_there_is_one(gpu: dict[str, crossovers.Line]) -> None:
     gpu[F32] = [(1, 2.0), (64, 0.4)]
     x: Any = OnGpu(torch.float32)
     assert not choice.prefers_sparse("linear", 8, pattern(0.9), x)
@@ -145,22 +144,78 @@ def test_tune_says_why_a_gpu_cannot_be_measured(
     assert "no CUDA kernels: no nvcc" in capsys.readouterr().err
 
 
-def test_default_table_is_well_formed() -> None:
-    assert CROSSOVERS
-    for lines in CROSSOVERS.values():
-        assert len(lines) == 32
-        for measured in lines.values():
-            assert measured == sorted(measured)
-            assert all(tokens >= 1 and 0 <= sparsity <= 2 for tokens, sparsity in measured)
+DEFAULTS = sorted(crossovers.TABLES.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", DEFAULTS, ids=lambda path: path.stem)
+def test_default_table_is_well_formed(path: Path) -> None:
+    ((kind, lines),) = crossovers.read_table(path).items()
+    assert crossovers.default_file(kind) == path
+    assert crossovers.default_lines(kind) == lines
+    assert len(lines) == 32
+    for measured in lines.values():
+        assert all(tokens >= 1 and 0 <= sparsity <= 2 for tokens, sparsity in measured)
+
+
+def test_every_gpu_with_a_table_has_its_compute_capability() -> None:
+    kinds = {kind for path in DEFAULTS for kind in crossovers.read_table(path)}
+    assert kinds >= set(crossovers.GPUS)
+    assert all(kind.startswith("x86_64-") for kind in kinds - set(crossovers.GPUS))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A GPU of some name and compute capability, whose table the test may measure."""
+
+    def make(name: str, capability: tuple[int, int], measured: Any = None) -> None:
+        monkeypatch.setattr(_kernels, "CUDA_KERNELS", True)
+        monkeypatch.setattr(choice, "_GPU_LINES", {})
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(choice, "cache_file", lambda: tmp_path / "table.json")
+        if measured:
+            crossovers.write_table(tmp_path / "table.json", measured)
+
+    return make
+
+
+def test_a_gpu_takes_its_own_table_or_that_of_the_nearest_of_its_generation(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h200 = crossovers.default_lines("NVIDIA H200")[F32]
+    machine("NVIDIA H200", (9, 0))
+    assert choice._gpu_line(0, F32) == h200
+    machine("NVIDIA H100 PCIe", (9, 0))
+    assert choice._gpu_line(0, F32) == h200
+    machine("NVIDIA A100", (8, 0))
+    assert choice._gpu_line(0, F32) is None
+    machine("NVIDIA H100 PCIe", (9, 0), {"NVIDIA H100 PCIe": {F32: [(1, 0.3)]}})
+    assert choice._gpu_line(0, F32) == [(1, 0.3)]
+    monkeypatch.setattr(crossovers, "GPUS", {"L4": (8, 9), "A10": (8, 6), "A100": (8, 0)})
+    assert [crossovers.nearest_gpu((8, minor)) for minor in (0, 2, 7, 9)] == [
+        *["A100", "A100", "A10", "L4"]
+    ]
+    assert crossovers.nearest_gpu((9, 0)) is None
+
+
+def test_a_default_table_is_written_where_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossovers, "TABLES", tmp_path)
+    assert crossovers.default_lines("NVIDIA RTX 6000 Ada") == {}
+    path = crossovers.default_file("NVIDIA RTX 6000 Ada")
+    crossovers.write_table(path, {"NVIDIA RTX 6000 Ada": {F32: [(1, 2.0), (64, 0.9)]}})
+    assert path.name == "nvidia-rtx-6000-ada.json"
+    assert crossovers.default_lines("NVIDIA RTX 6000 Ada") == {F32: [(1, 2.0), (64, 0.9)]}
 
 
 def test_damaged_table_is_ignored_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "crossovers.json"
-    assert choice.read_table(path) == {}
+    assert crossovers.read_table(path) == {}
     for text in ("{", '{"kind": 3}', '{"kind": {"line": [["a", "b"]]}}'):
         path.write_text(text)
         with pytest.warns(RuntimeWarning, match="is ignored; delete it, or measure it again"):
-            assert choice.read_table(path) == {}
+            assert crossovers.read_table(path) == {}
 
 
 def test_cache_file_follows_the_user_s_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +236,7 @@ def test_tune_writes_a_table_that_is_read(
     monkeypatch.setattr("sys.argv", ["tune", "--seconds", "0.0001", "--out", str(path)])
     tune.main()
     assert f"written to {path}" in capsys.readouterr().out
-    table = choice.read_table(path)
+    table = crossovers.read_table(path)
     lines = table[choice.processor_kind()]
     assert sorted(lines) == [f"float32/{op}/{b}" for op in ("linear", "outer") for b in (1, 16)]
     assert json.loads(path.read_text())
