@@ -16,6 +16,10 @@ namespace {
 template <bool kAligned>
 constexpr int kSlotsOf = kAligned ? 8 : 4;
 
+// Blocks of whole rows that a processor runs at once: as many as registers allow without a spill.
+template <typename S>
+constexpr int kRowBlocks = sizeof(S) == 4 ? 2 : 1;
+
 // What a team keeps in shared memory.
 template <typename X>
 struct Scratch {
@@ -237,13 +241,13 @@ DEQCORE_DEVICE void decide(int lane, const BroydenArgs& args, int64_t row, bool 
   const BroydenArgs one = row_args(args, state);
   const int history = history_of(args, state);
   const int64_t step = state->counters[kSteps] + 1;
-  double* const gram = args.gram + row * args.memory * args.memory;
+  double* const gram = args.gram + row * args.capacity * args.capacity;
   for (int at = lane; at < history * history; at += kWarp) {
     const int i = at / history, j = at % history;
     const bool fresh = i + 1 == history || j + 1 == history;
     const int other = i + 1 == history ? j : i;
     scratch.gram[i * scratch.stride + j] =
-        fresh ? scratch.sums[3 + 2 * other] : gram[i * args.memory + j];
+        fresh ? scratch.sums[3 + 2 * other] : gram[i * args.capacity + j];
   }
   __syncwarp();
   if (lane == 0) *scratch.plan = broyden_begin(one, 0, scratch.sums[0], scratch.sums[1]);
@@ -266,7 +270,7 @@ DEQCORE_DEVICE void decide(int lane, const BroydenArgs& args, int64_t row, bool 
   commit_row(lane, state, args.rows, row);
   if (!takes_step) return;
   for (int j = lane; j < history; j += kWarp) {
-    gram[(history - 1) * args.memory + j] = gram[j * args.memory + history - 1] =
+    gram[(history - 1) * args.capacity + j] = gram[j * args.capacity + history - 1] =
         scratch.sums[3 + 2 * j];
   }
 }
@@ -323,7 +327,7 @@ DEQCORE_DEVICE void move(const Team& team, const BroydenArgs& args, const Row<X,
 // One launch: a team takes a row from push to move. Rows are short here, so that further passes
 // over a row find it in the cache.
 template <typename X, typename F, typename S, bool kAligned>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, kRowBlocks<S>)
     broyden_whole_row(const BroydenArgs args, const int team_threads) {
   DEQCORE_SHARED_DOUBLES(shared);
   const int thread = static_cast<int>(threadIdx.x), member = thread / team_threads;

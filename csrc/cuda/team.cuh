@@ -78,7 +78,7 @@ struct RowState {
   int32_t counters[kCounters];
   int32_t active;
   int8_t status;
-  int8_t padding[15];
+  int8_t padding[3];
 };
 static_assert(sizeof(RowState) == 64);
 constexpr int kRowStateDoubles = (sizeof(RowState) + 7) / 8;

@@ -62,7 +62,7 @@ DEQCORE_HD int64_t anderson_history(const AndersonArgs& args, int64_t row) {
   const int32_t* counters = args.rows.counters + row * kCounters;
   const int64_t step = counters[kSteps] + 1;
   const AndersonOptions& options = args.options;
-  if (step <= options.start) return 1;
+  if (step <= options.start || row_rests(counters)) return 1;
   if (options.restart > 0 && (step - 1) % options.restart == 0) return 1;
   const int64_t history = counters[kHistory] + 1;
   return history < args.memory ? history : args.memory;
@@ -143,7 +143,8 @@ DEQCORE_HD AndersonPlan anderson_plan(const AndersonArgs& args, int64_t row, int
                                       double sum_g2, double sum_f2) {
   int32_t* counters = args.rows.counters + row * kCounters;
   const bool was_mixed = counters[kMixed] >= 2;
-  const RowOutcome outcome = advance_row(args.rows, row, sum_g2, sum_f2, args.dim, args.limits);
+  const RowOutcome outcome =
+      advance_row(args.rows, row, sum_g2, sum_f2, args.dim, args.limits, was_mixed);
   const int32_t best_step = counters[kBestStep];
   const int64_t best_index = best_step > 0 ? best_step - 1 : 0;
   const int32_t best_slot = static_cast<int32_t>(best_index % args.memory);
@@ -161,8 +162,9 @@ DEQCORE_HD AndersonPlan anderson_plan(const AndersonArgs& args, int64_t row, int
   }
   const double* residuals = args.rows.residuals + row * kResiduals;
   const bool worse = residuals[kLatest] > args.options.safeguard * residuals[kBest];
-  if (was_mixed && worse && counters[kFallbackStep] != best_step) {
-    counters[kFallbackStep] = best_step;
+  const bool rejected = was_mixed && worse && counters[kFallbackStep] != best_step;
+  if (rejected) counters[kFallbackStep] = best_step;
+  if (rejected || outcome.retreats) {
     const AndersonMove move = kept_in_ring ? AndersonMove::plain_in_ring : AndersonMove::best_kept;
     return {move, best_slot, best_damping};
   }

@@ -27,7 +27,7 @@ struct BroydenArgs {
   const void* f;          // F [B, D]
   const double* damping;  // [damping_length]
   void* s_ring;           // S [B, C, D] steps, oldest first
-  double* gram;           // [B, L, L]
+  double* gram;           // [B, C, C]
   void* best;             // X [B, D]
   void* x_next;           // X [B, D]
   void* z_next;           // F [B, D], or null where F is X
@@ -41,7 +41,7 @@ struct BroydenArgs {
 // What to write into x_next of one row.
 enum class BroydenMove {
   copy_x,     // the row converged, ended on its best iterate, or is frozen
-  copy_best,  // it ended elsewhere
+  copy_best,  // it ended elsewhere, or retreats
   step,       // x + step, rounded to S; the step is stored
 };
 
@@ -52,10 +52,11 @@ struct BroydenPlan {
   double g_weight;  // of g in the new step
 };
 
-// Stored steps that the coming step may use: none once the history is full.
+// Stored steps that the coming step may use: none once the history is full, or for a plain step.
 DEQCORE_HD int64_t broyden_history(const BroydenArgs& args, int64_t row) {
-  const int64_t count = args.rows.counters[row * kCounters + kHistory];
-  return count < args.memory ? count : 0;
+  const int32_t* counters = args.rows.counters + row * kCounters;
+  const int64_t count = counters[kHistory];
+  return count < args.memory && !row_rests(counters) ? count : 0;
 }
 
 // -H g = g_weight * g + sum_j weights[j] s_j from dots[j] = s_j . g and the Gram matrix of the
@@ -63,7 +64,7 @@ DEQCORE_HD int64_t broyden_history(const BroydenArgs& args, int64_t row) {
 // `step` is the evaluation that g belongs to.
 DEQCORE_HD bool broyden_inverse(const BroydenArgs& args, const double* gram, const double* dots,
                                 int count, int64_t step, double* weights, double* g_weight) {
-  const int64_t stride = args.memory;
+  const int64_t stride = args.capacity;
   for (int j = 0; j < count; ++j) weights[j] = 0.0;
   double w = 0.0;
   for (int j = 0; j < count; ++j) {
@@ -92,8 +93,14 @@ DEQCORE_HD bool broyden_inverse(const BroydenArgs& args, const double* gram, con
 DEQCORE_HD BroydenPlan broyden_begin(const BroydenArgs& args, int64_t row, double sum_g2,
                                      double sum_f2) {
   int32_t* counters = args.rows.counters + row * kCounters;
-  const RowOutcome outcome = advance_row(args.rows, row, sum_g2, sum_f2, args.dim, args.limits);
+  const bool was_mixed = counters[kMixed] > 0;
+  const RowOutcome outcome =
+      advance_row(args.rows, row, sum_g2, sum_f2, args.dim, args.limits, was_mixed);
   counters[kMixed] = 0;
+  if (outcome.retreats) {
+    counters[kHistory] = 0;
+    return {BroydenMove::copy_best, false, 0, 0.0};
+  }
   if (outcome.going_on) return {BroydenMove::step, outcome.improved, 0, 1.0};
   const bool elsewhere = outcome.ended && !outcome.improved && counters[kBestStep] > 0;
   return {elsewhere ? BroydenMove::copy_best : BroydenMove::copy_x, false, 0, 0.0};
@@ -112,10 +119,10 @@ DEQCORE_HD BroydenPlan broyden_plan(const BroydenArgs& args, int64_t row, int co
                                     const double* sums, double* dots, double* weights) {
   BroydenPlan plan = broyden_begin(args, row, sums[0], sums[1]);
   if (plan.move != BroydenMove::step) return plan;
-  double* gram = args.gram + row * args.memory * args.memory;
+  double* gram = args.gram + row * args.capacity * args.capacity;
   for (int j = 0; j < count; ++j) {
     dots[j] = sums[2 + 2 * j];
-    gram[(count - 1) * args.memory + j] = gram[j * args.memory + count - 1] = sums[3 + 2 * j];
+    gram[(count - 1) * args.capacity + j] = gram[j * args.capacity + count - 1] = sums[3 + 2 * j];
   }
   const int64_t step = args.rows.counters[row * kCounters + kSteps];
   if (!broyden_inverse(args, gram, dots, count, step, weights, &plan.g_weight)) {

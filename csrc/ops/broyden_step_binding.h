@@ -28,7 +28,7 @@ inline BroydenArgs broyden_args(const Tensor& x, const Tensor& f, const Tensor& 
   STD_TORCH_CHECK(!narrow || dtype == ScalarType::Float,
                   "s_ring: a bfloat16 history needs a float32 x");
   check(s_ring, "s_ring", narrow ? ScalarType::BFloat16 : dtype, {batch, capacity, dim});
-  check(gram, "gram", ScalarType::Double, {batch, memory, memory});
+  check(gram, "gram", ScalarType::Double, {batch, capacity, capacity});
   check(best, "best", dtype, {batch, dim});
   check(x_next, "x_next", dtype, {batch, dim});
   return {

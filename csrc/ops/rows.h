@@ -19,10 +19,24 @@ enum Status : int8_t {
 };
 
 // Columns of counters, int32 [B, kCounters], and of residuals, double [B, kResiduals].
-enum Counter { kSteps, kHistory, kBestStep, kFallbackStep, kMixed, kCounters };
+enum Counter {
+  kSteps,
+  kHistory,
+  kBestStep,
+  kFallbackStep,
+  kMixed,
+  kLastMixed,    // the newest step that mixed; 0: none since the last retreat
+  kRetreatStep,  // the last retreat
+  kRest,         // how many steps after it are plain at least
+  kCounters
+};
 enum Residual { kLatest, kBest, kFirst, kResiduals };
 
 constexpr double kDivergence = 1e8;  // a residual this many times the first one ends the row
+// A retreat is followed by this many plain steps for each evaluation that it has lost, and by this
+// many times the last rest where mixing has gained less than that since.
+constexpr int64_t kRestFactor = 4;
+constexpr int64_t kLongestRest = int64_t{1} << 30;
 
 #define DEQCORE_ROW_LIMITS(number) \
   number(double, rtol) number(double, atol) number(int64_t, patience) number(int64_t, max_steps)
@@ -42,15 +56,34 @@ struct RowOutcome {
   bool going_on;  // it takes another step
   bool improved;  // its residual is the best so far
   bool ended;     // it ended now, without converging: it returns its best iterate
+  bool retreats;  // it goes on from its best iterate, with nothing stored
 };
 
 DEQCORE_HD double row_rms(double sum_of_squares, int64_t dim) {
   return sqrt(sum_of_squares / static_cast<double>(dim > 0 ? dim : 1));
 }
 
-// Counts one evaluation of an active row, from the squared norms of f(z) - z and of f(z).
+// Whether an active row's coming step has to be plain.
+DEQCORE_HD bool row_rests(const int32_t* counters) {
+  return counters[kSteps] < int64_t{counters[kRetreatStep]} + counters[kRest] ||
+         counters[kRetreatStep] > counters[kBestStep];
+}
+
+// Writes down that the evaluation just counted sends the row back to its best iterate.
+DEQCORE_HD void retreat_row(int32_t* counters) {
+  const int64_t best_step = counters[kBestStep], last_rest = counters[kRest];
+  const int64_t gained = best_step - (counters[kRetreatStep] + last_rest);
+  int64_t rest = kRestFactor * (counters[kSteps] - best_step);
+  if (gained < rest && rest < kRestFactor * last_rest) rest = kRestFactor * last_rest;
+  counters[kRest] = static_cast<int32_t>(rest < kLongestRest ? rest : kLongestRest);
+  counters[kRetreatStep] = counters[kSteps];
+  counters[kLastMixed] = 0;
+}
+
+// Counts one evaluation of an active row, from the squared norms of f(z) - z and of f(z); `mixed`:
+// whether the step to z was other than plain.
 DEQCORE_HD RowOutcome advance_row(const Rows& rows, int64_t row, double sum_g2, double sum_f2,
-                                  int64_t dim, const RowLimits& limits) {
+                                  int64_t dim, const RowLimits& limits, bool mixed) {
   int32_t* counters = rows.counters + row * kCounters;
   double* residuals = rows.residuals + row * kResiduals;
   const double residual = row_rms(sum_g2, dim);
@@ -65,20 +98,30 @@ DEQCORE_HD RowOutcome advance_row(const Rows& rows, int64_t row, double sum_g2, 
   if (improved) counters[kBestStep] = step;
   if (improved || counters[kBestStep] == 0) residuals[kBest] = residual;
 
+  if (mixed) counters[kLastMixed] = step - 1;
+  const int32_t best_step = counters[kBestStep], retreat = counters[kRetreatStep];
+  int8_t failure = kActive;
+  if (!finite) {
+    failure = kNonfinite;
+  } else if (residual > kDivergence * residuals[kFirst]) {
+    failure = kDiverged;
+  } else if (step - (best_step > retreat ? best_step : retreat) >= limits.patience) {
+    failure = kStalled;
+  }
+  // Only plain steps can fail: what mixing has led to since the best iterate is taken back.
+  const bool can_retreat = counters[kLastMixed] > 0 && counters[kLastMixed] >= best_step;
   int8_t status = kActive;
   if (converged) {
     status = kConverged;
-  } else if (!finite) {
-    status = kNonfinite;
-  } else if (residual > kDivergence * residuals[kFirst]) {
-    status = kDiverged;
-  } else if (step - counters[kBestStep] >= limits.patience) {
-    status = kStalled;
+  } else if (failure != kActive && !can_retreat) {
+    status = failure;
   } else if (step >= limits.max_steps) {
     status = kMaxSteps;
   }
   rows.status[row] = status;
-  return {step, status == kActive, improved, status != kActive && !converged};
+  const bool retreats = status == kActive && failure != kActive;
+  if (retreats) retreat_row(counters);
+  return {step, status == kActive, improved, status != kActive && !converged, retreats};
 }
 
 // The damping of a step (1, 2, ...); the table's last entry holds for all later steps.

@@ -128,7 +128,8 @@ def functional(
 ) -> tuple[AndersonState, Tensor]:
     """The same step without mutation: differentiable in x, f and the history."""
     memory = state.g_ring.shape[1]
-    rows, outcome, f, g = _rows.judge(state.rows, x, f, *numbers.limits)
+    mixed = state.rows.counters[:, MIXED] >= 2
+    rows, outcome, f, g = _rows.judge(state.rows, x, f, *numbers.limits, mixed)
     steps = rows.counters[:, STEPS]
 
     # Push. A slot's age is the number of steps since it was written.
@@ -141,15 +142,20 @@ def functional(
     write = (outcome.active[:, None] & (age == 0))[..., None]
     g_ring = torch.where(write, g[:, None], state.g_ring)
     h_ring = torch.where(write, (x + beta[:, None] * g)[:, None], state.h_ring)
-    gram = _new_gram(g, g_ring, state.gram, outcome.active, slot)
 
     # Which rows mix, over how many of their newest slots.
     history = torch.where(outcome.active, state.rows.counters[:, HISTORY] + 1, 0)
-    fresh = steps <= numbers.start
+    fresh = (steps <= numbers.start) | _rows.rests(state.rows)
     if numbers.restart:
         fresh = fresh | ((steps - 1) % numbers.restart == 0)
     history = torch.where(fresh, 1, history).clamp_max(memory)
-    fallback = _falls_back(rows, outcome, numbers.safeguard)
+    # Of a row that retreats, and of older slots, nothing is used: but gradients would meet NaN.
+    g_known = torch.where((age < history[:, None])[..., None], g_ring, 0)
+    g_taken = torch.where(outcome.retreats[:, None], 0, g)
+    gram = _new_gram(g_taken, g_known, state.gram, outcome.active, slot)
+    rejected = _rejects(rows, outcome, mixed, numbers.safeguard)
+    fallback = rejected | outcome.retreats
+    history = torch.where(fallback, 0, history)
     alpha = _weights(gram, age, history, numbers.ridge, numbers.max_weight)  # float64 [B, M]
 
     # `where` and not a zero weight: an unused slot may hold NaN.
@@ -163,9 +169,9 @@ def functional(
 
     counters = rows.counters.clone()
     going_on = outcome.going_on
-    counters[:, HISTORY] = torch.where(going_on, torch.where(fallback, 0, history), 0)
-    counters[:, MIXED] = torch.where(going_on & ~fallback, (alpha != 0).sum(1), 0)
-    fallen = torch.where(fallback, rows.counters[:, BEST_STEP], rows.counters[:, FALLBACK_STEP])
+    counters[:, HISTORY] = torch.where(going_on, history, 0)
+    counters[:, MIXED] = torch.where(going_on, (alpha != 0).sum(1), 0)
+    fallen = torch.where(rejected, rows.counters[:, BEST_STEP], rows.counters[:, FALLBACK_STEP])
     counters[:, FALLBACK_STEP] = fallen
     rows = rows._replace(counters=counters)
     return AndersonState(g_ring, h_ring, gram, best, rows), x_new
@@ -202,9 +208,8 @@ def _new_gram(g: Tensor, g_ring: Tensor, gram: Tensor, active: Tensor, slot: Ten
     return torch.where((active[:, None] & at)[:, None, :], dots[:, :, None], gram)
 
 
-def _falls_back(rows: Rows, outcome: _rows.Outcome, limit: float) -> Tensor:
+def _rejects(rows: Rows, outcome: _rows.Outcome, mixed: Tensor, limit: float) -> Tensor:
     """Rows whose mixed step made things worse: back to the best iterate, once for each best."""
-    mixed = rows.counters[:, MIXED] >= 2
     again = rows.counters[:, FALLBACK_STEP] == rows.counters[:, BEST_STEP]
     worse = rows.residuals[:, LATEST] > limit * rows.residuals[:, BEST]
     return outcome.going_on & mixed & worse & ~again

@@ -54,7 +54,7 @@ class BroydenState(NamedTuple):
 
     s_ring: Tensor  # [B, C, D] steps s_j, in x's dtype or, for a float32 x, in bfloat16;
     # C grows to memory as it is needed
-    gram: Tensor  # float64 [B, memory, memory], inner products of the steps
+    gram: Tensor  # float64 [B, C, C], inner products of the steps
     best: Tensor  # [B, D] iterate with the smallest residual
     rows: Rows
 
@@ -118,11 +118,15 @@ def functional(
     one; gradients pass through the rounding as if it were not there, in x's dtype.
     """
     capacity = state.s_ring.shape[1]
-    rows, outcome, _, g = _rows.judge(state.rows, x, f, *numbers.limits)
+    mixed = state.rows.counters[:, MIXED] >= 1
+    rows, outcome, _, g = _rows.judge(state.rows, x, f, *numbers.limits, mixed)
     going_on = outcome.going_on
+    steps_on = going_on & ~outcome.retreats
+    g = torch.where(outcome.retreats[:, None], 0, g)  # unused; but gradients would meet its NaN
     best = torch.where((outcome.improved & going_on)[:, None], x, state.best)
-    count = torch.where(going_on, state.rows.counters[:, HISTORY], 0)
-    count = torch.where(count >= numbers.memory, 0, count)  # full: restart
+    count = torch.where(steps_on, state.rows.counters[:, HISTORY], 0)
+    restarts = (count >= numbers.memory) | _rows.rests(state.rows)
+    count = torch.where(restarts, 0, count)
     beta = _damping_at(damping, rows.counters[:, STEPS])
 
     stored = torch.arange(capacity, device=x.device) < count[:, None]  # [B, C]
@@ -140,15 +144,16 @@ def functional(
     if history_dtype not in (None, x.dtype):
         # Exact: a number and its rounding are close enough for both sums to need no rounding.
         step = step + (step.detach().to(history_dtype).to(x.dtype) - step.detach())
-    write = (torch.arange(capacity, device=x.device) == count[:, None]) & going_on[:, None]
+    write = (torch.arange(capacity, device=x.device) == count[:, None]) & steps_on[:, None]
     s_ring = torch.where(write[..., None], step[:, None], state.s_ring)
-    x_new = torch.where(going_on[:, None], x + step, x)
+    x_new = torch.where(steps_on[:, None], x + step, x)
     elsewhere = outcome.ended & ~outcome.improved & (rows.counters[:, BEST_STEP] > 0)
-    x_new = torch.where(elsewhere[:, None], best, x_new)
+    x_new = torch.where((elsewhere | outcome.retreats)[:, None], best, x_new)
 
     counters = rows.counters.clone()
     counters[:, MIXED] = count
-    counters[:, HISTORY] = torch.where(going_on, count + 1, state.rows.counters[:, HISTORY])
+    stored_steps = torch.where(outcome.retreats, 0, count + 1)
+    counters[:, HISTORY] = torch.where(going_on, stored_steps, state.rows.counters[:, HISTORY])
     rows = rows._replace(counters=counters)
     return BroydenState(s_ring, gram, best, rows), x_new
 
@@ -163,13 +168,9 @@ def _new_gram(s_ring: Tensor, stored: Tensor, gram: Tensor, count: Tensor) -> Te
     newest = (count - 1).clamp_min(0).long()
     last = s_ring.gather(1, newest[:, None, None].expand(-1, 1, s_ring.shape[2])).squeeze(1)
     dots = torch.stack([_rows.row_dot(s_ring[:, j], last) for j in range(capacity)], 1)
-    known = gram[:, :capacity, :capacity]
     at = (torch.arange(capacity, device=gram.device) == newest[:, None]) & (count > 0)[:, None]
-    known = torch.where(at[:, :, None] & stored[:, None, :], dots[:, None, :], known)
-    known = torch.where(at[:, None, :] & stored[:, :, None], dots[:, :, None], known)
-    out = gram.clone()
-    out[:, :capacity, :capacity] = known
-    return out
+    gram = torch.where(at[:, :, None] & stored[:, None, :], dots[:, None, :], gram)
+    return torch.where(at[:, None, :] & stored[:, :, None], dots[:, :, None], gram)
 
 
 def _inverse_weights(
@@ -185,8 +186,7 @@ def _inverse_weights(
     capacity = s_ring.shape[1]
     device = g.device
     dots = torch.stack([_rows.row_dot(s_ring[:, j], g) for j in range(capacity)], 1)
-    table = gram[:, :capacity, :capacity]
-    table = torch.where(stored[:, :, None] & stored[:, None, :], table, 0)
+    table = torch.where(stored[:, :, None] & stored[:, None, :], gram, 0)
     size = table.diagonal(dim1=1, dim2=2)
     inverse_size = torch.where(size > 0, torch.where(size > 0, size, 1).reciprocal(), 0)
     # Step j was taken count - j evaluations ago, each with the damping of its own evaluation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from deqcore.ops._rows import Rows, count_active
 from deqcore.solvers._buffers import step_outputs
-from deqcore.solvers.base import Solver, StepContext, StepInfo
+from deqcore.solvers.base import MOST_STEPS, Solver, StepContext, StepInfo
+
+FIRST_CAPACITY = 8  # slots of a history before any step was taken
 
 
 class FusedSolver(Solver):
@@ -55,7 +58,8 @@ class FusedSolver(Solver):
     def begin(self, x: Tensor) -> Any:
         """All that the op keeps of each row, for a solver that is made of this one."""
         rows = Rows.start(len(x), x.device)
-        state = _finite(self.with_all_room(self.new_state(x, rows)))
+        roomy = dataclasses.replace(self, max_steps=MOST_STEPS)  # its steps are the other one's
+        state = _finite(roomy.with_all_room(roomy.new_state(x, rows)))
         return state._replace(rows=rows[:-1])  # without `remaining`, which is no row's
 
     def step(self, history: Any, x: Tensor, f: Tensor, info: StepInfo) -> tuple[Any, Tensor]:
@@ -68,6 +72,21 @@ class FusedSolver(Solver):
         )
         state, x_next = self.differentiable_step(history._replace(rows=rows), x, f, 1, context)
         return state._replace(rows=state.rows[:-1]), x_next
+
+
+def next_capacity(capacity: int, needed: int) -> int:
+    """Slots of a history that has ``capacity`` of them and in the end may need ``needed``."""
+    # Half as much again: the copies stay a small share of the traffic, and the peak low.
+    return min(needed, capacity + capacity // 2)
+
+
+def enlarged(old: Tensor, *sizes: int) -> Tensor:
+    """A tensor of ``sizes`` with ``old`` in its first corner."""
+    # Autograd multiplies even what `where` leaves out, so it must see finite memory.
+    grad = torch.is_grad_enabled()
+    new = old.new_zeros(sizes) if grad else old.new_empty(sizes)
+    new[tuple(slice(size) for size in old.shape)] = old
+    return new
 
 
 def _finite(state: Any) -> Any:

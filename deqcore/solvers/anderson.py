@@ -10,7 +10,7 @@ from torch import Tensor
 from deqcore.ops import anderson_step as op
 from deqcore.ops._rows import Limits, Rows
 from deqcore.ops.anderson_step import AndersonNumbers, AndersonState
-from deqcore.solvers._fused import FusedSolver
+from deqcore.solvers._fused import FIRST_CAPACITY, FusedSolver, enlarged, next_capacity
 from deqcore.solvers._options import (
     Damping,
     options,
@@ -30,22 +30,32 @@ class MixingSolver(FusedSolver):
     def ring_size(self) -> int:
         """Stored residuals."""
 
+    def needed(self) -> int:
+        """The most residuals that a solve can store."""
+        return min(self.ring_size(), self.max_steps)
+
     def new_state(self, x: Tensor, rows: Rows) -> AndersonState:
         batch, dim = x.shape
-        memory = self.ring_size()
+        capacity = min(FIRST_CAPACITY, self.needed())
         return AndersonState(
-            g_ring=x.new_empty(batch, memory, dim),
-            h_ring=x.new_empty(batch, memory, dim),
-            gram=x.new_zeros(batch, memory, memory, dtype=torch.float64),
+            g_ring=x.new_empty(batch, capacity, dim),
+            h_ring=x.new_empty(batch, capacity, dim),
+            gram=x.new_zeros(batch, capacity, capacity, dtype=torch.float64),
             best=x.new_empty(batch, 0),
             rows=rows,
         )
 
     def with_room(self, state: AndersonState, step: int) -> AndersonState:
-        """With room for best iterates that leave the ring: rarely needed, so made when it is."""
-        memory = state.g_ring.shape[1]
-        if step <= memory or state.best.shape[1]:
+        """With a slot for this step, and room for best iterates that leave the ring.
+
+        A ring that has yet to grow has never come round, so a step's slot stays where it is. The
+        room for best iterates is rarely needed, so it is made when it is.
+        """
+        capacity = state.g_ring.shape[1]
+        if step <= capacity or state.best.shape[1]:
             return state
+        if capacity < self.needed():
+            return _with_slots(state, next_capacity(capacity, self.needed()))
         # Looking is worth it for large states; on a GPU it would wait for the device.
         batch, _, dim = state.g_ring.shape
         large = batch * dim > LARGE and state.g_ring.device.type == "cpu"
@@ -54,6 +64,7 @@ class MixingSolver(FusedSolver):
         return state._replace(best=state.g_ring.new_empty(batch, dim))
 
     def with_all_room(self, state: AndersonState) -> AndersonState:
+        state = _with_slots(state, self.needed())
         if self.max_steps <= self.ring_size():
             return state
         return state._replace(best=torch.empty_like(state.g_ring[:, 0]))
@@ -85,6 +96,7 @@ class Anderson(MixingSolver):
 
     Args:
         memory: stored residuals, 1 to 64; D + 1 of them solve a D-dimensional affine map exactly.
+            Storage grows as steps are taken.
         damping: in (0, 2]; a float, or a function of the step (1, 2, ...). Each stored iterate
             keeps the damping of the step it was stored at.
         ridge: added to the diagonal of the Gram matrix of residual differences after they are
@@ -136,3 +148,12 @@ class Anderson(MixingSolver):
             safeguard=self.safeguard,
             max_weight=self.max_weight,
         )
+
+
+def _with_slots(state: AndersonState, capacity: int) -> AndersonState:
+    batch, _, dim = state.g_ring.shape
+    return state._replace(
+        g_ring=enlarged(state.g_ring, batch, capacity, dim),
+        h_ring=enlarged(state.h_ring, batch, capacity, dim),
+        gram=enlarged(state.gram, batch, capacity, capacity),
+    )

@@ -105,7 +105,8 @@ class Solver(abc.ABC):
             reaches 1e-4. Where f leaves autocast for float32, pass what it can reach.
         atol: absolute tolerance, in the units of the state.
         max_steps: the most calls of f.
-        patience: a row has stalled when its best residual is this many steps old.
+        patience: a row has stalled when its best residual is this many steps old. ``Anderson`` and
+            ``Broyden`` first go back to their best iterate and take as many plain steps from there.
         check_every: steps between two looks at whether all rows have ended; on a GPU the answer is
             awaited one look late. 0: never look, run ``max_steps``.
         record_trace: keep the residual after every step in ``Solution.trace``.

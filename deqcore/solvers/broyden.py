@@ -10,7 +10,7 @@ from torch import Tensor
 from deqcore.ops import broyden_step as op
 from deqcore.ops._rows import HISTORY, STEPS, Limits, Rows
 from deqcore.ops.broyden_step import BroydenNumbers, BroydenState
-from deqcore.solvers._fused import FusedSolver
+from deqcore.solvers._fused import FIRST_CAPACITY, FusedSolver, enlarged, next_capacity
 from deqcore.solvers._options import (
     Damping,
     options,
@@ -20,8 +20,6 @@ from deqcore.solvers._options import (
     storage_dtype,
 )
 from deqcore.solvers.base import StepContext
-
-FIRST_CAPACITY = 8
 
 
 @options
@@ -58,12 +56,16 @@ class Broyden(FusedSolver):
     def numbers(self, limits: Limits) -> BroydenNumbers:
         return BroydenNumbers(limits, self.memory)
 
+    def needed(self) -> int:
+        """The most steps that a solve can store."""
+        return min(self.memory, self.max_steps)
+
     def new_state(self, x: Tensor, rows: Rows) -> BroydenState:
         batch, dim = x.shape
-        size = (batch, min(FIRST_CAPACITY, self.memory), dim)
+        capacity = min(FIRST_CAPACITY, self.needed())
         return BroydenState(
-            s_ring=x.new_empty(size, dtype=storage_dtype(self, x)),
-            gram=x.new_zeros(batch, self.memory, self.memory, dtype=torch.float64),
+            s_ring=x.new_empty(batch, capacity, dim, dtype=storage_dtype(self, x)),
+            gram=x.new_zeros(batch, capacity, capacity, dtype=torch.float64),
             best=torch.empty_like(x),
             rows=rows,
         )
@@ -73,9 +75,7 @@ class Broyden(FusedSolver):
         return history._replace(s_ring=history.s_ring.to(x.dtype))  # see differentiable_step
 
     def with_all_room(self, state: BroydenState) -> BroydenState:
-        batch, _, dim = state.s_ring.shape
-        capacity = min(self.max_steps, self.memory)
-        return state._replace(s_ring=state.s_ring.new_empty(batch, capacity, dim))
+        return _with_slots(state, self.needed())
 
     def advance(
         self,
@@ -98,16 +98,9 @@ class Broyden(FusedSolver):
     def with_room(self, state: BroydenState, step: int) -> BroydenState:
         """Grow the ring so that no row can run out: a row stores at most one step per step."""
         capacity = state.s_ring.shape[1]
-        if min(step, self.memory) <= capacity:
+        if min(step, self.needed()) <= capacity:
             return state
-        batch, _, dim = state.s_ring.shape
-        # Half as much again: the copies stay a small share of the traffic, and the peak low.
-        size = (batch, min(self.memory, capacity + capacity // 2), dim)
-        # Autograd multiplies even what `where` leaves out, so it must see finite memory.
-        grad = torch.is_grad_enabled()
-        grown = state.s_ring.new_zeros(size) if grad else state.s_ring.new_empty(size)
-        grown[:, :capacity] = state.s_ring
-        return state._replace(s_ring=grown)
+        return _with_slots(state, next_capacity(capacity, self.needed()))
 
     def inverse_transpose(self, state: BroydenState, v: Tensor) -> Tensor:
         """-H^T v for the inverse Jacobian H that the forward solve has built; v is [B, D].
@@ -126,6 +119,14 @@ class Broyden(FusedSolver):
             u = (beta / beta_next * s_next + (beta - 1) * s) / size
             out = out + s * (u * out).sum(1, keepdim=True)
         return out.to(v.dtype)
+
+
+def _with_slots(state: BroydenState, capacity: int) -> BroydenState:
+    batch, _, dim = state.s_ring.shape
+    return state._replace(
+        s_ring=enlarged(state.s_ring, batch, capacity, dim),
+        gram=enlarged(state.gram, batch, capacity, capacity),
+    )
 
 
 def _damping_at(table: Tensor, steps: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deqcore import _kernels
-from deqcore.ops._rows import ACTIVE, BEST_STEP, HISTORY, MIXED, STEPS, Rows
+from deqcore.ops._rows import ACTIVE, BEST_STEP, COUNTERS, HISTORY, MIXED, STEPS, Rows
 from tests.support.problems import equal, generator
 from tests.support.step_cases import StepCase, anderson_case, ring_steps
 from tests.support.step_checks import (
@@ -68,7 +68,7 @@ def test_frozen_rows_are_untouched_bit_for_bit(batch, dim, memory, seed):
 def integer_history(memory: int, dim: int, vectors: torch.Tensor, dtype: torch.dtype) -> StepCase:
     """A full ring whose residuals are small integers: dependent columns are exactly so."""
     case = anderson_case(1, dim, memory, dtype, seed=1)
-    counters = torch.zeros(1, 5, dtype=torch.int32)
+    counters = torch.zeros(1, COUNTERS, dtype=torch.int32)
     counters[0, STEPS] = counters[0, BEST_STEP] = counters[0, HISTORY] = memory - 1
     counters[0, MIXED] = 2
     rows = Rows(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import deqcore
 from deqcore import _kernels
-from deqcore.ops._rows import ACTIVE, HISTORY, MIXED
+from deqcore.ops._rows import ACTIVE, HISTORY, MIXED, REST, RETREAT_STEP
 from tests.support.problems import Counted, affine, generator
 from tests.support.step_cases import broyden_case
 from tests.support.step_checks import (
@@ -132,7 +132,7 @@ def test_singular_update_restarts_the_row(dtype):
     step[0] = 2.0
     g = torch.arange(6).to(dtype)
     g[0] = 2.0  # step . g = |step|^2: with a damping of 1 the update divides by zero
-    counters = torch.tensor([[3, 1, 3, 0, 0]], dtype=torch.int32)
+    counters = torch.tensor([[3, 1, 3, 0, 0, 0, 0, 0]], dtype=torch.int32)
     case.tensors.update(
         x=torch.zeros(1, 6, dtype=dtype),
         f=g[None],
@@ -154,7 +154,7 @@ def test_zero_step_in_the_history_is_harmless():
     case = broyden_case(1, 6, 5, torch.float64, seed=1)
     case.tensors.update(
         status=torch.full((1,), ACTIVE, dtype=torch.int8),
-        counters=torch.tensor([[3, 1, 3, 0, 0]], dtype=torch.int32),
+        counters=torch.tensor([[3, 1, 3, 0, 0, 0, 0, 0]], dtype=torch.int32),
         residuals=torch.full((1, 3), 1e3, dtype=torch.float64),
         x=torch.randn(1, 6, generator=generator(1), dtype=torch.float64),
         f=torch.randn(1, 6, generator=generator(2), dtype=torch.float64),
@@ -171,6 +171,8 @@ def test_kernel_refuses_a_ring_without_room():
     case.tensors["status"][:] = ACTIVE
     case.tensors["counters"][:, HISTORY] = 2
     case.tensors["s_ring"] = torch.zeros(2, 2, 6, dtype=torch.float64)
+    case.tensors["gram"] = torch.zeros(2, 2, 2, dtype=torch.float64)
+    case.tensors["counters"][:, RETREAT_STEP] = case.tensors["counters"][:, REST] = 0
     with pytest.raises(RuntimeError, match=r"s_ring: a row has stored 2 steps"):
         case.run(case.op)
 

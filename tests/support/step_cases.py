@@ -19,11 +19,15 @@ from deqcore.ops._rows import (
     ACTIVE,
     BEST,
     BEST_STEP,
+    COUNTERS,
     FALLBACK_STEP,
     FIRST,
     HISTORY,
+    LAST_MIXED,
     LATEST,
     MIXED,
+    REST,
+    RETREAT_STEP,
     STEPS,
     Limits,
     Rows,
@@ -116,9 +120,14 @@ def rows_in_any_state(batch: int, memory: int, seed: int) -> Rows:
     best_step = integers(1, steps.clamp_min(1)).where(steps > 0, 0)
     history = integers(0, steps.clamp_max(memory))
     fallback = best_step * integers(0, 2).clamp_max(1)
-    counters = torch.zeros(batch, 5, dtype=torch.int32)
+    counters = torch.zeros(batch, COUNTERS, dtype=torch.int32)
     counters[:, STEPS], counters[:, HISTORY], counters[:, BEST_STEP] = steps, history, best_step
     counters[:, FALLBACK_STEP], counters[:, MIXED] = fallback, integers(0, history)
+    # One row in three has retreated, lately or long ago, and may still have to rest.
+    counters[:, RETREAT_STEP] = integers(0, steps) * (integers(0, 2) == 0)
+    counters[:, REST] = integers(1, 9) * (counters[:, RETREAT_STEP] > 0)
+    counters[:, LAST_MIXED] = integers(counters[:, RETREAT_STEP], (steps - 1).clamp_min(0))
+    counters[:, LAST_MIXED] *= integers(0, 2).clamp_max(1)
     size = torch.rand(batch, 3, generator=g, dtype=torch.float64) + 0.1
     residuals = size.cumsum(1)[:, [1, 0, 2]]  # best <= latest <= first
     residuals[steps == 0] = torch.inf
@@ -227,9 +236,8 @@ def broyden_case(
     # Steps that shrink, as those of a solve do: a row's inverse is then of moderate size.
     s_ring = torch.randn(batch, capacity, dim, generator=g, dtype=torch.float64)
     s_ring = (s_ring * 0.7 ** torch.arange(capacity)[:, None]).to(history_dtype or x.dtype)
-    gram = torch.full((batch, memory, memory), NAN, dtype=torch.float64)
-    gram[:, :capacity, :capacity] = s_ring.double() @ s_ring.double().mT
-    known = torch.arange(memory) < (count - 1)[:, None]  # the newest step has yet to enter
+    gram = s_ring.double() @ s_ring.double().mT
+    known = torch.arange(capacity) < (count - 1)[:, None]  # the newest step has yet to enter
     gram[~(known[:, :, None] & known[:, None, :])] = NAN
     stored = (torch.arange(capacity) < count[:, None]) & ~frozen[:, None]
     s_ring[~stored] = NAN
@@ -257,7 +265,7 @@ def full_rows(case: StepCase, history: int) -> StepCase:
     tensors["remaining"].fill_(len(tensors["status"]))
     tensors["residuals"].fill_(100.0)
     tensors["residuals"][:, BEST] = 90.0
-    counters = tensors["counters"]
+    counters = tensors["counters"].zero_()
     counters[:, STEPS] = counters[:, BEST_STEP] = 3 * 64  # the best is the newest
     counters[:, HISTORY], counters[:, MIXED] = history, 1
     x = torch.randn_like(tensors["x"])
@@ -266,7 +274,5 @@ def full_rows(case: StepCase, history: int) -> StepCase:
         if ring in tensors:
             tensors[ring] = torch.randn_like(tensors[ring])
     steps = tensors["g_ring" if "g_ring" in tensors else "s_ring"].double()
-    tensors["gram"].zero_()
-    size = steps.shape[1]
-    tensors["gram"][:, :size, :size] = steps @ steps.mT
+    tensors["gram"] = steps @ steps.mT
     return case.with_tensors(**tensors)
