@@ -90,14 +90,6 @@ def _types(kind: type) -> tuple[type, ...]:
     return tuple(get_type_hints(kind).values())
 
 
-def call_pure(op: Callable[..., Tensor], *args: object) -> Tensor:
-    """Call an op without side effects; outside grad mode past autograd, as :func:`call_step`."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
 def define_pure(
     name: str,
     schema: str,
@@ -105,20 +97,27 @@ def define_pure(
     fake: Callable[..., Tensor],
     setup: Callable[[Any, Any, Tensor], None],
     backward: Callable[[Any, Tensor], Any],
-) -> None:
+) -> Callable[..., Tensor]:
     """Register an op without side effects, with its derivative (``setup`` and ``backward``).
 
     ``reference`` runs wherever no compiled kernel is registered for the tensors' device, and under
     forward-mode differentiation and ``torch.func``'s transforms: PyTorch differentiates its
     operations in every way, and ``backward`` is reverse mode alone.
+
+    Returns:
+        The op as an eager caller wants it: without a second way through the dispatcher.
     """
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deqcore::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.deqcore, name).default
 
-    def below_autograd(keyset: torch._C.DispatchKeySet, args: Sequence[object]) -> Tensor:
+    tensors = [i for i, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)]
+
+    def below_autograd(keyset: torch._C.DispatchKeySet | None, args: Sequence[object]) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
+            if keyset is None:
+                return op(*args)
             result: Tensor = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         return result
 
@@ -134,18 +133,26 @@ def define_pure(
         def backward(ctx: Any, grad: Tensor) -> Any:
             return *backward(ctx, grad), None
 
-    def differentiate(keyset: torch._C.DispatchKeySet, *args: object) -> Tensor:
-        if _is_transformed():
+    def differentiate(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Tensor:
+        if is_transformed():
             return reference(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            result: Tensor = Derivative.apply(*args, keyset)
-            return result
+        if torch.is_grad_enabled():
+            for i in tensors:
+                if args[i] is not None and args[i].requires_grad:
+                    result: Tensor = Derivative.apply(*args, keyset)
+                    return result
         return below_autograd(keyset, args)
+
+    def call(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling() or is_transformed():
+            return op(*args)
+        return differentiate(None, *args)
 
     Derivative.__name__ = Derivative.__qualname__ = f"{name}_derivative"
     LIBRARY.impl(name, differentiate, "Autograd", with_keyset=True)
+    return call
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether tensors may have tangents, or wrappers of torch.func."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

@@ -78,7 +78,7 @@ def _from_dense_backward(ctx: Any, grad: Tensor) -> Any:
     return torch.ops.deqcore.masked_to_dense(grad, pattern, *ctx.shape), None
 
 
-define_pure(
+to_dense = define_pure(
     "masked_to_dense",
     "(Tensor values, Tensor pattern, SymInt rows, SymInt columns) -> Tensor",
     to_dense_reference,
@@ -86,7 +86,7 @@ define_pure(
     _to_dense_setup,
     _to_dense_backward,
 )
-define_pure(
+expand = define_pure(
     "masked_expand",
     "(Tensor values, Tensor words, Tensor pattern, SymInt rows, SymInt columns) -> Tensor",
     lambda values, words, pattern, rows, columns: to_dense_reference(
@@ -96,7 +96,7 @@ define_pure(
     _expand_setup,
     _expand_backward,
 )
-define_pure(
+from_dense = define_pure(
     "masked_from_dense",
     "(Tensor dense, Tensor pattern) -> Tensor",
     from_dense_reference,

@@ -74,7 +74,7 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
     return grad_x, grad_values, None, grad_bias, None, None, None, None, None
 
 
-define_pure(
+call = define_pure(
     "masked_linear",
     "(Tensor x, Tensor values, Tensor pattern, Tensor? bias, SymInt rows, SymInt columns, "
     "int block, bool transposed, bool dense_outer) -> Tensor",

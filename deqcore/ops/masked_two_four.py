@@ -100,7 +100,7 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
     return grad_x, grad_values, None, grad_bias, None, None
 
 
-define_pure(
+call = define_pure(
     "masked_two_four",
     "(Tensor x, Tensor values, Tensor pattern, Tensor? bias, SymInt rows, SymInt columns) "
     "-> Tensor",

@@ -32,6 +32,7 @@ NEVER = 2.0
 UNKNOWN: Line = [(1, 0.9)]
 # For a GPU that nothing is known of: dense, but where counting (docs/architecture.md) leaves at
 # least a factor of two: many tokens, a weight that fills the device, and a high sparsity.
+_REMEMBERED = 256  # choices of a pattern
 _COUNTED_TOKENS = 2048
 _COUNTED_ENTRIES = 2048 * 2048
 _COUNTED_SPARSITY = 0.95
@@ -79,6 +80,24 @@ def _gpu_lines(index: int) -> dict[str, Line]:
 # Read once, at import: a traced function must not read files.
 LINES = _lines(processor_kind())
 _GPU_LINES: dict[int, dict[str, Line]] = {}
+
+
+def choose(tokens: int, pattern: SparsityPattern, x: Tensor) -> tuple[bool, bool]:
+    """Whether the kernels for kept entries are faster, in the product and in the values' gradient.
+
+    Remembered with the pattern, but where the answer hangs on settings of torch.
+    """
+    key = tokens, x.dtype
+    found: tuple[bool, bool] | None = pattern._choices.get(key)
+    if found is not None:
+        return found
+    linear = prefers_sparse("linear", tokens, pattern, x)
+    found = linear, linear and prefers_sparse("outer", tokens, pattern, x)
+    if len(pattern._choices) > _REMEMBERED:  # lengths of sequences vary
+        pattern._choices.clear()
+    if x.device.type != "cuda" or _gpu_line(x.device.index or 0, line_name(x.dtype, "linear", 1)):
+        pattern._choices[key] = found
+    return found
 
 
 def prefers_sparse(op: Op, tokens: int | None, pattern: SparsityPattern, x: Tensor) -> bool:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deqcore.ops import masked_linear as _masked_linear  # noqa: F401  (registers the op)
+from deqcore.ops import masked_linear as masked_linear_op
 from deqcore.ops import masked_two_four
-from deqcore.ops._library import DTYPES, call_pure
+from deqcore.ops._library import DTYPES
 from deqcore.sparse import choice
+from deqcore.sparse.dense_weights import dense_weight
 from deqcore.sparse.pattern import SparsityPattern
 
 Backend = Literal["auto", "sparse", "dense"]
+_CAST = DTYPES[1:]  # by autocast, which leaves float64 as it is
 
 
 def masked_linear(
@@ -41,12 +43,15 @@ def masked_linear(
         bias: [rows], or None.
         backend: ``"sparse"`` runs the kernels for kept entries, ``"dense"`` fills a dense weight
             and multiplies by that, ``"auto"`` takes the faster by a table measured on this kind of
-            processor (``python -m deqcore.tune`` measures yours; a GPU that has no table gets dense
-            products but where sparse ones should be at least twice as fast; an exported or compiled
-            program with dynamic shapes, but where they are faster at any number of tokens). On a
-            GPU, ``"sparse"`` multiplies blocks in bfloat16 and float16 on tensor cores, never in
-            TF32, and 2:4 patterns of those dtypes by PyTorch's semi-structured support where shapes
-            allow it (multiples of 32 rows and 64 columns).
+            processor (``python -m deqcore.tune`` measures yours; a GPU that has no table gets that
+            of the nearest one of its generation, or else dense products but where sparse ones
+            should be at least twice as fast; an exported or compiled program with dynamic shapes,
+            but where they are faster at any number of tokens). Without a gradient to the values, in
+            a solve or in inference, the dense weight is kept as long as they are not changed in
+            place; writes through ``values.data``, which no version counter counts, are not seen
+            then. On a GPU, ``"sparse"`` multiplies blocks in bfloat16 and float16 on tensor cores,
+            never in TF32, and 2:4 patterns of those dtypes by PyTorch's semi-structured support
+            where shapes allow it (multiples of 32 rows and 64 columns).
 
     Returns:
         [..., rows], in x's dtype.
@@ -56,45 +61,52 @@ def masked_linear(
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
     """
     device = x.device.type
+    dtype = values.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, values = _cast(x, dtype), _cast(values, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
-    _check(x, values, pattern, bias)
-    rows, columns = pattern.shape
+        to = torch.get_autocast_dtype(device)
+        x, dtype = _cast(x, to), to if dtype in _CAST else dtype
+        bias = None if bias is None else _cast(bias, to)
+    _check(x, values, dtype, pattern, bias)
     dense_outer = False
     if backend == "auto":
-        tokens = _tokens(x, columns)
-        backend = "sparse"
-        if not choice.prefers_sparse("linear", tokens, pattern, x):
-            backend = "dense"
-        else:
-            dense_outer = not choice.prefers_sparse("outer", tokens, pattern, x)
-    if backend == "dense":
-        return F.linear(x, pattern.to_dense(values), bias)
-    if backend != "sparse":
+        sparse, dense_outer = _choose(x, pattern)
+    elif backend == "sparse" or backend == "dense":
+        sparse = backend == "sparse"
+    else:
         raise ValueError(f"backend: expected 'auto', 'sparse' or 'dense', got {backend!r}")
-    flat = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
+    if not sparse:
+        return F.linear(x, dense_weight(values, pattern, dtype), bias)
+    values = values.to(dtype)
+    rows, columns = pattern.shape
+    flat = x
+    if x.dim() != 2:
+        flat = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
     if pattern.structure == "2:4" and masked_two_four.fits(x, rows, columns):
-        op = torch.ops.deqcore.masked_two_four
-        y = call_pure(op, flat, values, pattern.indices, bias, rows, columns)
-        return y.view(*x.shape[:-1], rows)
-    y = call_pure(
-        torch.ops.deqcore.masked_linear,
-        flat, values, pattern.indices, bias, rows, columns, pattern.block, False, dense_outer,
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], rows)
+        y = masked_two_four.call(flat, values, pattern.indices, bias, rows, columns)
+    else:
+        y = masked_linear_op.call(
+            flat, values, pattern.indices, bias, rows, columns, pattern.block, False, dense_outer
+        )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
 
-def _tokens(x: Tensor, columns: int) -> int | None:
+def _choose(x: Tensor, pattern: SparsityPattern) -> tuple[bool, bool]:
+    """Whether the product is sparse, and then whether the values' gradient is dense."""
+    tokens: Any = x.numel() // max(pattern.shape[1], 1)
+    if isinstance(tokens, torch.SymInt) or torch.compiler.is_compiling():
+        known = _known(tokens)
+        sparse = choice.prefers_sparse("linear", known, pattern, x)
+        return sparse, sparse and not choice.prefers_sparse("outer", known, pattern, x)
+    sparse, sparse_outer = choice.choose(int(tokens), pattern, x)
+    return sparse, sparse and not sparse_outer
+
+
+def _known(tokens: Any) -> int | None:
     """How many rows are multiplied; None for any number, in a program with dynamic shapes.
 
     Such a program must not branch on the number. It gets sparse kernels only where they win at
     every number: then no size is slower than with a dense product.
     """
-    tokens: Any = x.numel() // max(columns, 1)
-    if not isinstance(tokens, torch.SymInt) and not torch.compiler.is_compiling():
-        return int(tokens)
     # Dynamo calls its symbolic integers int. Not at the top: this module imports SymPy.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -102,10 +114,16 @@ def _tokens(x: Tensor, columns: int) -> int | None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.dtype in DTYPES[1:] else tensor
+    return tensor.to(dtype) if tensor.dtype in _CAST else tensor
 
 
-def _check(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,  # of the values, as they will be multiplied
+    pattern: SparsityPattern,
+    bias: Tensor | None,
+) -> None:
     if not isinstance(pattern, SparsityPattern):
         raise TypeError(
             f"pattern: expected a SparsityPattern, got {type(pattern).__name__}; build one with "
@@ -129,23 +147,25 @@ def _check(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | N
             f"x: expected float64, float32, bfloat16 or float16, got {x.dtype}; convert it with "
             "x.to(torch.float32)"
         )
-    for name, tensor in (("values", values), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            hint = "or use torch.autocast"
-            if torch.float64 in (x.dtype, tensor.dtype):
-                hint = "as torch.autocast leaves float64 as it is"
-            raise ValueError(
-                f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}; convert one of them, "
-                f"{hint}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{name}: expected x's device {x.device}, got {tensor.device}; move one with .to()"
-            )
+    _check_like(x, "values", values, dtype)
+    if bias is not None:
+        _check_like(x, "bias", bias, bias.dtype)
     if pattern.device != x.device:
         raise ValueError(
             f"pattern: expected x's device {x.device}, got {pattern.device}; use "
             f"pattern.to({str(x.device)!r})"
+        )
+
+
+def _check_like(x: Tensor, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if dtype is not x.dtype:
+        hint = "or use torch.autocast"
+        if torch.float64 in (x.dtype, dtype):
+            hint = "as torch.autocast leaves float64 as it is"
+        raise ValueError(
+            f"{name}: expected x's dtype {x.dtype}, got {dtype}; convert one of them, {hint}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(
+            f"{name}: expected x's device {x.device}, got {tensor.device}; move one with .to()"
         )

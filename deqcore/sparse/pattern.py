@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from deqcore import _kernels
-from deqcore.ops import masked_dense as _masked_dense  # noqa: F401  (registers the ops)
-from deqcore.ops._library import call_pure
+from deqcore.ops import masked_dense
 
 Structure = int | str | None
 BLOCKS = (16, 32, 64)
@@ -181,18 +180,17 @@ class SparsityPattern:
         rows, columns = self.shape
         if self.kept == rows * columns:
             return values.view(rows, columns)
-        ops = torch.ops.deqcore
         # Where few are kept, placing them one by one takes less (measured: from about 88% on).
         many = 8 * self.kept > rows * columns
         if many and self._words is not None and _kernels.CPU_KERNELS:
-            return call_pure(ops.masked_expand, values, self._words, self.indices, rows, columns)
-        return call_pure(ops.masked_to_dense, values, self.indices, rows, columns)
+            return masked_dense.expand(values, self._words, self.indices, rows, columns)
+        return masked_dense.to_dense(values, self.indices, rows, columns)
 
     def from_dense(self, weight: Tensor) -> Tensor:
         """The kept entries of weight [rows, columns], in row order: [kept]. Differentiable."""
         if weight.shape != self.shape:
             raise ValueError(f"weight: expected shape {self.shape}, got {tuple(weight.shape)}")
-        return call_pure(torch.ops.deqcore.masked_from_dense, weight, self.indices)
+        return masked_dense.from_dense(weight, self.indices)
 
     def difference(self, other: SparsityPattern) -> int:
         """How many entries one of two patterns of the same shape keeps and the other does not."""
@@ -243,6 +241,7 @@ class SparsityPattern:
             "indices": indices,
             "_bits": bits,
             "_words": _words(bits, indices),
+            "_choices": {},
             "_digest": hashlib.blake2b(bits.tobytes(), digest_size=16).digest(),
         }
         self.__dict__.update(fields)
@@ -251,6 +250,7 @@ class SparsityPattern:
     _bits: np.ndarray
     _words: Tensor | None  # on the CPU: the bits, the lowest of a byte first
     _digest: bytes
+    _choices: dict[Any, tuple[bool, bool]]  # of sparse.choice
 
 
 def _words(bits: np.ndarray, indices: Tensor) -> Tensor | None:

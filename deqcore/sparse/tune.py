@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deqcore import _kernels
 from deqcore.sparse import choice
@@ -95,7 +94,7 @@ def _speedup(
     dense: Callable[[], Tensor]
     if op == "linear":
         sparse = lambda: masked_linear(x, values, pattern, backend="sparse")  # noqa: E731
-        dense = lambda: F.linear(x, pattern.to_dense(values))  # noqa: E731
+        dense = lambda: masked_linear(x, values, pattern, backend="dense")  # noqa: E731
     else:
         outer = torch.ops.deqcore.masked_outer
         sparse = lambda: outer(grad, x, pattern.indices, size, size, block)  # noqa: E731
