@@ -37,6 +37,7 @@ KERNELS = (
     "cuda/masked_outer.cu",
     "cuda/masked_outer_blocks.cu",
 )
+RUNTIME = ("emulation/cuda_emulation.cpp", "emulation/sectors.cpp")
 # Rounding as the kernels ask for it and no other, so that a failure says something about them.
 FLAGS = [
     *["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
@@ -71,11 +72,16 @@ class Flavour:
 
 _ADDRESS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _THREAD = ("-O1", "-fsanitize=thread")
+_SECTORS = "-DEMULATION_SECTORS"
 FLAVOURS = {
     "library": Flavour(("-O2",), ("-O2",), link_flags=("-shared",), program=False),
     "address": Flavour(_ADDRESS, (*_ADDRESS, "-DEMULATION_ASAN"), _ADDRESS),
     # The scheduler is not instrumented: it tells ThreadSanitizer about the kernel's barriers.
     "thread": Flavour(_THREAD, ("-O2", "-DEMULATION_TSAN"), _THREAD),
+    # Each access as the source has it, announced as to ThreadSanitizer: csrc/emulation/sectors.h.
+    "sectors": Flavour(
+        ("-O0", "-fsanitize=thread", _SECTORS), ("-O2", _SECTORS), ("-shared",), program=False
+    ),
 }
 
 
@@ -103,9 +109,8 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
         objects: list[Path] = []
         commands: list[tuple[list[str], Path]] = []
         program = ["-DEMULATION_PROGRAM"] if how.program else []
-        for name in (*KERNELS, "emulation/emulate.cpp", "emulation/cuda_emulation.cpp"):
-            runtime = name.startswith("emulation/cuda_emulation")
-            flags = how.runtime_flags if runtime else how.kernel_flags
+        for name in (*KERNELS, "emulation/emulate.cpp", *RUNTIME):
+            flags = how.runtime_flags if name in RUNTIME else how.kernel_flags
             language = ["-x", "c++"] if name.endswith(".cu") else []
             options = [*FLAGS, *flags, *program, f"-I{sources.name}", *language]
             command = [*compiler, *options, "-c", f"{sources.name}/{name}"]

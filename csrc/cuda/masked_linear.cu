@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     if (i >= weight.kept) return;
     const int64_t from = weight.position != nullptr ? weight.position[i] : i;
     const int place = weight.columns[i] % Tile::kColumns * Tile::kColumnBytes;
-    ready.entries[i] = {to_compute(static_cast<const S*>(args.values)[from]), place};
+    const Entry<Compute<S>> entry{to_compute(static_cast<const S*>(args.values)[from]), place};
+    ready.entries[i] = entry;
     return;
   }
   block -= roles.pack;
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 }
 
 template <typename S, int kTokens>
-DEQCORE_DEVICE void add_entry(const Entry<Compute<S>>& entry, const char* tile,
+DEQCORE_DEVICE void add_entry(const Entry<Compute<S>> entry, const char* tile,
                               Compute<S> (&sums)[kTokens]) {
   const auto x = *reinterpret_cast<const Pack<S, kTokens>*>(tile + entry.place);
 #pragma unroll

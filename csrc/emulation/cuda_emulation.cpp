@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "emulation/sectors.h"
+
 #if defined(EMULATION_ASAN)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -63,6 +65,7 @@ struct Fiber {
   int operand = 0;
   uint64_t value = 0;                              // in, then out
   unsigned block_barriers = 0, warp_barriers = 0;  // met so far
+  unsigned operations = 0;                         // of its warp
   std::vector<Copy> copies;                        // asked for and not awaited
   uint64_t brought[kMostWords] = {};               // by this lane to its warp
   uint64_t gathered[kWarp * kMostWords] = {};      // and what all lanes have brought
@@ -192,7 +195,7 @@ void start(Fiber& fiber) {
   __asan_unpoison_memory_region(fiber.stack, kStackBytes);
 #endif
   fiber.wait = Wait::nothing;
-  fiber.block_barriers = fiber.warp_barriers = 0;
+  fiber.block_barriers = fiber.warp_barriers = fiber.operations = 0;
   fiber.copies.clear();
   fiber.fake_stack = nullptr;
 #if defined(__x86_64__)
@@ -338,6 +341,9 @@ void after(Fiber& fiber) {
 }
 
 void run_block() {
+#if defined(EMULATION_SECTORS)
+  sectors_begin_block(scheduler.threads);
+#endif
   for (int i = 0; i < scheduler.threads; ++i) {
     start(scheduler.fibers[i]);
     make_ready(scheduler.fibers[i]);
@@ -362,6 +368,9 @@ void run_block() {
 }
 
 void end_block() {
+#if defined(EMULATION_SECTORS)
+  sectors_end_block();
+#endif
   scheduler.ready.clear();
   for (int i = 0; i < scheduler.threads; ++i) end(scheduler.fibers[i]);
   if (scheduler.old_threads.size() > 4096) destroy_threads();
@@ -402,7 +411,17 @@ void count_write(int bytes) { traffic.written += bytes; }
 
 double* shared_doubles() { return scheduler.shared; }
 
-void copy_later(void* to, const void* from) { scheduler.running->copies.push_back({to, from}); }
+unsigned meetings() {
+  const Fiber& self = *scheduler.running;
+  return self.block_barriers + self.warp_barriers + self.operations;
+}
+
+void copy_later(void* to, const void* from) {
+#if defined(EMULATION_SECTORS)
+  if (from != nullptr) sectors_copy(from, 16);
+#endif
+  scheduler.running->copies.push_back({to, from});
+}
 
 std::vector<Copy> take_copies() {
   std::vector<Copy> copies;
@@ -437,6 +456,7 @@ uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, 
   self.mask = mask;
   self.value = value;
   self.operand = operand;
+  ++self.operations;
   if (!(mask >> (self.index % kWarp) & 1)) {
     fail(name_of(self.index) + " takes part in a warp operation without being in its mask");
   }

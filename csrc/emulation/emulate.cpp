@@ -12,17 +12,22 @@
 #include "cuda/masked_linear.h"
 #include "cuda/masked_outer.h"
 #include "emulation/cuda_emulation.h"
+#include "emulation/sectors.h"
 
 namespace {
 
 using namespace deqcore;
 
-// Scratch of exactly the bytes asked for; NaN, because a launch must not read what none has
-// written.
+// Scratch of exactly the bytes asked for, aligned as a GPU's; NaN, because a launch must not read
+// what none has written.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : at_(bytes > 0 ? std::malloc(bytes) : nullptr) {
-    if (bytes > 0) std::memset(at_, 0xff, bytes);
+  explicit Workspace(int64_t bytes) {
+    if (bytes <= 0 || posix_memalign(&at_, 512, bytes) != 0) return;
+    std::memset(at_, 0xff, bytes);
+#if defined(EMULATION_SECTORS)
+    emulation::sectors_watch(at_, bytes);
+#endif
   }
   ~Workspace() { std::free(at_); }
   Workspace(const Workspace&) = delete;
@@ -30,7 +35,7 @@ class Workspace {
   void* get() const { return at_; }
 
  private:
-  void* at_;
+  void* at_ = nullptr;
 };
 
 // Reads pointers, integers and doubles in the order in which the caller wrote them.

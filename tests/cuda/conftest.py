@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tools import emulation
+from tools.sectors import SectorCounter
 
 
 def _built(flavour: str) -> Path:
@@ -31,3 +33,11 @@ def address_program() -> Path:
 def thread_program() -> Path:
     """Runs a case under ThreadSanitizer."""
     return _built("thread")
+
+
+@pytest.fixture(scope="session")
+def sector_counter() -> SectorCounter:
+    """Counts the sectors that warps touch."""
+    if shutil.which("addr2line") is None:
+        pytest.skip("no addr2line (binutils)")
+    return SectorCounter(_built("sectors"))
