@@ -1,10 +1,9 @@
 // Binding of anderson_step for CPU tensors.
 #include "cpu/anderson_step.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "cpu/step_work.h"
 #include "ops/anderson_step_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cpu {
 namespace {

@@ -1,10 +1,9 @@
 // Binding of broyden_step for CPU tensors.
 #include "cpu/broyden_step.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "cpu/step_work.h"
 #include "ops/broyden_step_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cpu {
 namespace {
@@ -21,8 +20,8 @@ void broyden_step(const Tensor& x, const Tensor& f, const Tensor& damping, const
     const int64_t history = broyden_history(args, row);
     stored = history > stored ? history : stored;
   }
-  STD_TORCH_CHECK(stored < args.capacity, "s_ring: a row has stored ", stored,
-                  " steps and needs room for one more, got a capacity of ", args.capacity);
+  DEQCORE_CHECK(stored < args.capacity, "s_ring: a row has stored ", stored,
+                " steps and needs room for one more, got a capacity of ", args.capacity);
   run_step<BroydenDecision>(
       args.batch, args.dim, 2 * args.capacity + 2, 2 * stored + 8,
       [&](int64_t first, int64_t last, double* parts) {

@@ -1,14 +1,12 @@
 // Bindings of masked_to_dense, masked_expand and masked_from_dense for CPU tensors: they move
 // numbers and compute nothing, so that one version of all but masked_expand serves every
 // instruction set.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <atomic>
 #include <cstring>
 
 #include "cpu/masked_expand.h"
 #include "ops/masked_dense_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cpu {
 namespace {
@@ -52,10 +50,10 @@ Tensor masked_expand(const Tensor& values, const Tensor& words, const Tensor& pa
   const MaskedDenseOperands checked = masked_to_dense_operands(values, pattern, rows, columns);
   const SparseRows& entries = checked.entries;
   const int64_t cells = rows * columns;
-  STD_TORCH_CHECK(words.scalar_type() == ScalarType::Byte && words.is_contiguous() &&
-                      words.numel() == (cells + 7) / 8,
-                  "words: expected a contiguous uint8 tensor of ", (cells + 7) / 8,
-                  " entries, got ", words.numel());
+  DEQCORE_CHECK(words.scalar_type() == ScalarType::Byte && words.is_contiguous() &&
+                    words.numel() == (cells + 7) / 8,
+                "words: expected a contiguous uint8 tensor of ", (cells + 7) / 8, " entries, got ",
+                words.numel());
   const Tensor kept = torch::stable::contiguous(values);
   Tensor dense = torch::stable::new_empty(values, {rows, columns});
   if (cells == 0) return dense;

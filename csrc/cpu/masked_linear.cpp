@@ -1,12 +1,11 @@
 // Binding of masked_linear for CPU tensors.
 #include "cpu/masked_linear.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 
 #include "cpu/masked_work.h"
 #include "ops/masked_linear_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cpu {
 namespace {

@@ -1,12 +1,11 @@
 // Binding of masked_outer for CPU tensors.
 #include "cpu/masked_outer.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <cstring>
 
 #include "cpu/masked_work.h"
 #include "ops/masked_outer_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cpu {
 namespace {

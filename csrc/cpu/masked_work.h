@@ -1,14 +1,13 @@
 // How the CPU bindings of the masked matmuls cut up their work, and spread it over threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "cpu/column_blocks.h"
+#include "ops/torch.h"
 
 namespace deqcore::cpu {
 

@@ -1,13 +1,12 @@
 // How the CPU bindings of the step ops spread work over threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdint>
 #include <vector>
 
 #include "cpu/step_chunks.h"
 #include "ops/rows.h"
+#include "ops/torch.h"
 
 namespace deqcore::cpu {
 

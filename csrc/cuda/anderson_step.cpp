@@ -1,10 +1,9 @@
 // Binding of anderson_step for CUDA tensors.
 #include "cuda/anderson_step.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "cuda/torch_launch.h"
 #include "ops/anderson_step_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cuda {
 namespace {
@@ -16,6 +15,7 @@ void anderson_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, c
                       const Tensor& options) {
   check_device(x, {&x, &f, &damping, &g_ring, &h_ring, &gram, &best, &status, &counters, &residuals,
                    &remaining, &x_next, &z_next});
+  check_on_host(options);
   const AndersonArgs args = anderson_args(x, f, damping, g_ring, h_ring, gram, best, status,
                                           counters, residuals, remaining, x_next, z_next, options);
   const OnDeviceOf device(x);

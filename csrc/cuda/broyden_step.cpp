@@ -1,10 +1,9 @@
 // Binding of broyden_step for CUDA tensors.
 #include "cuda/broyden_step.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "cuda/torch_launch.h"
 #include "ops/broyden_step_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cuda {
 namespace {
@@ -15,6 +14,7 @@ void broyden_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, co
                      const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
   check_device(x, {&x, &f, &damping, &s_ring, &gram, &best, &status, &counters, &residuals,
                    &remaining, &x_next, &z_next});
+  check_on_host(options);
   const BroydenArgs args = broyden_args(x, f, damping, s_ring, gram, best, status, counters,
                                         residuals, remaining, x_next, z_next, options);
   const OnDeviceOf device(x);

@@ -1,10 +1,9 @@
 // Bindings of masked_to_dense and masked_from_dense for CUDA tensors.
 #include "cuda/masked_dense.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "cuda/torch_launch.h"
 #include "ops/masked_dense_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cuda {
 namespace {

@@ -1,12 +1,11 @@
 // Binding of masked_linear for CUDA tensors.
 #include "cuda/masked_linear.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 
 #include "cuda/torch_launch.h"
 #include "ops/masked_linear_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cuda {
 namespace {

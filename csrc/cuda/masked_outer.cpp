@@ -1,10 +1,9 @@
 // Binding of masked_outer for CUDA tensors.
 #include "cuda/masked_outer.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "cuda/torch_launch.h"
 #include "ops/masked_outer_binding.h"
+#include "ops/torch.h"
 
 namespace deqcore::cuda {
 namespace {

@@ -1,26 +1,28 @@
 // What the CUDA bindings share: the device and stream of a launch, its scratch memory, its errors.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 
 #include "ops/tensor_checks.h"
+#include "ops/torch.h"
 
 namespace deqcore::cuda {
 
 // Names a tensor that is elsewhere: its memory would be an illegal address in the kernel.
 inline void check_device(const Tensor& x, std::initializer_list<const Tensor*> others) {
   for (const Tensor* other : others) {
-    STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == x.get_device_index(),
-                    "expected all tensors on one GPU, that of x (cuda:", x.get_device_index(),
-                    "), got one of shape ", shape_text(*other), " on ",
-                    other->is_cuda() ? "another GPU" : "the CPU");
+    DEQCORE_CHECK(other->is_cuda() && other->get_device_index() == x.get_device_index(),
+                  "expected all tensors on one GPU, that of x (cuda:", x.get_device_index(),
+                  "), got one of shape ", shape_text(*other), " on ",
+                  other->is_cuda() ? "another GPU" : "the CPU");
   }
+}
+
+// The numbers of a step are read before the launch.
+inline void check_on_host(const Tensor& options) {
+  DEQCORE_CHECK(options.is_cpu(), "options: expected a tensor on the CPU");
 }
 
 // Makes the tensor's device current, and finds its current stream.
@@ -57,7 +59,7 @@ class Workspace {
 };
 
 inline void check_launch(const char* op, const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "deqcore::", op, ": ", error);
+  DEQCORE_CHECK(error == nullptr, "deqcore::", op, ": ", error);
 }
 
 }  // namespace deqcore::cuda

@@ -19,8 +19,8 @@ inline AndersonArgs anderson_args(const Tensor& x, const Tensor& f, const Tensor
   const int64_t batch = x.size(0), dim = x.size(1);
   check_dimensions(g_ring, "g_ring", 3, "(batch, memory, dim)");
   const int64_t memory = g_ring.size(1);
-  STD_TORCH_CHECK(1 <= memory && memory <= kAndersonMaxMemory, "g_ring: expected a memory of 1 to ",
-                  kAndersonMaxMemory, ", got ", memory);
+  DEQCORE_CHECK(1 <= memory && memory <= kAndersonMaxMemory, "g_ring: expected a memory of 1 to ",
+                kAndersonMaxMemory, ", got ", memory);
   check(g_ring, "g_ring", dtype, {batch, memory, dim});
   check(h_ring, "h_ring", dtype, {batch, memory, dim});
   check(gram, "gram", ScalarType::Double, {batch, memory, memory});

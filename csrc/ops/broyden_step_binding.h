@@ -18,15 +18,15 @@ inline BroydenArgs broyden_args(const Tensor& x, const Tensor& f, const Tensor& 
   const int64_t batch = x.size(0), dim = x.size(1);
   const auto [limits, numbers] = check_numbers<BroydenNumbers>(options);
   const int64_t memory = numbers.memory;
-  STD_TORCH_CHECK(1 <= memory && memory <= kBroydenMaxMemory, "memory: expected 1 to ",
-                  kBroydenMaxMemory, ", got ", memory);
+  DEQCORE_CHECK(1 <= memory && memory <= kBroydenMaxMemory, "memory: expected 1 to ",
+                kBroydenMaxMemory, ", got ", memory);
   check_dimensions(s_ring, "s_ring", 3, "(batch, capacity, dim)");
   const int64_t capacity = s_ring.size(1);
-  STD_TORCH_CHECK(1 <= capacity && capacity <= memory, "s_ring: expected a capacity of 1 to ",
-                  memory, " steps, got ", capacity);
+  DEQCORE_CHECK(1 <= capacity && capacity <= memory, "s_ring: expected a capacity of 1 to ", memory,
+                " steps, got ", capacity);
   const bool narrow = s_ring.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(!narrow || dtype == ScalarType::Float,
-                  "s_ring: a bfloat16 history needs a float32 x");
+  DEQCORE_CHECK(!narrow || dtype == ScalarType::Float,
+                "s_ring: a bfloat16 history needs a float32 x");
   check(s_ring, "s_ring", narrow ? ScalarType::BFloat16 : dtype, {batch, capacity, dim});
   check(gram, "gram", ScalarType::Double, {batch, capacity, capacity});
   check(best, "best", dtype, {batch, dim});

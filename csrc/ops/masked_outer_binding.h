@@ -22,8 +22,8 @@ inline MaskedOuterOperands masked_outer_operands(const Tensor& left, const Tenso
   const SparseRows entries = check_pattern(pattern, kept, rows, columns, block, false);
   check_matrix(left, "left", left.scalar_type(), rows);
   check_matrix(right, "right", left.scalar_type(), columns);
-  STD_TORCH_CHECK(right.size(0) == left.size(0), "right: expected ", left.size(0),
-                  " tokens like left, got ", right.size(0));
+  DEQCORE_CHECK(right.size(0) == left.size(0), "right: expected ", left.size(0),
+                " tokens like left, got ", right.size(0));
   return {type, entries};
 }
 

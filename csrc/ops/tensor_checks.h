@@ -1,19 +1,17 @@
 // What a binding checks of its tensors, on every device, and what it reads from them.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "ops/check.h"
 #include "ops/dtype.h"
 #include "ops/rows.h"
 #include "ops/sparse_rows.h"
+#include "ops/torch.h"
 
 namespace deqcore {
 
@@ -62,26 +60,26 @@ inline void check_shape(const Tensor& tensor, const char* name,
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t i = 0;
   for (const int64_t size : shape) same = same && tensor.size(i++) == size;
-  STD_TORCH_CHECK(same, name, ": expected shape ", shape_text(shape), ", got ", shape_text(tensor));
+  DEQCORE_CHECK(same, name, ": expected shape ", shape_text(shape), ", got ", shape_text(tensor));
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype_name(dtype),
-                  ", got ", dtype_name(tensor.scalar_type()));
+  DEQCORE_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype_name(dtype),
+                ", got ", dtype_name(tensor.scalar_type()));
 }
 
 inline void check(const Tensor& tensor, const char* name, ScalarType dtype,
                   std::initializer_list<int64_t> shape) {
   check_dtype(tensor, name, dtype);
   check_shape(tensor, name, shape);
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+  DEQCORE_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
 // `dimensions` says them as the message should: "(batch, dim)".
 inline void check_dimensions(const Tensor& tensor, const char* name, int64_t count,
                              const char* dimensions) {
-  STD_TORCH_CHECK(tensor.dim() == count, name, ": expected ", dimensions, ", got ",
-                  shape_text(tensor));
+  DEQCORE_CHECK(tensor.dim() == count, name, ": expected ", dimensions, ", got ",
+                shape_text(tensor));
 }
 
 inline Dtype check_dtype(const Tensor& tensor, const char* name) {
@@ -95,8 +93,8 @@ inline Dtype check_dtype(const Tensor& tensor, const char* name) {
     case ScalarType::Half:
       return Dtype::f16;
     default:
-      STD_TORCH_CHECK(false, name, ": expected float64, float32, bfloat16 or float16, got ",
-                      dtype_name(tensor.scalar_type()));
+      fail(name, ": expected float64, float32, bfloat16 or float16, got ",
+           dtype_name(tensor.scalar_type()));
   }
 }
 
@@ -130,15 +128,15 @@ inline Rows check_rows(const Tensor& status, const Tensor& counters, const Tenso
 }
 
 inline const double* check_damping(const Tensor& damping) {
+  check_dimensions(damping, "damping", 1, "(steps)");
   check(damping, "damping", ScalarType::Double, {damping.size(0)});
-  STD_TORCH_CHECK(damping.size(0) > 0, "damping: expected at least one entry");
+  DEQCORE_CHECK(damping.size(0) > 0, "damping: expected at least one entry");
   return static_cast<const double*>(damping.const_data_ptr());
 }
 
-// The op's numbers, as the structs that `Parts` names; see ops/numbers.h.
+// The op's numbers, as the structs that `Parts` names; see ops/numbers.h. On the CPU.
 template <typename... Parts>
 std::tuple<Parts...> read_numbers(const Tensor& options, std::tuple<Parts...>*) {
-  STD_TORCH_CHECK(options.is_cpu(), "options: expected a tensor on the CPU");
   check(options, "options", ScalarType::Double, {(Parts::kCount + ...)});
   const double* from = static_cast<const double*>(options.const_data_ptr());
   const auto next = [&from](int64_t count) { return (from += count) - count; };
@@ -156,15 +154,15 @@ Numbers check_numbers(const Tensor& options) {
 inline SparseRows check_pattern(const Tensor& pattern, int64_t kept, int64_t rows, int64_t columns,
                                 int64_t block, bool transposed) {
   const int64_t expected = rows + columns + 2 + 3 * kept;
-  STD_TORCH_CHECK(pattern.scalar_type() == ScalarType::Int && pattern.is_contiguous() &&
-                      pattern.dim() == 1 && pattern.numel() == expected,
-                  "pattern: expected a contiguous int32 tensor of ", expected, " entries, for ",
-                  kept, " values of a ", rows, " x ", columns, " weight; got ", pattern.numel(),
-                  "; use SparsityPattern");
-  STD_TORCH_CHECK(block == 1 || block == 16 || block == 32 || block == 64,
-                  "block: expected 1, 16, 32 or 64, got ", block);
-  STD_TORCH_CHECK(rows % block == 0 && columns % block == 0, "block: ", block,
-                  " does not divide a ", rows, " x ", columns, " weight");
+  DEQCORE_CHECK(pattern.scalar_type() == ScalarType::Int && pattern.is_contiguous() &&
+                    pattern.dim() == 1 && pattern.numel() == expected,
+                "pattern: expected a contiguous int32 tensor of ", expected, " entries, for ", kept,
+                " values of a ", rows, " x ", columns, " weight; got ", pattern.numel(),
+                "; use SparsityPattern");
+  DEQCORE_CHECK(block == 1 || block == 16 || block == 32 || block == 64,
+                "block: expected 1, 16, 32 or 64, got ", block);
+  DEQCORE_CHECK(rows % block == 0 && columns % block == 0, "block: ", block, " does not divide a ",
+                rows, " x ", columns, " weight");
   const int32_t* by_row = pattern.const_data_ptr<int32_t>();
   const int32_t* by_column = by_row + rows + 1 + kept;
   if (!transposed) return {by_row, by_row + rows + 1, nullptr, rows, columns, kept, block};
@@ -180,8 +178,8 @@ inline int64_t kept_entries(const Tensor& pattern, int64_t rows, int64_t columns
 // [tokens, columns], in the values' dtype.
 inline void check_matrix(const Tensor& tensor, const char* name, ScalarType dtype,
                          int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, name, ": expected (tokens, ",
-                  columns, "), got ", shape_text(tensor));
+  DEQCORE_CHECK(tensor.dim() == 2 && tensor.size(1) == columns, name, ": expected (tokens, ",
+                columns, "), got ", shape_text(tensor));
   check_dtype(tensor, name, dtype);
 }
 

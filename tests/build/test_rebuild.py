@@ -28,9 +28,11 @@ HEADERS = (
     "cpu/step_work.h",
     "ops/anderson_step_binding.h",
     "ops/broyden_step.h",
+    "ops/check.h",
     "ops/dtype.h",
     "ops/sparse_rows.h",
     "ops/tensor_checks.h",
+    "ops/torch.h",
 )
 
 

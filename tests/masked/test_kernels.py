@@ -144,10 +144,3 @@ def test_dropped_weights_are_not_multiplied(kernels_only: None) -> None:
     case.x[4, 7] = float("inf")
     y = operations()["forward"][0](case)
     assert y[4, dropped[:, 7]].isfinite().all()
-
-
-def test_op_refuses_a_pattern_of_another_size() -> None:
-    case = make(20, 30, 10, 0.5).to(torch.float32)
-    case.values = case.values[:-1]
-    with pytest.raises(RuntimeError):
-        operations()["forward"][0](case)
