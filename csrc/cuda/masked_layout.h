@@ -22,19 +22,20 @@ DEQCORE_HD int64_t padded_tokens(int64_t tokens, int64_t width) {
   return tokens > 0 ? blocks_for(tokens, width) * width : width;
 }
 
-// Scratch memory handed out piece by piece, each aligned to 16 bytes.
+// Scratch memory handed out piece by piece, each at the beginning of a line of the GPU's caches.
 class Pieces {
  public:
   explicit Pieces(void* from) : from_(reinterpret_cast<uintptr_t>(from)) {}
   template <typename T>
   T* take(int64_t count) {
     const uintptr_t at = from_ + static_cast<uintptr_t>(used_);  // without memory: only counts
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    used_ += blocks_for(count * static_cast<int64_t>(sizeof(T)), kLine) * kLine;
     return reinterpret_cast<T*>(at);
   }
   int64_t used() const { return used_; }
 
  private:
+  static constexpr int64_t kLine = 128;  // bytes
   uintptr_t from_;
   int64_t used_ = 0;
 };

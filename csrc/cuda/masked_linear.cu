@@ -136,7 +136,7 @@ DEQCORE_DEVICE void store_token(const MaskedLinearArgs& args, int64_t token, int
       out.at[i] = from_compute<S>(sum);
     }
     if (aligned && left >= kWidth) {
-      store<true, kWidth>(y + r, out, left);
+      store_whole(y + r, out);
     } else {
       store<false, kWidth>(y + r, out, left);
     }

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (bias != nullptr) tile.add_to_columns(lane, bias + row);
   tile.each_pair(lane, [&](int m, int n, const Pack<S, 2>& pair) {
     const int64_t at = token + warp * 16 * Sh::kRows + m;
-    if (at < args.tokens) store<true, 2>(y + at * weight.rows + n, pair, 2);
+    if (at < args.tokens) store_whole(y + at * weight.rows + n, pair);
   });
 }
 

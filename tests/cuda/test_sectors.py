@@ -23,9 +23,6 @@ KNOWN = {
     # A search in a row's columns; and all columns in turn, which begin behind rows + 1 offsets.
     ("masked_linear_prepare", "load", "columns"): 4,
     ("masked_outer_prepare", "load", "columns"): 4,
-    # What is turned round begins within a sector.
-    ("masked_linear_prepare", "store", "workspace"): 21,
-    ("masked_linear_product", "copy", "workspace"): 21,
     # Two entries that a whole warp reads, and rows of y that each lane writes for itself.
     ("masked_linear_product", "load", "workspace"): 16,
     ("masked_linear_product", "store", "y"): 8,
