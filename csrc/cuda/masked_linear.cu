@@ -266,6 +266,7 @@ LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type) {
 }
 
 int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type, LinearPath path) {
+  if (path == LinearPath::groups) return masked_linear_groups_bytes(args);
   if (path == LinearPath::blocks || path == LinearPath::few_blocks) return 0;
   return with_types(type, path, [&]<typename S, typename L>() {
     Pieces pieces(nullptr);
@@ -278,6 +279,7 @@ const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath p
                           void* workspace, void* stream) {
   if (args.tokens == 0 || args.weight.rows == 0) return nullptr;
   if (const char* const error = check_gpu()) return error;
+  if (path == LinearPath::groups) return masked_linear_groups(args, type, workspace, stream);
   if (path == LinearPath::blocks || path == LinearPath::few_blocks) {
     return masked_linear_blocks(args, type, path == LinearPath::few_blocks, stream);
   }

@@ -21,7 +21,7 @@ struct MaskedLinearArgs {
 // How many tokens a block takes, and how many rows: a matter of speed. The bits are the same, since
 // each entry of y is summed by one thread in the order of the columns; those of the blocks' paths
 // are others. Blocks of bfloat16 and float16 go to tensor cores; of other types they are entries.
-enum class LinearPath { large, medium, few, blocks, few_blocks };
+enum class LinearPath { large, medium, few, blocks, few_blocks, groups };
 
 LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type);
 
@@ -35,6 +35,9 @@ const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath p
 // The blocks' paths, which masked_linear takes when told to: whether these arguments allow it, and
 // the launcher.
 bool masked_linear_has_blocks(const MaskedLinearArgs& args, Dtype type);
+int64_t masked_linear_groups_bytes(const MaskedLinearArgs& args);
+const char* masked_linear_groups(const MaskedLinearArgs& args, Dtype type, void* workspace,
+                                 void* stream);
 const char* masked_linear_blocks(const MaskedLinearArgs& args, Dtype type, bool few_tokens,
                                  void* stream);
 

@@ -44,9 +44,8 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kMostWords = 3;  // of 8 bytes, that a lane brings
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr int64_t kMostShared = 99 * 1024;  // of a block, on every GPU from sm_80 on
 
-enum class Wait { nothing, block, warp, operation, left };
+enum class Wait { nothing, block, warp, operation, change, left };
 
 // One CUDA thread of the block that runs.
 struct Fiber {
@@ -75,6 +74,7 @@ struct Fiber {
 struct Scheduler {
   std::vector<Fiber> fibers;
   std::vector<int> ready;
+  std::vector<BulkCopy> bulk_copies;  // asked for and not awaited
   std::vector<void*> old_threads;  // ThreadSanitizer's
   Fiber host;                      // what called launch
   Fiber* running = nullptr;
@@ -300,7 +300,7 @@ void complete_warp(const Fiber& last) {
       return fail(name_of(last.index) + " waits for lane " + std::to_string(i) +
                   " of its warp, which has left or never was");
     }
-    if (warp[i].wait == Wait::nothing) return;
+    if (warp[i].wait == Wait::nothing || warp[i].wait == Wait::change) return;
     values[i] = warp[i].value;
   }
   for (int i = 0; i < kWarp; ++i) {
@@ -336,6 +336,7 @@ void after(Fiber& fiber) {
       }
       return;
     case Wait::nothing:
+    case Wait::change:
       return;
   }
 }
@@ -371,6 +372,10 @@ void end_block() {
 #if defined(EMULATION_SECTORS)
   sectors_end_block();
 #endif
+  if (scheduler.error.empty() && !scheduler.bulk_copies.empty()) {
+    fail("block " + std::to_string(block_index.x) + " left with copies that none has awaited");
+  }
+  scheduler.bulk_copies.clear();
   scheduler.ready.clear();
   for (int i = 0; i < scheduler.threads; ++i) end(scheduler.fibers[i]);
   if (scheduler.old_threads.size() > 4096) destroy_threads();
@@ -429,6 +434,34 @@ std::vector<Copy> take_copies() {
   return copies;
 }
 
+void copy_bulk(void* barrier, int bytes, std::function<void()> run) {
+  scheduler.bulk_copies.push_back({barrier, bytes, std::move(run)});
+  wake();
+}
+
+std::vector<BulkCopy> take_bulk_copies(const void* barrier) {
+  std::vector<BulkCopy> taken, others;
+  for (BulkCopy& copy : scheduler.bulk_copies) {
+    (copy.barrier == barrier ? taken : others).push_back(std::move(copy));
+  }
+  scheduler.bulk_copies.swap(others);
+  return taken;
+}
+
+void poll() {
+  scheduler.running->wait = Wait::change;
+  yield();
+}
+
+void wake() {
+  for (int i = 0; i < scheduler.threads; ++i) {
+    if (scheduler.fibers[i].wait == Wait::change) make_ready(scheduler.fibers[i]);
+  }
+}
+
+void release(const void* address) { arrive_at(const_cast<void*>(address)); }
+void acquire(const void* address) { leave_from(const_cast<void*>(address)); }
+
 void sync_block() {
   Fiber& self = *scheduler.running;
   self.wait = Wait::block;
@@ -476,13 +509,13 @@ const uint64_t* gather_warp(const uint64_t* own, int words) {
 void complain(const char* what) { fail(name_of(scheduler.running->index) + " " + what); }
 
 const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
-                   const std::function<void()>& kernel) {
+                   const std::function<void()>& kernel, int64_t most_shared) {
   ++launches;
   scheduler.error.clear();
   scheduler.threads = threads;
   scheduler.kernel = &kernel;
   scheduler.random = seed * 2 + 1;
-  if (blocks > INT32_MAX || threads > 1024 || threads % kWarp != 0 || shared_bytes > kMostShared) {
+  if (blocks > INT32_MAX || threads > 1024 || threads % kWarp != 0 || shared_bytes > most_shared) {
     return "a launch that no GPU would take";
   }
   while (static_cast<int>(scheduler.fibers.size()) < threads) scheduler.fibers.emplace_back();

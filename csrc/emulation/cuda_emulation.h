@@ -43,8 +43,10 @@ extern int64_t launches;
 extern uint64_t seed;
 
 // Runs a kernel; null, or what it did wrong (valid until the next launch).
+// `most_shared`: bytes of shared memory that a block may have, by default what sm_80 gives.
+constexpr int64_t kMostShared = 99 * 1024;
 const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
-                   const std::function<void()>& kernel);
+                   const std::function<void()>& kernel, int64_t most_shared = kMostShared);
 
 // The block's shared memory: exactly the bytes of the launch, so that a sanitizer sees their end.
 double* shared_doubles();
@@ -56,6 +58,23 @@ struct Copy {
 };
 void copy_later(void* to, const void* from);
 std::vector<Copy> take_copies();
+
+// A copy by an engine of its own, which tells a barrier. It may arrive as late as when a thread
+// waits at that barrier; and here does.
+struct BulkCopy {
+  void* barrier;
+  int bytes;
+  std::function<void()> run;
+};
+void copy_bulk(void* barrier, int bytes, std::function<void()> run);
+std::vector<BulkCopy> take_bulk_copies(const void* barrier);
+
+// A thread that waits for what others write: lets them run until one of them calls wake.
+void poll();
+void wake();
+// Happens-before, from each release of an address to the acquires after it.
+void release(const void* address);
+void acquire(const void* address);
 
 void sync_block();
 void sync_warp(unsigned mask);

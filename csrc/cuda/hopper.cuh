@@ -1,0 +1,403 @@
+// What Hopper's copy engine and its tensor cores do, and the barriers in shared memory by which
+// they say that they have: cp.async.bulk, mbarrier, wgmma, clusters. Each has a host path for the
+// emulation, where a cluster is one block. Needs sm_90a (DEQCORE_SM90A says that the build has it).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.cuh"
+#include "ops/dtype.h"
+
+#if defined(__CUDACC__)
+#include <cuda.h>
+#endif
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define DEQCORE_ON_HOPPER 1
+#elif defined(__CUDA_ARCH__)
+#define DEQCORE_ON_HOPPER 0  // other GPUs: never run
+#endif
+
+namespace deqcore::cuda {
+
+constexpr int64_t kHopperShared = 227 * 1024;  // bytes that a block can have
+constexpr int kTileSide = 64;                  // of the square tiles of 2-byte numbers
+constexpr int kTileBytes = 2 * kTileSide * kTileSide;
+
+// A barrier in shared memory: a phase is over when all have arrived and all bytes have come.
+using Barrier = uint64_t;
+
+#if defined(__CUDACC__)
+
+using TileMap = CUtensorMap;
+
+DEQCORE_DEVICE uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
+#else
+
+#define __grid_constant__
+
+// A matrix of 2-byte numbers, of which tiles are copied.
+struct TileMap {
+  const uint16_t* from;
+  int64_t rows, columns;
+};
+
+// The host's barrier is the emulation's: arrivals that are due, how many make a phase, bytes that
+// are to come, and the phase, in one word.
+struct BarrierState {
+  int16_t due, of_a_phase;
+  int32_t bytes : 31;
+  uint32_t phase : 1;
+};
+static_assert(sizeof(BarrierState) == sizeof(Barrier));
+
+inline void change_barrier(Barrier* barrier, int arrivals, int bytes) {
+  BarrierState state;
+  memcpy(&state, barrier, sizeof(state));
+  state.due = static_cast<int16_t>(state.due - arrivals);
+  state.bytes = state.bytes + bytes;
+  if (state.due < 0) ::emulation::complain("arrives at a barrier too often");
+  if (state.due == 0 && state.bytes == 0) {
+    state.due = state.of_a_phase;
+    state.phase ^= 1u;
+  }
+  memcpy(barrier, &state, sizeof(state));
+  ::emulation::wake();
+}
+
+#endif
+
+DEQCORE_DEVICE void start_barrier(Barrier* barrier, int arrivals) {
+#if DEQCORE_ON_HOPPER
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#elif !defined(__CUDACC__)
+  const BarrierState state{static_cast<int16_t>(arrivals), static_cast<int16_t>(arrivals), 0, 0};
+  memcpy(barrier, &state, sizeof(state));
+#endif
+}
+
+// Arrives once, and says how many bytes are to come.
+DEQCORE_DEVICE void expect_bytes(Barrier* barrier, int bytes) {
+#if DEQCORE_ON_HOPPER
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
+  ::emulation::release(barrier);
+  change_barrier(barrier, 1, bytes);
+#endif
+}
+
+// Arrives once at the barrier in the same place of another block of the cluster.
+DEQCORE_DEVICE void arrive_at(Barrier* barrier, [[maybe_unused]] int rank) {
+#if DEQCORE_ON_HOPPER
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
+  ::emulation::release(barrier);
+  change_barrier(barrier, 1, 0);
+#endif
+}
+
+// Waits until the phase of this parity is over.
+DEQCORE_DEVICE void wait_for(Barrier* barrier, uint32_t parity) {
+#if DEQCORE_ON_HOPPER
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
+      "@over bra done;\n"
+      "bra again;\n"
+      "done:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
+  for (;;) {
+    for (const auto& copy : ::emulation::take_bulk_copies(barrier)) {
+      ::emulation::acquire(barrier);
+      copy.run();
+      ::emulation::release(barrier);
+      change_barrier(barrier, 0, -copy.bytes);
+    }
+    BarrierState state;
+    memcpy(&state, barrier, sizeof(state));
+    if (state.phase != parity) break;
+    ::emulation::poll();
+  }
+  ::emulation::acquire(barrier);
+#endif
+}
+
+// After barriers have been started: the copy engine and the cluster see them.
+DEQCORE_DEVICE void show_barriers() {
+#if DEQCORE_ON_HOPPER
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// What threads have written to shared memory, the copy engine and wgmma will see after a barrier.
+DEQCORE_DEVICE void show_shared_memory() {
+#if DEQCORE_ON_HOPPER
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// All threads of all blocks of the cluster meet.
+DEQCORE_DEVICE void sync_cluster() {
+#if DEQCORE_ON_HOPPER
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#elif !defined(__CUDACC__)
+  __syncthreads();
+#endif
+}
+
+DEQCORE_DEVICE int rank_in_cluster() {
+#if DEQCORE_ON_HOPPER
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+// The same place in the shared memory of a block of the cluster, to read from.
+template <typename T>
+DEQCORE_DEVICE T read_shared_of([[maybe_unused]] int rank, const T* at) {
+#if DEQCORE_ON_HOPPER
+  static_assert(sizeof(T) == 16);
+  T out;
+  auto* const words = reinterpret_cast<uint32_t*>(&out);
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there];\n}"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+      : "r"(shared_address(at)), "r"(rank)
+      : "memory");
+  return out;
+#else
+  return *at;
+#endif
+}
+
+// Where a 16-byte piece of a row lies in a tile, in bytes: rows of 128 bytes whose pieces change
+// places by the row, as the copy engine writes them and wgmma reads them (128-byte swizzle).
+DEQCORE_DEVICE int tile_place(int row, int piece) { return row * 128 + (piece ^ row % 8) * 16; }
+
+// Starts copying the tile of `map` that begins at (row, column) to `to`, at a multiple of 1024
+// bytes; zeros beyond the matrix. `barrier` gets kTileBytes.
+DEQCORE_DEVICE void copy_tile(char* to, const TileMap& map, int row, int column,
+                              Barrier* barrier) {
+#if DEQCORE_ON_HOPPER
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#elif !defined(__CUDACC__)
+  ::emulation::copy_bulk(barrier, kTileBytes, [=, &map] {
+    for (int i = 0; i < kTileSide; ++i) {
+      for (int j = 0; j < kTileSide; ++j) {
+        const bool there = row + i < map.rows && column + j < map.columns;
+        const uint16_t bits = there ? map.from[(row + i) * map.columns + column + j] : 0;
+        memcpy(to + tile_place(i, j / 8) + j % 8 * 2, &bits, sizeof(bits));
+      }
+    }
+  });
+#endif
+}
+
+// Starts copying `bytes` to the same place of every block of a cluster of kBlocks, and tells the
+// barrier in the same place of each.
+template <int kBlocks>
+DEQCORE_DEVICE void copy_to_cluster(char* to, const void* from, int bytes, Barrier* barrier) {
+#if DEQCORE_ON_HOPPER
+  if constexpr (kBlocks > 1) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)),
+        "h"(static_cast<uint16_t>((1 << kBlocks) - 1))
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+  }
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#elif !defined(__CUDACC__)
+  ::emulation::copy_bulk(barrier, bytes, [=] { memcpy(to, from, static_cast<size_t>(bytes)); });
+#endif
+}
+
+// wgmma: before the first product, after the last one, and until all are done.
+DEQCORE_DEVICE void begin_products() {
+#if DEQCORE_ON_HOPPER
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+DEQCORE_DEVICE void end_products() {
+#if DEQCORE_ON_HOPPER
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kStillRunning>
+DEQCORE_DEVICE void wait_for_products() {
+#if DEQCORE_ON_HOPPER
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kStillRunning) : "memory");
+#endif
+}
+
+#if DEQCORE_ON_HOPPER
+// A tile as wgmma is told of it: its address, 1024 bytes between groups of 8 rows, the swizzle.
+DEQCORE_DEVICE uint64_t tile_descriptor(const char* at) {
+  constexpr uint64_t kSwizzle = uint64_t{1} << 62, kGroups = uint64_t{1024 / 16} << 32;
+  constexpr uint64_t kUnused = uint64_t{1} << 16;
+  return kSwizzle | kGroups | kUnused | (shared_address(at) & 0x3ffffu) >> 4;
+}
+#endif
+
+// c [64 x 64] += a b for 16 of the numbers that are summed over, from `k` on; by 128 threads whose
+// first warp is a multiple of 4. A tile's rows are a's rows and b's columns; or, where kTurned,
+// they are the numbers that are summed over. A lane has, of row 16 * warp + lane / 4 (c[4 j], c[4 j
+// + 1]) and of 8 rows below it (the next two), columns 8 j + lane % 4 * 2 and the next one.
+template <typename S, bool kTurnedA, bool kTurnedB>
+DEQCORE_DEVICE void multiply_tiles_64(float (&c)[32], const char* a, const char* b, int k) {
+#if DEQCORE_ON_HOPPER
+  const uint64_t from_a = tile_descriptor(a + (kTurnedA ? k * 128 : k * 2));
+  const uint64_t from_b = tile_descriptor(b + (kTurnedB ? k * 128 : k * 2));
+#define DEQCORE_WGMMA(type)                                                                      \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type                                \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "   \
+               "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "    \
+               "%32, %33, 1, 1, 1, %34, %35;"                                                    \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),         \
+                 "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),       \
+                 "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]),   \
+                 "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),   \
+                 "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),   \
+                 "+f"(c[30]), "+f"(c[31])                                                        \
+               : "l"(from_a), "l"(from_b), "n"(kTurnedA ? 1 : 0), "n"(kTurnedB ? 1 : 0))
+  if constexpr (__is_same(S, BFloat16)) {
+    DEQCORE_WGMMA("bf16.bf16");
+  } else {
+    DEQCORE_WGMMA("f16.f16");
+  }
+#undef DEQCORE_WGMMA
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#elif !defined(__CUDACC__)
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const auto number = [](const char* tile, bool turned, int own, int summed) {
+    const int row = turned ? summed : own, column = turned ? own : summed;
+    S out;
+    memcpy(&out, tile + tile_place(row, column / 8) + column % 8 * 2, sizeof(out));
+    return to_compute(out);
+  };
+  for (int i = 0; i < 32; ++i) {
+    const int row = warp % 4 * 16 + lane / 4 + i / 2 % 2 * 8;
+    const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    for (int s = k; s < k + 16; ++s) {
+      c[i] = fma(number(a, kTurnedA, row, s), number(b, kTurnedB, column, s), c[i]);
+    }
+  }
+#endif
+}
+
+#if defined(__CUDACC__)
+
+// Describes a matrix [rows, columns] of 2-byte numbers to the copy engine; null, or what is wrong.
+inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, int64_t columns,
+                                 bool bfloat) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
+    return reinterpret_cast<Encode>(found);
+  }();
+  if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled; it needs CUDA 12";
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride = 2 * sizes[0];
+  const cuuint32_t box[2] = {kTileSide, kTileSide}, steps[2] = {1, 1};
+  const CUresult result = encode(
+      map, bfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      const_cast<void*>(from), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "the driver refuses the tensor map";
+}
+
+// Starts a kernel in clusters; `waves` clusters at most as run at once, if it is not 0. Null, or
+// what is wrong.
+template <typename... Parameters, typename... Arguments>
+const char* launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t clusters,
+                            bool all_at_once, int threads, int64_t shared_bytes, Stream stream,
+                            const Arguments&... arguments) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  if (error == cudaSuccess && all_at_once) {
+    int at_once = 0;
+    error = cudaOccupancyMaxActiveClusters(&at_once, kernel, &config);
+    if (error == cudaSuccess && at_once > 0 && at_once < clusters) clusters = at_once;
+  }
+  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+#else
+
+inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, int64_t columns,
+                                 bool) {
+  *map = {static_cast<const uint16_t*>(from), rows, columns};
+  return nullptr;
+}
+
+template <typename... Parameters, typename... Arguments>
+const char* launch_clusters(void (*kernel)(Parameters...), int, int64_t clusters, bool all_at_once,
+                            int threads, int64_t shared_bytes, Stream,
+                            const Arguments&... arguments) {
+  constexpr int64_t kAtOnce = 3;
+  return ::emulation::launch(all_at_once && clusters > kAtOnce ? kAtOnce : clusters, threads,
+                             shared_bytes, [&] { kernel(arguments...); }, kHopperShared);
+}
+
+#endif
+
+}  // namespace deqcore::cuda
