@@ -37,6 +37,7 @@ KERNELS = (
     "cuda/masked_linear_groups.cu",
     "cuda/masked_outer.cu",
     "cuda/masked_outer_blocks.cu",
+    "cuda/masked_outer_segments.cu",
 )
 RUNTIME = ("emulation/cuda_emulation.cpp", "emulation/sectors.cpp")
 # Rounding as the kernels ask for it and no other, so that a failure says something about them.
@@ -48,7 +49,7 @@ PATHS = {"warp": 0, "block": 1, "split": 2}
 # Of the masked matmuls, by op.
 MASKED_PATHS = {
     "masked_linear": {"large": 0, "medium": 1, "few": 2, "blocks": 3, "few_blocks": 4, "groups": 5},
-    "masked_outer": {"many": 0, "few": 1, "blocks": 2},
+    "masked_outer": {"many": 0, "few": 1, "blocks": 2, "segments": 3},
     "masked_to_dense": {"only": 0},
     "masked_from_dense": {"only": 0},
 }

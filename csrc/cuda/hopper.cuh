@@ -286,8 +286,8 @@ DEQCORE_DEVICE uint64_t tile_descriptor(const char* at) {
 template <typename S, bool kTurnedA, bool kTurnedB>
 DEQCORE_DEVICE void multiply_tiles_64(float (&c)[32], const char* a, const char* b, int k) {
 #if DEQCORE_ON_HOPPER
-  const uint64_t from_a = tile_descriptor(a + (kTurnedA ? k * 128 : k * 2));
-  const uint64_t from_b = tile_descriptor(b + (kTurnedB ? k * 128 : k * 2));
+  const uint64_t from_a = tile_descriptor(a) + (kTurnedA ? k * 128 : k * 2) / 16;
+  const uint64_t from_b = tile_descriptor(b) + (kTurnedB ? k * 128 : k * 2) / 16;
 #define DEQCORE_WGMMA(type)                                                                      \
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type                                \
                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "   \

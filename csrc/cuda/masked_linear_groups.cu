@@ -10,9 +10,9 @@
 // What bounds it is the traffic from the L2 cache: for a column of blocks that n of the four rows
 // have, 128 tokens take 16 KB of x and n * 8 KB of the weight for n * 524,288 multiply-adds. Blocks
 // of a cluster work on different tokens and share the weight's part: each copies a part for all.
-#include "cuda/masked_blocks.cuh"
 #include "cuda/masked_linear.h"
 #include "cuda/path.h"
+#include "cuda/tile_products.cuh"
 #include "cuda/tile_ring.cuh"
 
 namespace deqcore::cuda {
@@ -47,21 +47,6 @@ struct Shape {
   static constexpr int kSlots = kResident == 2 ? 13 : 27;
   using Ring = TileRing<kSlots, kCluster, 4 * kConsumers>;
 };
-
-// The row of blocks that kept block `index` is in: the last one that begins no later.
-DEQCORE_DEVICE int64_t row_of_block(const SparseRows& weight, int64_t index) {
-  const int64_t entry = index * kTileSide * kTileSide;
-  int64_t low = 0, high = weight.rows / kTileSide;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (weight.offsets[middle * kTileSide] <= entry) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 // Lays a block out as a tile whose rows are rows of the weight.
 template <typename S, bool kTurned>
@@ -224,52 +209,20 @@ DEQCORE_DEVICE void add_visits(const typename Sh::Ring& ring, Place<Sh::kSlots>&
   } while (!(note & kLast));
 }
 
-// Four words of each of four neighbouring lanes, turned: lane i gets word i of each.
-DEQCORE_DEVICE void turn_words(uint32_t (&words)[4], int lane) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = (lane & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & distance) continue;
-      const uint32_t sent = upper ? words[i] : words[i + distance];
-      const uint32_t got = __shfl_xor_sync(kWholeWarp, sent, distance);
-      (upper ? words[i] : words[i + distance]) = got;
-    }
-  }
-}
-
 // Writes 64 tokens of 64 rows of y.
 template <typename S>
 DEQCORE_DEVICE void store_sums(const MaskedLinearArgs& args, int64_t token, int64_t row,
-                               const float (&sums)[32]) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
-  const S* const bias = static_cast<const S*>(args.bias);
+                               float (&sums)[32]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (args.bias != nullptr) {
+    const S* const bias = static_cast<const S*>(args.bias) + row + lane % 4 * 2;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t at = token + thread / kWarp % 4 * 16 + lane / 4 + 8 * half;
-    S* const y = static_cast<S*>(args.y) + at * args.weight.rows + row;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = 32 * part + 8 * j + lane % 4 * 2;
-        const float* const pair = &sums[4 * (4 * part + j) + 2 * half];
-        float two[2] = {pair[0], pair[1]};
-        if (bias != nullptr) {
-          two[0] += to_compute(bias[row + column]);
-          two[1] += to_compute(bias[row + column + 1]);
-        }
-        const Pack<S, 2> rounded{{from_compute<S>(two[0]), from_compute<S>(two[1])}};
-        memcpy(&words[j], &rounded, sizeof(rounded));
-      }
-      turn_words(words, lane);
-      Pack<S, 8> eight;
-      memcpy(&eight, words, sizeof(eight));
-      if (at < args.tokens) store<true, 8>(y + 32 * part + lane % 4 * 8, eight, 8);
-    }
+    for (int i = 0; i < 32; ++i) sums[i] += to_compute(bias[i / 4 * 8 + i % 2]);
   }
+  S* const y = static_cast<S*>(args.y) + row;
+  each_eight<S>(sums, [&](int i, int j, const Pack<S, 8>& eight) {
+    if (token + i < args.tokens) store<true, 8>(y + (token + i) * args.weight.rows + j, eight, 8);
+  });
 }
 
 template <typename S, typename Sh>

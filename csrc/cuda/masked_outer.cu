@@ -225,7 +225,7 @@ OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type) {
 }
 
 int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, Dtype type, OuterPath path) {
-  if (path == OuterPath::blocks) return 0;
+  if (path == OuterPath::blocks || path == OuterPath::segments) return 0;
   return with_types(type, path, [&]<typename S, int kTokens>() {
     Pieces pieces(nullptr);
     prepare_in<S, kTokens>(args, pieces);
@@ -237,6 +237,7 @@ const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path
                          void* stream) {
   if (args.entries.kept == 0) return nullptr;
   if (const char* const error = check_gpu()) return error;
+  if (path == OuterPath::segments) return masked_outer_segments(args, type, stream);
   if (path == OuterPath::blocks) return masked_outer_blocks(args, type, stream);
   return with_types(type, path, [&]<typename S, int kTokens>() {
     return launch_tokens<S, kTokens>(args, workspace, static_cast<Stream>(stream));

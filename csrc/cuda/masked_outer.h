@@ -20,7 +20,7 @@ struct MaskedOuterArgs {
 
 // How many tokens a lane takes at a time, which the order of a sum depends on.
 // Blocks of bfloat16 and float16 go to tensor cores; of other types they are entries.
-enum class OuterPath { many, few, blocks };
+enum class OuterPath { many, few, blocks, segments };
 
 // By the number of tokens, the type, the block and the alignment.
 OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type);
@@ -36,5 +36,6 @@ const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path
 // the launcher.
 bool masked_outer_has_blocks(const MaskedOuterArgs& args, Dtype type);
 const char* masked_outer_blocks(const MaskedOuterArgs& args, Dtype type, void* stream);
+const char* masked_outer_segments(const MaskedOuterArgs& args, Dtype type, void* stream);
 
 }  // namespace deqcore::cuda
