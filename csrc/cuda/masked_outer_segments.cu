@@ -121,8 +121,9 @@ DEQCORE_DEVICE void add_tokens(const Ring& ring, const Segment& segment, int64_t
 }
 
 // This block's sums, 16 bytes of a thread side by side, where the tiles were.
-DEQCORE_DEVICE float4* shared_sums(const Ring& ring, int block, int four) {
-  return reinterpret_cast<float4*>(ring.tiles) + (block * 8 + four) * 4 * kWarp + threadIdx.x;
+using Four = Pack<float, 4>;
+DEQCORE_DEVICE Four* shared_sums(const Ring& ring, int block, int four) {
+  return reinterpret_cast<Four*>(ring.tiles) + (block * 8 + four) * 4 * kWarp + threadIdx.x;
 }
 
 template <typename S, int kCluster>
@@ -153,8 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < kSegment; ++i) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const float* const four = &sums[i][4 * j];
-          *shared_sums(ring, i, j) = {four[0], four[1], four[2], four[3]};
+          memcpy(shared_sums(ring, i, j), &sums[i][4 * j], sizeof(Four));
         }
       }
     }
@@ -168,16 +168,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       if constexpr (kCluster > 1) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          float4 total = read_shared_of(0, shared_sums(ring, i, j));
+          Four total = read_shared_of(0, shared_sums(ring, i, j));
 #pragma unroll
           for (int r = 1; r < kCluster; ++r) {
-            const float4 more = read_shared_of(r, shared_sums(ring, i, j));
-            total = {total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w};
+            const Four more = read_shared_of(r, shared_sums(ring, i, j));
+#pragma unroll
+            for (int n = 0; n < 4; ++n) total.at[n] += more.at[n];
           }
-          sums[i][4 * j] = total.x;
-          sums[i][4 * j + 1] = total.y;
-          sums[i][4 * j + 2] = total.z;
-          sums[i][4 * j + 3] = total.w;
+          memcpy(&sums[i][4 * j], &total, sizeof(Four));
         }
       }
       each_eight<S>(sums[i], [&](int m, int n, const Pack<S, 8>& eight) {
