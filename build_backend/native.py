@@ -153,7 +153,9 @@ def _cuda_extension() -> NativeExtension:
     cuda_headers = f"-isystem{cuda.include}"
     binding = (*compiler.command, *headers, _TORCH_TARGET, "-DUSE_CUDA", cuda_headers)
     user = shlex.split(os.environ.get("NVCC_FLAGS", ""))
-    device = [str(cuda.nvcc), *device, *cuda.architectures, *user]
+    hopper = any(flag.endswith("sm_90a") for flag in cuda.architectures)
+    own = ["-DDEQCORE_SM90A"] if hopper else []  # the host then takes the paths of hopper.cuh
+    device = [str(cuda.nvcc), *device, *cuda.architectures, *own, *user]
 
     module.append("-DDEQCORE_CUDA_MODULE")
     units = _module_units(module, "cuda", shlex.join(device[1:]))

@@ -124,7 +124,10 @@ def _cuda_root() -> Path:
 
 
 def architecture_flags() -> list[str]:
-    """Read TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") as nvcc -gencode flags."""
+    """Read TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") as nvcc -gencode flags.
+
+    Hopper is compiled for as sm_90a, which has instructions of its own (csrc/cuda/hopper.cuh).
+    """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or _DEFAULT_CUDA_ARCHITECTURES
     flags = []
     for name in listed.replace(" ", ";").split(";"):
@@ -132,7 +135,8 @@ def architecture_flags() -> list[str]:
         if match is None:
             raise UnavailableError(f"TORCH_CUDA_ARCH_LIST: {name!r} is not like 8.0 or 9.0+PTX")
         number = match[1] + match[2]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        own = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{own},code=sm_{own}")
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags

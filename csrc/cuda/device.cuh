@@ -52,6 +52,18 @@ inline const char* check_gpu() {
                     : "needs a GPU of compute capability 8.0 or later; use backend='dense'";
 }
 
+// Whether this build and the current GPU have what hopper.cuh is about.
+inline bool is_hopper() {
+#if defined(DEQCORE_SM90A)
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major == 9;
+#else
+  return false;
+#endif
+}
+
 // The emulation counts the traffic of the state-sized tensors here.
 DEQCORE_DEVICE void count_read(int, bool) {}
 DEQCORE_DEVICE void count_write(int) {}
@@ -69,6 +81,7 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
 }
 
 inline const char* check_gpu() { return nullptr; }
+inline bool is_hopper() { return false; }  // a path is chosen by who emulates
 
 inline void count_read(int bytes, bool again) { ::emulation::count_read(bytes, again); }
 inline void count_write(int bytes) { ::emulation::count_write(bytes); }

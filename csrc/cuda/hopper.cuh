@@ -41,32 +41,9 @@ DEQCORE_DEVICE uint32_t shared_address(const void* at) {
 
 // A matrix of 2-byte numbers, of which tiles are copied.
 struct TileMap {
-  const uint16_t* from;
+  const uint16_t* at;
   int64_t rows, columns;
 };
-
-// The host's barrier is the emulation's: arrivals that are due, how many make a phase, bytes that
-// are to come, and the phase, in one word.
-struct BarrierState {
-  int16_t due, of_a_phase;
-  int32_t bytes : 31;
-  uint32_t phase : 1;
-};
-static_assert(sizeof(BarrierState) == sizeof(Barrier));
-
-inline void change_barrier(Barrier* barrier, int arrivals, int bytes) {
-  BarrierState state;
-  memcpy(&state, barrier, sizeof(state));
-  state.due = static_cast<int16_t>(state.due - arrivals);
-  state.bytes = state.bytes + bytes;
-  if (state.due < 0) ::emulation::complain("arrives at a barrier too often");
-  if (state.due == 0 && state.bytes == 0) {
-    state.due = state.of_a_phase;
-    state.phase ^= 1u;
-  }
-  memcpy(barrier, &state, sizeof(state));
-  ::emulation::wake();
-}
 
 #endif
 
@@ -78,21 +55,19 @@ DEQCORE_DEVICE void start_barrier(Barrier* barrier, int arrivals) {
 #elif defined(__CUDA_ARCH__)
   __trap();
 #elif !defined(__CUDACC__)
-  const BarrierState state{static_cast<int16_t>(arrivals), static_cast<int16_t>(arrivals), 0, 0};
-  memcpy(barrier, &state, sizeof(state));
+  ::emulation::start_barrier(barrier, arrivals);
 #endif
 }
 
 // Arrives once, and says how many bytes are to come.
 DEQCORE_DEVICE void expect_bytes(Barrier* barrier, int bytes) {
 #if DEQCORE_ON_HOPPER
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 #elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
-  ::emulation::release(barrier);
-  change_barrier(barrier, 1, bytes);
+  ::emulation::change_barrier(barrier, 1, bytes);
 #endif
 }
 
@@ -107,8 +82,7 @@ DEQCORE_DEVICE void arrive_at(Barrier* barrier, [[maybe_unused]] int rank) {
       "r"(rank)
       : "memory");
 #elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
-  ::emulation::release(barrier);
-  change_barrier(barrier, 1, 0);
+  ::emulation::change_barrier(barrier, 1, 0);
 #endif
 }
 
@@ -125,19 +99,7 @@ DEQCORE_DEVICE void wait_for(Barrier* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 #elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
-  for (;;) {
-    for (const auto& copy : ::emulation::take_bulk_copies(barrier)) {
-      ::emulation::acquire(barrier);
-      copy.run();
-      ::emulation::release(barrier);
-      change_barrier(barrier, 0, -copy.bytes);
-    }
-    BarrierState state;
-    memcpy(&state, barrier, sizeof(state));
-    if (state.phase != parity) break;
-    ::emulation::poll();
-  }
-  ::emulation::acquire(barrier);
+  ::emulation::wait_for_barrier(barrier, parity);
 #endif
 }
 
@@ -203,8 +165,7 @@ DEQCORE_DEVICE int tile_place(int row, int piece) { return row * 128 + (piece ^ 
 
 // Starts copying the tile of `map` that begins at (row, column) to `to`, at a multiple of 1024
 // bytes; zeros beyond the matrix. `barrier` gets kTileBytes.
-DEQCORE_DEVICE void copy_tile(char* to, const TileMap& map, int row, int column,
-                              Barrier* barrier) {
+DEQCORE_DEVICE void copy_tile(char* to, const TileMap& map, int row, int column, Barrier* barrier) {
 #if DEQCORE_ON_HOPPER
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
@@ -214,11 +175,12 @@ DEQCORE_DEVICE void copy_tile(char* to, const TileMap& map, int row, int column,
 #elif defined(__CUDA_ARCH__)
   __trap();
 #elif !defined(__CUDACC__)
-  ::emulation::copy_bulk(barrier, kTileBytes, [=, &map] {
+  const TileMap from = map;
+  ::emulation::copy_bulk(barrier, kTileBytes, [to, from, row, column] {
     for (int i = 0; i < kTileSide; ++i) {
       for (int j = 0; j < kTileSide; ++j) {
-        const bool there = row + i < map.rows && column + j < map.columns;
-        const uint16_t bits = there ? map.from[(row + i) * map.columns + column + j] : 0;
+        const bool there = row + i < from.rows && column + j < from.columns;
+        const uint16_t bits = there ? from.at[(row + i) * from.columns + column + j] : 0;
         memcpy(to + tile_place(i, j / 8) + j % 8 * 2, &bits, sizeof(bits));
       }
     }
@@ -248,7 +210,8 @@ DEQCORE_DEVICE void copy_to_cluster(char* to, const void* from, int bytes, Barri
 #elif defined(__CUDA_ARCH__)
   __trap();
 #elif !defined(__CUDACC__)
-  ::emulation::copy_bulk(barrier, bytes, [=] { memcpy(to, from, static_cast<size_t>(bytes)); });
+  ::emulation::copy_bulk(barrier, bytes,
+                         [to, from, bytes] { memcpy(to, from, static_cast<size_t>(bytes)); });
 #endif
 }
 
@@ -288,17 +251,17 @@ DEQCORE_DEVICE void multiply_tiles_64(float (&c)[32], const char* a, const char*
 #if DEQCORE_ON_HOPPER
   const uint64_t from_a = tile_descriptor(a) + (kTurnedA ? k * 128 : k * 2) / 16;
   const uint64_t from_b = tile_descriptor(b) + (kTurnedB ? k * 128 : k * 2) / 16;
-#define DEQCORE_WGMMA(type)                                                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type                                \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "   \
-               "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "    \
-               "%32, %33, 1, 1, 1, %34, %35;"                                                    \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),         \
-                 "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),       \
-                 "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]),   \
-                 "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),   \
-                 "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),   \
-                 "+f"(c[30]), "+f"(c[31])                                                        \
+#define DEQCORE_WGMMA(type)                                                                    \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type                              \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, " \
+               "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "  \
+               "%32, %33, 1, 1, 1, %34, %35;"                                                  \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]),       \
+                 "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]),     \
+                 "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), \
+                 "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), \
+                 "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), \
+                 "+f"(c[30]), "+f"(c[31])                                                      \
                : "l"(from_a), "l"(from_b), "n"(kTurnedA ? 1 : 0), "n"(kTurnedB ? 1 : 0))
   if constexpr (__is_same(S, BFloat16)) {
     DEQCORE_WGMMA("bf16.bf16");
@@ -335,8 +298,8 @@ inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, i
   static const Encode encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &result);
     if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
     return reinterpret_cast<Encode>(found);
   }();
@@ -344,11 +307,11 @@ inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, i
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride = 2 * sizes[0];
   const cuuint32_t box[2] = {kTileSide, kTileSide}, steps[2] = {1, 1};
-  const CUresult result = encode(
-      map, bfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-      const_cast<void*>(from), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, bfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+             const_cast<void*>(from), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "the driver refuses the tensor map";
 }
 
@@ -394,8 +357,9 @@ const char* launch_clusters(void (*kernel)(Parameters...), int, int64_t clusters
                             int threads, int64_t shared_bytes, Stream,
                             const Arguments&... arguments) {
   constexpr int64_t kAtOnce = 3;
-  return ::emulation::launch(all_at_once && clusters > kAtOnce ? kAtOnce : clusters, threads,
-                             shared_bytes, [&] { kernel(arguments...); }, kHopperShared);
+  return ::emulation::launch(
+      all_at_once && clusters > kAtOnce ? kAtOnce : clusters, threads, shared_bytes,
+      [&] { kernel(arguments...); }, kHopperShared);
 }
 
 #endif

@@ -35,6 +35,9 @@ const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath p
 // The blocks' paths, which masked_linear takes when told to: whether these arguments allow it, and
 // the launcher.
 bool masked_linear_has_blocks(const MaskedLinearArgs& args, Dtype type);
+
+// The same for blocks of 64 on Hopper, given that they are blocks.
+bool masked_linear_has_groups(const MaskedLinearArgs& args);
 int64_t masked_linear_groups_bytes(const MaskedLinearArgs& args);
 const char* masked_linear_groups(const MaskedLinearArgs& args, Dtype type, void* workspace,
                                  void* stream);

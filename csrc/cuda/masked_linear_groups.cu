@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
 // Has the tiles of one tile of y copied in: of x for each group of warps, then of the weight.
 template <typename Sh>
 DEQCORE_DEVICE void fill_ring(const typename Sh::Ring& ring, Place<Sh::kSlots>& place,
-                              const TileMap& x, const Prepared& ready, int64_t group,
-                              int64_t token, int rank) {
+                              const TileMap& x, const Prepared& ready, int64_t group, int64_t token,
+                              int rank) {
   constexpr int kPart = kTileBytes / Sh::kCluster;
   const Visit* const visits = ready.visits + group * ready.across;
   const int count = ready.counts[group];
@@ -165,27 +165,55 @@ DEQCORE_DEVICE void fill_ring(const typename Sh::Ring& ring, Place<Sh::kSlots>& 
     for (int r = 0; r < kGroup; ++r) {
       if (!(visit.mask >> r & 1)) continue;
       Barrier* const full = ring.fill(place, 0);
-      copy_to_cluster<Sh::kCluster>(ring.tile(place) + rank * kPart,
-                                    ready.tiles + int64_t{visit.tiles[r]} * kTileBytes +
-                                        rank * kPart,
-                                    kPart, full);
+      copy_to_cluster<Sh::kCluster>(
+          ring.tile(place) + rank * kPart,
+          ready.tiles + int64_t{visit.tiles[r]} * kTileBytes + rank * kPart, kPart, full);
       place.go_on();
     }
   }
 }
 
-// The sums of 64 tokens and 4 x 64 rows, by one group of warps.
+// Tiles that the last product read, or reads still.
+template <int kSlots>
+struct InUse {
+  Place<kSlots> weight, x;  // x: the first of its visit
+  bool any = false, ends_visit = false;
+};
+
+// All readers empty every place, those of other groups' tokens too, and none before it was filled.
+template <typename Sh>
+DEQCORE_DEVICE void release_x(const typename Sh::Ring& ring, Place<Sh::kSlots> x) {
+#pragma unroll
+  for (int i = 0; i < Sh::kConsumers; ++i, x.go_on()) {
+    ring.await(x);
+    ring.release(x);
+  }
+}
+
+template <typename Sh>
+DEQCORE_DEVICE void release(const typename Sh::Ring& ring, InUse<Sh::kSlots>& used) {
+  if (!used.any) return;
+  ring.release(used.weight);
+  if (used.ends_visit) release_x<Sh>(ring, used.x);
+  used.any = false;
+}
+
+// The sums of 64 tokens and 4 x 64 rows, by one group of warps. A product runs while the next one
+// is made ready.
 template <typename S, typename Sh>
 DEQCORE_DEVICE void add_visits(const typename Sh::Ring& ring, Place<Sh::kSlots>& place, int group,
                                float (&sums)[kGroup][32]) {
+  InUse<Sh::kSlots> used;
   int note;
   do {
-    Place<Sh::kSlots> all_x = place, x = place;
+    const Place<Sh::kSlots> first = place;
+    Place<Sh::kSlots> x = place;
 #pragma unroll
     for (int i = 0; i < Sh::kConsumers; ++i, place.go_on()) {
       if (i < group) x.go_on();
     }
     note = ring.await(x);
+    if (note == kLast) release_x<Sh>(ring, first);  // there is no product
 #pragma unroll
     for (int r = 0; r < kGroup; ++r) {
       if (!(note >> r & 1)) continue;
@@ -196,17 +224,14 @@ DEQCORE_DEVICE void add_visits(const typename Sh::Ring& ring, Place<Sh::kSlots>&
         multiply_tiles_64<S, false, false>(sums[r], ring.tile(x), ring.tile(place), k);
       }
       end_products();
-      wait_for_products<0>();
-      ring.release(place);
+      wait_for_products<1>();
+      release<Sh>(ring, used);
+      used = {place, first, true, (note & (kLast - 1)) >> (r + 1) == 0};
       place.go_on();
     }
-    // All readers empty every place, and none twice before it was filled anew.
-#pragma unroll
-    for (int i = 0; i < Sh::kConsumers; ++i, all_x.go_on()) {
-      ring.await(all_x);
-      ring.release(all_x);
-    }
   } while (!(note & kLast));
+  wait_for_products<0>();
+  release<Sh>(ring, used);
 }
 
 // Writes 64 tokens of 64 rows of y.
@@ -298,6 +323,11 @@ constexpr int kCluster = 1;
 #endif
 
 }  // namespace
+
+bool masked_linear_has_groups(const MaskedLinearArgs& args) {
+  constexpr int64_t kFewTokens = 256;  // with fewer, the tiles do not fill the GPU
+  return args.weight.block == kTileSide && args.weight.kept > 0 && args.tokens >= kFewTokens;
+}
 
 int64_t masked_linear_groups_bytes(const MaskedLinearArgs& args) {
   Pieces pieces(nullptr);

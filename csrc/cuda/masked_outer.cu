@@ -220,7 +220,9 @@ auto with_types(Dtype type, OuterPath path, const Run& run) {
 }  // namespace
 
 OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type) {
-  if (masked_outer_has_blocks(args, type)) return OuterPath::blocks;
+  if (masked_outer_has_blocks(args, type)) {
+    return masked_outer_has_segments(args) && is_hopper() ? OuterPath::segments : OuterPath::blocks;
+  }
   return args.tokens <= 64 ? OuterPath::few : OuterPath::many;
 }
 

@@ -36,6 +36,9 @@ const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path
 // the launcher.
 bool masked_outer_has_blocks(const MaskedOuterArgs& args, Dtype type);
 const char* masked_outer_blocks(const MaskedOuterArgs& args, Dtype type, void* stream);
+
+// The same for blocks of 64 on Hopper, given that they are blocks.
+bool masked_outer_has_segments(const MaskedOuterArgs& args);
 const char* masked_outer_segments(const MaskedOuterArgs& args, Dtype type, void* stream);
 
 }  // namespace deqcore::cuda

@@ -94,8 +94,8 @@ DEQCORE_DEVICE void fill_ring(const Ring& ring, const TileMap& left, const TileM
 }
 
 template <typename S>
-DEQCORE_DEVICE void add_tokens(const Ring& ring, const Segment& segment, int64_t begin,
-                               int64_t end, float (&sums)[kSegment][32]) {
+DEQCORE_DEVICE void add_tokens(const Ring& ring, const Segment& segment, int64_t begin, int64_t end,
+                               float (&sums)[kSegment][32]) {
   Place<kSlots> place;
 #pragma unroll 1
   for (int64_t token = begin; token < end; token += kTileSide) {
@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < kSegment; ++i) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          memcpy(shared_sums(ring, i, j), &sums[i][4 * j], sizeof(Four));
+          const float (&own)[32] = sums[i];
+          *shared_sums(ring, i, j) = {own[4 * j], own[4 * j + 1], own[4 * j + 2], own[4 * j + 3]};
         }
       }
     }
@@ -175,7 +176,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int n = 0; n < 4; ++n) total.at[n] += more.at[n];
           }
-          memcpy(&sums[i][4 * j], &total, sizeof(Four));
+#pragma unroll
+          for (int n = 0; n < 4; ++n) sums[i][4 * j + n] = total.at[n];
         }
       }
       each_eight<S>(sums[i], [&](int m, int n, const Pack<S, 8>& eight) {
@@ -210,6 +212,10 @@ constexpr int kParts = 1;
 #endif
 
 }  // namespace
+
+bool masked_outer_has_segments(const MaskedOuterArgs& args) {
+  return args.entries.block == kTileSide && args.tokens > 0;
+}
 
 const char* masked_outer_segments(const MaskedOuterArgs& args, Dtype type, void* stream) {
   const Stream on = static_cast<Stream>(stream);

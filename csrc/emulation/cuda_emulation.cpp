@@ -71,10 +71,28 @@ struct Fiber {
   int words = 0;
 };
 
+// What a word of start_barrier holds.
+struct Barrier {
+  int16_t due, of_a_phase;  // arrivals
+  int32_t bytes : 31;       // to come
+  uint32_t phase : 1;
+};
+static_assert(sizeof(Barrier) == sizeof(uint64_t));
+
+// Plain memory: ThreadSanitizer would take what the heap does for a race of the kernel.
+struct BulkCopy {
+  uint64_t* barrier;
+  int bytes;
+  void (*run)(const uint64_t*);
+  uint64_t words[6];
+};
+constexpr int kMostBulkCopies = 256;
+
 struct Scheduler {
   std::vector<Fiber> fibers;
   std::vector<int> ready;
-  std::vector<BulkCopy> bulk_copies;  // asked for and not awaited
+  BulkCopy bulk_copies[kMostBulkCopies];  // asked for and not awaited
+  int bulk_count = 0;
   std::vector<void*> old_threads;  // ThreadSanitizer's
   Fiber host;                      // what called launch
   Fiber* running = nullptr;
@@ -238,6 +256,13 @@ void make_ready(Fiber& fiber) {
   scheduler.ready.push_back(fiber.index);
 }
 
+// A barrier in shared memory has changed: who waits at one may look at it again.
+void wake() {
+  for (int i = 0; i < scheduler.threads; ++i) {
+    if (scheduler.fibers[i].wait == Wait::change) make_ready(scheduler.fibers[i]);
+  }
+}
+
 // Lets the block go on if all its threads wait at the barrier.
 void complete_block_barrier() {
   for (const Fiber& fiber : scheduler.fibers) {
@@ -372,10 +397,10 @@ void end_block() {
 #if defined(EMULATION_SECTORS)
   sectors_end_block();
 #endif
-  if (scheduler.error.empty() && !scheduler.bulk_copies.empty()) {
+  if (scheduler.error.empty() && scheduler.bulk_count > 0) {
     fail("block " + std::to_string(block_index.x) + " left with copies that none has awaited");
   }
-  scheduler.bulk_copies.clear();
+  scheduler.bulk_count = 0;
   scheduler.ready.clear();
   for (int i = 0; i < scheduler.threads; ++i) end(scheduler.fibers[i]);
   if (scheduler.old_threads.size() > 4096) destroy_threads();
@@ -434,33 +459,60 @@ std::vector<Copy> take_copies() {
   return copies;
 }
 
-void copy_bulk(void* barrier, int bytes, std::function<void()> run) {
-  scheduler.bulk_copies.push_back({barrier, bytes, std::move(run)});
+void start_barrier(uint64_t* barrier, int arrivals) {
+  const auto count = static_cast<int16_t>(arrivals);
+  const Barrier state{count, count, 0, 0};
+  std::memcpy(barrier, &state, sizeof(state));
+}
+
+void change_barrier(uint64_t* barrier, int arrivals, int bytes_to_come) {
+  arrive_at(barrier);
+  Barrier state;
+  std::memcpy(&state, barrier, sizeof(state));
+  state.due = static_cast<int16_t>(state.due - arrivals);
+  state.bytes = state.bytes + bytes_to_come;
+  if (state.due < 0) complain("arrives at a barrier that has all its arrivals");
+  if (state.due == 0 && state.bytes == 0) {
+    state.due = state.of_a_phase;
+    state.phase ^= 1u;
+  }
+  std::memcpy(barrier, &state, sizeof(state));
   wake();
 }
 
-std::vector<BulkCopy> take_bulk_copies(const void* barrier) {
-  std::vector<BulkCopy> taken, others;
-  for (BulkCopy& copy : scheduler.bulk_copies) {
-    (copy.barrier == barrier ? taken : others).push_back(std::move(copy));
+void wait_for_barrier(uint64_t* barrier, unsigned parity) {
+  for (;;) {
+    for (int i = 0; i < scheduler.bulk_count;) {
+      if (scheduler.bulk_copies[i].barrier != barrier) {
+        ++i;
+        continue;
+      }
+      const BulkCopy copy = scheduler.bulk_copies[i];
+      scheduler.bulk_copies[i] = scheduler.bulk_copies[--scheduler.bulk_count];
+      leave_from(barrier);
+      copy.run(copy.words);
+      change_barrier(barrier, 0, -copy.bytes);
+    }
+    Barrier state;
+    std::memcpy(&state, barrier, sizeof(state));
+    if (state.phase != parity) break;
+    scheduler.running->wait = Wait::change;
+    yield();
   }
-  scheduler.bulk_copies.swap(others);
-  return taken;
+  leave_from(barrier);
 }
 
-void poll() {
-  scheduler.running->wait = Wait::change;
-  yield();
+void copy_bulk(uint64_t* barrier, int bytes, void (*run)(const uint64_t* words),
+               const uint64_t* words, int count) {
+  arrive_at(barrier);  // the copy comes after what its thread has seen
+  if (scheduler.bulk_count == kMostBulkCopies) return complain("has too many copies under way");
+  BulkCopy& copy = scheduler.bulk_copies[scheduler.bulk_count++];
+  copy.barrier = barrier;
+  copy.bytes = bytes;
+  copy.run = run;
+  copy_words(copy.words, words, count);
+  wake();
 }
-
-void wake() {
-  for (int i = 0; i < scheduler.threads; ++i) {
-    if (scheduler.fibers[i].wait == Wait::change) make_ready(scheduler.fibers[i]);
-  }
-}
-
-void release(const void* address) { arrive_at(const_cast<void*>(address)); }
-void acquire(const void* address) { leave_from(const_cast<void*>(address)); }
 
 void sync_block() {
   Fiber& self = *scheduler.running;

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #define __host__
@@ -59,22 +60,25 @@ struct Copy {
 void copy_later(void* to, const void* from);
 std::vector<Copy> take_copies();
 
-// A copy by an engine of its own, which tells a barrier. It may arrive as late as when a thread
-// waits at that barrier; and here does.
-struct BulkCopy {
-  void* barrier;
-  int bytes;
-  std::function<void()> run;
-};
-void copy_bulk(void* barrier, int bytes, std::function<void()> run);
-std::vector<BulkCopy> take_bulk_copies(const void* barrier);
-
-// A thread that waits for what others write: lets them run until one of them calls wake.
-void poll();
-void wake();
-// Happens-before, from each release of an address to the acquires after it.
-void release(const void* address);
-void acquire(const void* address);
+// Hopper's barrier in shared memory, one word (mbarrier): a phase is over when `arrivals` have come
+// and all bytes that were announced. Who waits acquires what was written before it.
+void start_barrier(uint64_t* barrier, int arrivals);
+void change_barrier(uint64_t* barrier, int arrivals, int bytes_to_come);
+void wait_for_barrier(uint64_t* barrier, unsigned parity);
+// A copy by an engine of its own, which then tells the barrier. It may arrive as late as when a
+// thread waits at that barrier; and here does. `run` gets `words`, at most six, back.
+void copy_bulk(uint64_t* barrier, int bytes, void (*run)(const uint64_t* words),
+               const uint64_t* words, int count);
+template <typename Copy>
+void copy_bulk(uint64_t* barrier, int bytes, const Copy& copy) {
+  constexpr int kWords = (sizeof(Copy) + 7) / 8;
+  static_assert(kWords <= 6 && std::is_trivially_copyable_v<Copy>);
+  uint64_t words[kWords] = {};
+  std::memcpy(words, &copy, sizeof(Copy));
+  copy_bulk(
+      barrier, bytes, [](const uint64_t* at) { (*reinterpret_cast<const Copy*>(at))(); }, words,
+      kWords);
+}
 
 void sync_block();
 void sync_warp(unsigned mask);

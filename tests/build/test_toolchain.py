@@ -73,8 +73,8 @@ def test_toolkit_without_headers_is_named(toolkit):
 @pytest.mark.parametrize(
     ("listed", "numbers"),
     [
-        ("", ["sm_80", "sm_90", "compute_90"]),
-        ("9.0", ["sm_90"]),
+        ("", ["sm_80", "sm_90a", "compute_90"]),
+        ("9.0", ["sm_90a"]),
         ("8.0 9.0a+PTX", ["sm_80", "sm_90a", "compute_90a"]),
     ],
 )

@@ -20,6 +20,7 @@ WAYS += [("values' gradient", path) for path in ("many", "few")]
 BLOCK_WAYS = [(name, path) for name in LINEAR for path in ("blocks", "few_blocks")]
 BLOCK_WAYS += [("values' gradient", "blocks")]
 HALVES = [torch.bfloat16, torch.float16]
+TILE_WAYS = [(name, "groups") for name in LINEAR] + [("values' gradient", "segments")]
 
 
 def emulate(emulator: Emulator, name: str, path: str, order: int, case: Case) -> Tensor:
@@ -119,6 +120,44 @@ def test_several_tiles_of_tokens_by_blocks(emulator, name, path, size):
     check_result(name, case, torch.bfloat16, partial(emulate, emulator, name, path, 5))
 
 
+@pytest.mark.parametrize(("name", "path"), TILE_WAYS)
+@settings(max_examples=settings().max_examples // 4)
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+    tokens=st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 129, 300])),
+    sparsity=st.floats(0, 0.9),
+    dtype=st.sampled_from(HALVES),
+    order=ORDERS,
+)
+def test_tiles_of_64_are_as_exact_as_the_reference(
+    emulator, name, path, rows, columns, tokens, sparsity, dtype, order
+):
+    case = make(64 * rows, 64 * columns, tokens, sparsity, structure=64, seed=rows)
+    check_result(name, inexact(case), dtype, partial(emulate, emulator, name, path, order))
+
+
+@pytest.mark.parametrize(("name", "path"), TILE_WAYS)
+def test_rows_of_blocks_without_any_and_full_ones_side_by_side(emulator, name, path):
+    """Groups with no block, a segment of each length, and a column that all rows of a group have."""
+    kept = torch.zeros(10, 6, dtype=torch.bool)
+    kept[4], kept[5, :5], kept[6, 3], kept[7, 3:], kept[9, 0] = True, True, True, True, True
+    mask = kept.repeat_interleave(64, 0).repeat_interleave(64, 1)
+    case = make(*mask.shape, 140, 0.5)
+    pattern = type(case.pattern).from_mask(mask, structure=64)
+    values = torch.randn(pattern.kept, dtype=torch.float64)
+    case = Case(pattern, case.x, values, case.bias, case.grad)
+    check_result(name, case, torch.bfloat16, partial(emulate, emulator, name, path, 2))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_token_depends_on_nothing_but_itself_by_tiles(emulator, name):
+    case = make(128, 192, 200, 0.5, structure=64).to(torch.bfloat16)
+    whole = emulate(emulator, name, "groups", 1, case)
+    part = Case(case.pattern, case.x[70:], case.values, case.bias, case.grad[70:])
+    assert torch.equal(emulate(emulator, name, "groups", 2, part), whole[70:])
+
+
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_a_token_depends_on_nothing_but_itself_by_blocks(emulator, name, size):
@@ -155,9 +194,9 @@ def test_dense_weights_and_back(emulator, rows, columns, sparsity, dtype, order)
 @pytest.mark.parametrize("path", MASKED_PATHS["masked_linear"])
 def test_dropped_weights_are_not_multiplied(emulator, path):
     """0 * inf would be NaN in a dense product."""
-    by_blocks = "blocks" in path
-    case = make(32, 48, 10, 0.5, 16 if by_blocks else None)
-    case = case.to(torch.bfloat16 if by_blocks else torch.float32)
+    size = {"blocks": 16, "few_blocks": 16, "groups": 64}.get(path)
+    case = make(4 * (size or 8), 2 * (size or 24), 10, 0.5, size)
+    case = case.to(torch.bfloat16 if size else torch.float32)
     dropped = ~case.pattern.mask()
     case.x[4, 7] = float("inf")
     y = emulate(emulator, "forward", path, 1, case)
