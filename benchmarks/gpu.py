@@ -15,7 +15,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_bench import Bench
-from benchmarks.gpu_masked import bench_auto, bench_masked, bench_masked_gradient
+from benchmarks.gpu_masked import (
+    bench_auto,
+    bench_few_tokens,
+    bench_masked,
+    bench_masked_gradient,
+)
 from benchmarks.gpu_solvers import (
     bench_accuracy,
     bench_anderson,
@@ -24,6 +29,7 @@ from benchmarks.gpu_solvers import (
     bench_capture,
     check_answers,
 )
+from benchmarks.gpu_training import bench_training
 from benchmarks.harness import Report, header
 
 HERE = Path(__file__).parent
@@ -36,7 +42,9 @@ PARTS = {
     "accuracy": bench_accuracy,
     "masked": bench_masked,
     "masked-gradient": bench_masked_gradient,
+    "few-tokens": bench_few_tokens,
     "auto": bench_auto,
+    "training": bench_training,
 }
 # The gate that a part which breaks off was about.
 GATES_OF = {
@@ -46,7 +54,10 @@ GATES_OF = {
     "broyden": "G5",
     "accuracy": "G6",
     "masked": "S1",
+    "masked-gradient": "S6",
+    "few-tokens": "S7",
     "auto": "S5",
+    "training": "G7",
 }
 
 
@@ -54,6 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
+    parser.add_argument("--previous", type=Path, help="results to show beside the new ones")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small shapes")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]
@@ -66,6 +78,8 @@ def main() -> int:
     bench = Bench(
         Report(), "cpu" if options.rehearse else "cuda", 1 if options.rehearse else 9, 600
     )
+    if options.previous is not None:
+        bench.report.compare_with(options.previous)
     facts = bench.report.facts
     facts["device"] = torch.cuda.get_device_name() if bench.real else "rehearsal on the CPU"
     print(f"{facts['device']}\n{header()}", flush=True)

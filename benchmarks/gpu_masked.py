@@ -1,4 +1,4 @@
-"""S1 to S5: the masked products on a GPU against dense and CSR ones."""
+"""S1 to S7: the masked products on a GPU against dense, CSR and block sparse ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.gpu_bench import Bench
 from deqcore.sparse.functional import Backend
 from deqcore.sparse.pattern import Structure
 
-__all__ = ["bench_auto", "bench_masked", "bench_masked_gradient"]
+__all__ = ["bench_auto", "bench_few_tokens", "bench_masked", "bench_masked_gradient"]
 
 
 def masked_problem(
@@ -41,7 +41,7 @@ def compare_masked(
     gates: dict[str, float],
     backend: Backend = "sparse",
 ) -> None:
-    """masked_linear against F.linear, and against CSR where there is a gate for it."""
+    """masked_linear against F.linear, and against what else has a gate."""
     x, values, pattern, dense = problem
     exact = x.double() @ dense.double().t()
     contestants: dict[str, Callable[[], Tensor]] = {
@@ -51,6 +51,9 @@ def compare_masked(
     if "torch.sparse CSR" in gates:
         csr = dense.to_sparse_csr()
         contestants["torch.sparse CSR"] = lambda: (csr @ x.t()).t()
+    if "torch BSR (Triton)" in gates:
+        bsr = dense.to_sparse_bsr((pattern.block, pattern.block))
+        contestants["torch BSR (Triton)"] = lambda: F.linear(x, bsr)
     floor = 4 * torch.finfo(x.dtype).eps * exact.abs().max()
     ours, theirs = ((run().double() - exact).abs().max() for run in list(contestants.values())[:2])
     if not ours <= 2 * theirs + floor:
@@ -62,15 +65,30 @@ def compare_masked(
 
 def bench_masked(bench: Bench) -> None:
     """S1, S2 and S4: blocks, 2:4 and unstructured against cuBLAS; TF32 is off."""
-    for sparsity, gate in ((0.5, 1.6), (0.8, 4.0), (0.9, 7.0)):
+    for sparsity, gate in ((0.5, 1.3), (0.8, 3.0), (0.9, 5.5)):
         problem = masked_problem(bench, 4096, 8192, sparsity, torch.bfloat16, 64)
-        compare_masked(bench, "S1 blocks of 64", problem, {"F.linear(x, W*M)": gate})
+        gates = {"F.linear(x, W*M)": gate, "torch BSR (Triton)": 1.3}
+        compare_masked(bench, "S1 blocks of 64", problem, gates)
     problem = masked_problem(bench, 8192, 8192, 0.5, torch.bfloat16, "2:4")
     compare_masked(bench, "S2 2:4", problem, {"F.linear(x, W*M)": 1.2})
-    for sparsity, gate in ((0.9, 2.5), (0.95, 5.0), (0.99, 12.0)):
+    for sparsity, gate in ((0.9, 2.0), (0.95, 4.0), (0.99, 12.0)):
         problem = masked_problem(bench, 4096, 8192, sparsity, torch.float32, None)
         gates = {"F.linear(x, W*M)": gate, "torch.sparse CSR": 3.0}
         compare_masked(bench, "S4 unstructured", problem, gates)
+
+
+def bench_few_tokens(bench: Bench) -> None:
+    """S7: unstructured, bfloat16, few tokens, replayed in a graph: the kernels alone."""
+    for tokens in (1, 8, 64):
+        x, values, pattern, dense = masked_problem(bench, 4096, tokens, 0.8, torch.bfloat16, None)
+        contestants = {
+            "deqcore": bench.graphed(
+                partial(deqcore.masked_linear, x, values, pattern, backend="sparse")
+            ),
+            "F.linear(x, W*M)": bench.graphed(partial(F.linear, x, dense)),
+        }
+        name = f"S7 unstructured bfloat16 80% {tokens}x{pattern.shape[1]} (graph)"
+        bench.compare(name, contestants, {"F.linear(x, W*M)": 1.3})
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -82,10 +100,14 @@ def multiply_masked(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def bench_masked_gradient(bench: Bench) -> None:
-    """The values' gradient against the dense weight gradient; there is no gate for it."""
+    """S6: the values' gradient against the dense weight gradient."""
     outer = torch.ops.deqcore.masked_outer
-    for dtype, structure in ((torch.float32, None), (torch.bfloat16, 64)):
-        for sparsity in (0.9, 0.95):
+    for dtype, structure, gates in (
+        (torch.float32, None, (1.3, 2.4)),
+        (torch.bfloat16, None, (None, None)),
+        (torch.bfloat16, 64, (4.0, 7.0)),
+    ):
+        for sparsity, gate in zip((0.9, 0.95), gates, strict=True):
             x, _, pattern, _ = masked_problem(bench, 4096, 8192, sparsity, dtype, structure)
             shape = (*pattern.shape, pattern.block)
             grad = torch.randn_like(x)
@@ -94,7 +116,10 @@ def bench_masked_gradient(bench: Bench) -> None:
                 "dense weight gradient": partial(weight_gradient, grad, x),
             }
             kind = "unstructured" if structure is None else f"blocks of {structure}"
-            bench.compare(f"values' gradient {kind} {pattern.sparsity:.0%}", contestants, {})
+            if (dtype, structure) == (torch.bfloat16, None):
+                kind += " bfloat16"
+            asked = {} if gate is None else {"dense weight gradient": gate}
+            bench.compare(f"S6 values' gradient {kind} {pattern.sparsity:.0%}", contestants, asked)
 
 
 def bench_auto(bench: Bench) -> None:

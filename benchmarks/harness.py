@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -59,8 +60,17 @@ class Result:
 class Report:
     results: list[Result] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    previous: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def compare_with(self, path: Path) -> None:
+        """Show the ratios of an earlier run of the same work beside the new ones."""
+        for row in json.loads(path.read_text())["results"]:
+            self.previous[_without_gate(row["work"]), row["against"]] = row["ratio"]
 
     def add(self, result: Result) -> None:
+        before = self.previous.get((_without_gate(result.work), result.against))
+        if before is not None:
+            result.note = f"{result.note} was {before:.2f}x".strip()
         self.results.append(result)
         print(_line(result), flush=True)
 
@@ -205,6 +215,11 @@ def header() -> str:
         f"{'work':44} {'against':22} {'ratio':>7} {'p10':>7} {'p90':>7} {'gate':>6} "
         f"{'verdict':8} {'ours':>10} {'peer':>11}"
     )
+
+
+def _without_gate(work: str) -> str:
+    """Work is named after its gate, which may have come since."""
+    return re.sub(r"^[GS]\d+ ", "", work)
 
 
 def _line(r: Result) -> str:

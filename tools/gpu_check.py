@@ -38,7 +38,7 @@ SITE = ROOT / "build" / "gpu_check_site"
 # Nothing runs without a build, so it may take long; the tests have what it leaves, to the end.
 SECONDS = {"build": 180, "test": 118, "sanitize": 110, "bench": 120}  # 8 min 48 s
 SHOWN, KEPT = 3_000, 1 << 20  # characters of a step's output on the terminal, and in the log
-GATES = ("G1", "G2", "G3", "G4", "G5", "G6", "S1", "S2", "S4", "S5")
+GATES = ("G1", "G2", "G3", "G4", "G5", "G6", "G7", "S1", "S2", "S4", "S5", "S6", "S7")
 GPU_TESTS = ("gpu_steps", "gpu_masked", "gpu_solves", "capture", "large_offsets", "never_waits")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 REFUSALS = re.compile(
@@ -276,11 +276,23 @@ def bench(check: Check) -> None:
     target = check.out / "gpu_benchmarks.json"
     target.unlink(missing_ok=True)
     required = {} if check.rehearse else {"DEQCORE_KERNELS": "require"}
+    if previous := _previous_results(check):
+        options += ["--previous", str(previous)]
     command = [sys.executable, "-m", "benchmarks.gpu", *options, "--out", str(target)]
     check.run("benchmarks", command, env=required)
     results = json.loads(_read(str(target)) or "{}")
     for gate, verdict in gate_verdicts(results).items():
         check.add(Step(f"gate {gate}", verdict, 0))
+
+
+def _previous_results(check: Check) -> Path | None:
+    """The newest committed results of this kind of GPU."""
+    found = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*_benchmarks.json")):
+        results = json.loads(path.read_text())
+        if results["facts"].get("device") == check.facts["gpu"]:
+            found.append((results["machine"].get("date", ""), path.stat().st_mtime, path))
+    return max(found)[2] if found else None
 
 
 def gate_verdicts(results: dict[str, Any]) -> dict[str, str]:

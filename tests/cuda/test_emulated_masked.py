@@ -139,7 +139,7 @@ def test_tiles_of_64_are_as_exact_as_the_reference(
 
 @pytest.mark.parametrize(("name", "path"), TILE_WAYS)
 def test_rows_of_blocks_without_any_and_full_ones_side_by_side(emulator, name, path):
-    """Groups with no block, a segment of each length, and a column that all rows of a group have."""
+    """Groups with no block, segments of each length, a column that a whole group has."""
     kept = torch.zeros(10, 6, dtype=torch.bool)
     kept[4], kept[5, :5], kept[6, 3], kept[7, 3:], kept[9, 0] = True, True, True, True, True
     mask = kept.repeat_interleave(64, 0).repeat_interleave(64, 1)
