@@ -53,20 +53,17 @@ def bench_training(bench: Bench) -> None:
         with torch.enable_grad():
             contestants = {
                 "deqcore": our_step(cell, x),
-                "deqcore, not captured": our_step(cell, x, **{"capture": False} if False else {}),
                 "torchdeq": torchdeq_step(cell, x),
             }
             gates = {} if gate is None else {"torchdeq": gate}
             bench.compare(f"G7 training step {name}", contestants, gates)
 
 
-def our_step(cell: nn.Module, x: Tensor, **options: bool) -> Callable[[], None]:
+def our_step(cell: nn.Module, x: Tensor) -> Callable[[], None]:
     solver = deqcore.Anderson(
         memory=5, max_steps=EVALUATIONS, check_every=0, rtol=0.0, atol=0.0, patience=10**6
     )
-    layer = deqcore.ImplicitLayer(
-        cell, solver=solver, adjoint=deqcore.Implicit(solver=solver), **options
-    )
+    layer = deqcore.ImplicitLayer(cell, solver=solver, adjoint=deqcore.Implicit(solver=solver))
 
     def step() -> None:
         value = layer(x)

@@ -298,8 +298,13 @@ inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, i
   static const Encode encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
     const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
                                                                12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
     if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) found = nullptr;
     return reinterpret_cast<Encode>(found);
   }();
