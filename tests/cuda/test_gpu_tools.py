@@ -13,7 +13,7 @@ import torch
 from benchmarks import gpu as gpu_benchmarks
 from benchmarks import gpu_solvers
 from benchmarks.gpu_bench import Bench
-from benchmarks.harness import Report
+from benchmarks.harness import Report, Result
 from deqcore import _kernels
 from tools import cuda_build, gpu_check
 
@@ -161,12 +161,24 @@ def test_each_gate_has_a_verdict_measured_or_not():
         "G4": "met",
         "G5": "not measured; ModuleNotFoundError: torchdeq",
         "G6": "not measured",
+        "G7": "not measured",
         "S1": "met",
-        "S2": "not measured",
-        "S4": "not measured",
-        "S5": "not measured",
+        **{f"S{number}": "not measured" for number in (2, 4, 5, 6, 7)},
     }
     assert set(gpu_check.gate_verdicts({}).values()) == {"not measured"}
+
+
+def test_earlier_ratios_stand_beside_the_new_ones(tmp_path, capsys):
+    """Also where the work has got a gate, and so its name in front, since."""
+    report = Report()
+    report.add(Result("steps 1x2", "peer", 2.0, 1.9, 2.1, 1.0, 2.0, "us"))
+    report.write(tmp_path / "before.json")
+    later = Report()
+    later.compare_with(tmp_path / "before.json")
+    later.add(Result("G3 steps 1x2", "peer", 3.0, 2.9, 3.1, 1.0, 3.0, "us", gate=2.5))
+    later.add(Result("G3 steps 1x2", "another peer", 3.0, 2.9, 3.1, 1.0, 3.0, "us"))
+    assert [result.note for result in later.results] == ["was 2.00x", ""]
+    assert "was 2.00x" in capsys.readouterr().out
 
 
 def test_a_benchmark_goes_on_without_a_peer_and_after_a_part_that_fails(monkeypatch, tmp_path):
