@@ -94,10 +94,10 @@ def _demangle(names: list[str]) -> list[str]:
     done = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
     )
-    return [_short(name) for name in done.stdout.splitlines()]
+    return [short_name(name) for name in done.stdout.splitlines()]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """Without return type, namespaces and parameters."""
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     name = re.sub(r"\(deqcore.*|\((unsigned )?(long|int).*", "", name)

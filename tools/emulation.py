@@ -201,6 +201,7 @@ class Emulator:
     """The kernels in this process."""
 
     def __init__(self, library: Path) -> None:
+        self.library = library
         self._library = ctypes.CDLL(str(library))
         self._library.emulate.restype = ctypes.c_char_p
         self.traffic = Traffic(0, 0, 0, 0)

@@ -38,6 +38,7 @@ KINDS = ("load", "store", "copy")
 # The tensors of an op in the order in which emulate.cpp reads them.
 _ROWS = ("status", "counters", "residuals", "remaining")
 _ENTRIES = ("offsets", "columns", "position")
+BY_BLOCKS = ("blocks", "few_blocks", "groups", "segments")  # paths
 POINTERS = {
     "anderson_step": (
         *("x", "f", "damping", "g_ring", "h_ring", "gram", "best", "x_next", "z_next"),
@@ -51,8 +52,9 @@ POINTERS = {
 }
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 HOT = 0.02  # share of a kernel's sectors from which on a place matters
-_SERVANTS = re.compile(r"(/pack\.cuh|/async_copy\.cuh|/emulation/.*):")  # of who asks for it
-_ARRIVES = re.compile(r"/async_copy\.cuh:")  # a copy, counted when it was asked for
+_SERVANTS = re.compile(r"(/pack\.cuh|/async_copy\.cuh|/hopper\.cuh|/emulation/.*):")
+_ARRIVES = re.compile(r"/(async_copy|hopper)\.cuh:")  # a copy, counted when it was asked for
+_LAUNCH = re.compile(r"::launch\w*<")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,6 @@ class SectorCounter(Emulator):
 
     def __init__(self, library: Path) -> None:
         super().__init__(library)
-        self._path = library
         self._names: dict[int, tuple[str, str]] = {}
         self._library.emulate_sectors.restype = ctypes.c_int64
         self.counts: dict[Place, Count] = {}
@@ -129,14 +130,14 @@ class SectorCounter(Emulator):
             return
         # What returns to an address was called from before it.
         text = "\n".join(hex(code - 1) for code in unknown)
-        command = ["addr2line", "-f", "-C", "-e", str(self._path)]
+        command = ["addr2line", "-f", "-C", "-e", str(self.library)]
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
         lines = done.stdout.splitlines()
         self._names |= dict(zip(unknown, zip(lines[::2], lines[1::2], strict=True), strict=True))
 
     def _place(self, kind: str, tensor: str, codes: Sequence[int]) -> Place:
         frames = [self._names[code] for code in codes]  # innermost first
-        launch = next(i for i, (name, _) in enumerate(frames) if "::launch<" in name)
+        launch = next(i for i, (name, _) in enumerate(frames) if _LAUNCH.search(name))
         own = frames[:launch]
         line = next((line for _, line in own if not _SERVANTS.search(line)), own[-1][1])
         path, number = line.split(" ")[0].rsplit(":", 1)
@@ -202,7 +203,7 @@ def _products() -> dict[str, Callable[[SectorCounter], Any]]:
     found: dict[str, Callable[[SectorCounter], Any]] = {}
     for op, what in (("masked_linear", "forward"), ("masked_outer", "values' gradient")):
         for path in MASKED_PATHS[op]:
-            blocks = "blocks" in path
+            blocks = path in BY_BLOCKS
             # So many kept entries that what follows them in a workspace begins within a sector.
             tokens = 64 if path.startswith("few") else 256
             columns, sparsity, block = (512, 0.5, 64) if blocks else (544, 0.9, None)

@@ -77,6 +77,7 @@ using Stream = void*;
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
                    Stream, const Arguments&... arguments) {
+  ::emulation::note_kernel(reinterpret_cast<const void*>(kernel));
   return ::emulation::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 

@@ -176,6 +176,11 @@ DEQCORE_DEVICE void copy_tile(char* to, const TileMap& map, int row, int column,
   __trap();
 #elif !defined(__CUDACC__)
   const TileMap from = map;
+  for (int i = 0; i < kTileSide && row + i < from.rows; ++i) {
+    const int64_t left = from.columns - column;
+    ::emulation::note_copy(from.at + (row + i) * from.columns + column,
+                           2 * static_cast<int>(left < kTileSide ? left : kTileSide));
+  }
   ::emulation::copy_bulk(barrier, kTileBytes, [to, from, row, column] {
     for (int i = 0; i < kTileSide; ++i) {
       for (int j = 0; j < kTileSide; ++j) {
@@ -210,6 +215,7 @@ DEQCORE_DEVICE void copy_to_cluster(char* to, const void* from, int bytes, Barri
 #elif defined(__CUDA_ARCH__)
   __trap();
 #elif !defined(__CUDACC__)
+  ::emulation::note_copy(from, bytes);
   ::emulation::copy_bulk(barrier, bytes,
                          [to, from, bytes] { memcpy(to, from, static_cast<size_t>(bytes)); });
 #endif
@@ -362,6 +368,7 @@ const char* launch_clusters(void (*kernel)(Parameters...), int, int64_t clusters
                             int threads, int64_t shared_bytes, Stream,
                             const Arguments&... arguments) {
   constexpr int64_t kAtOnce = 3;
+  ::emulation::note_kernel(reinterpret_cast<const void*>(kernel));
   return ::emulation::launch(
       all_at_once && clusters > kAtOnce ? kAtOnce : clusters, threads, shared_bytes,
       [&] { kernel(arguments...); }, kHopperShared);

@@ -36,7 +36,8 @@ namespace emulation {
 
 Index thread_index, block_index, block_size, grid_size;
 Traffic traffic;
-int64_t launches = 0;
+std::vector<Launch> launches;
+bool only_launches = false;
 uint64_t seed = 0;
 
 namespace {
@@ -97,6 +98,7 @@ struct Scheduler {
   Fiber host;                      // what called launch
   Fiber* running = nullptr;
   int threads = 0;
+  const void* noted = nullptr;  // kernel of the next launch
   const std::function<void()>* kernel = nullptr;
   double* shared = nullptr;
   uint64_t random = 1;
@@ -446,10 +448,14 @@ unsigned meetings() {
   return self.block_barriers + self.warp_barriers + self.operations;
 }
 
-void copy_later(void* to, const void* from) {
+void note_copy([[maybe_unused]] const void* from, [[maybe_unused]] int bytes) {
 #if defined(EMULATION_SECTORS)
-  if (from != nullptr) sectors_copy(from, 16);
+  sectors_copy(from, bytes);
 #endif
+}
+
+void copy_later(void* to, const void* from) {
+  if (from != nullptr) note_copy(from, 16);
   scheduler.running->copies.push_back({to, from});
 }
 
@@ -560,9 +566,11 @@ const uint64_t* gather_warp(const uint64_t* own, int words) {
 
 void complain(const char* what) { fail(name_of(scheduler.running->index) + " " + what); }
 
+void note_kernel(const void* kernel) { scheduler.noted = kernel; }
+
 const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
                    const std::function<void()>& kernel, int64_t most_shared) {
-  ++launches;
+  launches.push_back({scheduler.noted, blocks, threads, shared_bytes});
   scheduler.error.clear();
   scheduler.threads = threads;
   scheduler.kernel = &kernel;
@@ -570,6 +578,7 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
   if (blocks > INT32_MAX || threads > 1024 || threads % kWarp != 0 || shared_bytes > most_shared) {
     return "a launch that no GPU would take";
   }
+  if (only_launches) return nullptr;
   while (static_cast<int>(scheduler.fibers.size()) < threads) scheduler.fibers.emplace_back();
   for (int i = 0; i < threads; ++i) scheduler.fibers[i].index = i;
   block_size = {static_cast<unsigned>(threads), 1, 1};

@@ -38,7 +38,17 @@ struct Traffic {
 extern Traffic traffic;
 void count_read(int bytes, bool again);
 void count_write(int bytes);
-extern int64_t launches;
+
+// What has been launched.
+struct Launch {
+  const void* kernel;
+  int64_t blocks, threads, shared_bytes;
+};
+extern std::vector<Launch> launches;
+// Which kernel the next launch is of; it is only kept.
+void note_kernel(const void* kernel);
+// Kernels are launched and not run.
+extern bool only_launches;
 
 // Decides the order of blocks and threads.
 extern uint64_t seed;
@@ -51,6 +61,10 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
 
 // The block's shared memory: exactly the bytes of the launch, so that a sanitizer sees their end.
 double* shared_doubles();
+
+// For the count of sectors: a copy to shared memory reads these neighbouring bytes. copy_later says
+// so itself.
+void note_copy(const void* from, int bytes);
 
 // A copy to shared memory that may arrive as late as when its thread waits for it; and here does.
 struct Copy {

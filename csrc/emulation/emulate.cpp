@@ -1,5 +1,7 @@
 // The CUDA kernels behind a C interface, for tests: as a library (ctypes), and as a program that
 // runs one case from a file, which is how the sanitizers see them.
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -74,10 +76,16 @@ struct Reader {
   }
 };
 
+// A path by its number, or the library's own choice where there is no such number.
+template <typename P>
+P path_of(int64_t number, P own) {
+  return number < 0 ? own : static_cast<P>(number);
+}
+
 const char* run_anderson(Reader in) {
   AndersonArgs args{};
   args.type = static_cast<Dtype>(in.integer());
-  const auto path = static_cast<cuda::Path>(in.integer());
+  const int64_t number = in.integer();
   args.x = in.pointer<void>();
   args.f = in.pointer<void>();
   args.damping = in.pointer<double>();
@@ -98,6 +106,7 @@ const char* run_anderson(Reader in) {
   args.options.restart = in.integer();
   args.options.safeguard = in.real();
   args.options.max_weight = in.real();
+  const cuda::Path path = path_of(number, cuda::anderson_path(args));
   const Workspace workspace(cuda::anderson_workspace_bytes(args, path));
   return cuda::anderson_step(args, path, workspace.get(), nullptr);
 }
@@ -105,7 +114,7 @@ const char* run_anderson(Reader in) {
 const char* run_broyden(Reader in) {
   BroydenArgs args{};
   args.type = static_cast<Dtype>(in.integer());
-  const auto path = static_cast<cuda::Path>(in.integer());
+  const int64_t number = in.integer();
   args.x = in.pointer<void>();
   args.f = in.pointer<void>();
   args.damping = in.pointer<double>();
@@ -122,13 +131,14 @@ const char* run_broyden(Reader in) {
   args.damping_length = in.integer();
   args.limits = in.limits();
   args.narrow = in.integer() != 0;
+  const cuda::Path path = path_of(number, cuda::broyden_path(args));
   const Workspace workspace(cuda::broyden_workspace_bytes(args, path));
   return cuda::broyden_step(args, path, workspace.get(), nullptr);
 }
 
 const char* run_masked_linear(Reader in) {
   const auto type = static_cast<Dtype>(in.integer());
-  const auto path = static_cast<cuda::LinearPath>(in.integer());
+  const int64_t number = in.integer();
   cuda::MaskedLinearArgs args{};
   args.x = in.pointer<void>();
   args.values = in.pointer<void>();
@@ -136,19 +146,21 @@ const char* run_masked_linear(Reader in) {
   args.y = in.pointer<void>();
   args.weight = in.pattern();
   args.tokens = in.integer();
+  const cuda::LinearPath path = path_of(number, cuda::masked_linear_path(args, type));
   const Workspace workspace(cuda::masked_linear_workspace_bytes(args, type, path));
   return cuda::masked_linear(args, type, path, workspace.get(), nullptr);
 }
 
 const char* run_masked_outer(Reader in) {
   const auto type = static_cast<Dtype>(in.integer());
-  const auto path = static_cast<cuda::OuterPath>(in.integer());
+  const int64_t number = in.integer();
   cuda::MaskedOuterArgs args{};
   args.left = in.pointer<void>();
   args.right = in.pointer<void>();
   args.values = in.pointer<void>();
   args.entries = in.pattern();
   args.tokens = in.integer();
+  const cuda::OuterPath path = path_of(number, cuda::masked_outer_path(args, type));
   const Workspace workspace(cuda::masked_outer_workspace_bytes(args, type, path));
   return cuda::masked_outer(args, type, path, workspace.get(), nullptr);
 }
@@ -170,7 +182,7 @@ extern "C" const char* emulate(const char* op, uint64_t seed, void** pointers, c
                                const double* doubles) {
   emulation::seed = seed;
   emulation::traffic = {};
-  emulation::launches = 0;
+  emulation::launches.clear();
   const Reader in{pointers, ints, doubles};
   if (std::strcmp(op, "anderson_step") == 0) return run_anderson(in);
   if (std::strcmp(op, "broyden_step") == 0) return run_broyden(in);
@@ -183,10 +195,31 @@ extern "C" const char* emulate(const char* op, uint64_t seed, void** pointers, c
 
 // Of the last step: launches; bytes of state read, read again from a cache, written.
 extern "C" void emulate_statistics(int64_t* out) {
-  out[0] = emulation::launches;
+  out[0] = static_cast<int64_t>(emulation::launches.size());
   out[1] = emulation::traffic.read;
   out[2] = emulation::traffic.again;
   out[3] = emulation::traffic.written;
+}
+
+// From now on kernels are launched and not run, or run again.
+extern "C" void emulate_only_launches(int only) { emulation::only_launches = only != 0; }
+
+// Of the last step, for each launch: where its kernel lies, from the library's beginning on;
+// blocks, threads and bytes of dynamic shared memory. Returns how many numbers that makes; it
+// writes no more than there is room for.
+extern "C" int64_t emulate_launches(int64_t* out, int64_t room) {
+  Dl_info library{};
+  dladdr(reinterpret_cast<const void*>(&emulate_launches), &library);
+  const auto base = reinterpret_cast<uintptr_t>(library.dli_fbase);
+  int64_t count = 0;
+  for (const emulation::Launch& one : emulation::launches) {
+    const int64_t kernel = static_cast<int64_t>(reinterpret_cast<uintptr_t>(one.kernel) - base);
+    for (const int64_t number : {kernel, one.blocks, one.threads, one.shared_bytes}) {
+      if (count < room) out[count] = number;
+      ++count;
+    }
+  }
+  return count;
 }
 
 #if defined(EMULATION_PROGRAM)
