@@ -45,7 +45,7 @@ test-ref: setup
 	    --ignore=tests/build --ignore=tests/ops --ignore=tests/lion --ignore=tests/cuda
 
 test-portable: setup
-	DEQCORE_CPU_ISA=portable $(PYTEST) tests/ops
+	DEQCORE_CPU_ISA=portable $(PYTEST) tests/ops -k "not emulated"
 
 # The CUDA kernels as host code, against the oracle and under sanitizers: a part of `make test`.
 emulation: setup

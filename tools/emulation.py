@@ -70,13 +70,24 @@ class Flavour:
     runtime_flags: tuple[str, ...] = ()
     link_flags: tuple[str, ...] = ()
     program: bool = True
+    bindings: bool = False  # with csrc/cuda/*.cpp and LibTorch, in place of the C interface
 
 
 _ADDRESS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _THREAD = ("-O1", "-fsanitize=thread")
 _SECTORS = "-DEMULATION_SECTORS"
+_TORCH = Path(torch.__file__).parent
+_TORCH_LIBRARIES = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
+# As build_backend/native.py has it: the oldest torch whose ABI is used, and nothing exported.
+_BINDING = (
+    *("-O1", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+    *("-DEMULATION_BINDINGS", f"-isystem{_TORCH / 'include'}"),
+)
 FLAVOURS = {
     "library": Flavour(("-O2",), ("-O2",), link_flags=("-shared",), program=False),
+    "bindings": Flavour(
+        ("-O2",), ("-O2",), ("-shared", *_TORCH_LIBRARIES), program=False, bindings=True
+    ),
     "address": Flavour(_ADDRESS, (*_ADDRESS, "-DEMULATION_ASAN"), _ADDRESS),
     # The scheduler is not instrumented: it tells ThreadSanitizer about the kernel's barriers.
     "thread": Flavour(_THREAD, ("-O2", "-DEMULATION_TSAN"), _THREAD),
@@ -111,13 +122,16 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
         objects: list[Path] = []
         commands: list[tuple[list[str], Path]] = []
         program = ["-DEMULATION_PROGRAM"] if how.program else []
-        for name in (*KERNELS, "emulation/emulate.cpp", *RUNTIME):
+        for name in (*KERNELS, *_callers(how, sources), *RUNTIME):
             flags = how.runtime_flags if name in RUNTIME else how.kernel_flags
+            if how.bindings and name.endswith(".cpp") and name not in RUNTIME:
+                flags = _BINDING
             language = ["-x", "c++"] if name.endswith(".cu") else []
             options = [*FLAGS, *flags, *program, f"-I{sources.name}", *language]
             command = [*compiler, *options, "-c", f"{sources.name}/{name}"]
             # By content, so that a copy of the sources with one change compiles what has changed.
-            key = hashlib.sha256(repr((command, _contents(sources, name))).encode()).hexdigest()
+            content = (torch.__version__, command, _contents(sources, name))
+            key = hashlib.sha256(repr(content).encode()).hexdigest()
             objects.append(kept / f"{Path(name).stem}-{key[:16]}.o")
             if not objects[-1].exists():
                 commands.append((command, objects[-1]))
@@ -128,9 +142,18 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
         with ThreadPoolExecutor(_processors()) as pool:
             list(pool.map(compile_one, commands))
         made = Path(scratch) / "made"
-        _run([*compiler, *how.link_flags, *map(str, objects), "-o", str(made)], sources.parent)
+        link = [*compiler, *map(str, objects), *how.link_flags, *_extra_link_flags()]
+        _run([*link, "-o", str(made)], sources.parent)
         made.replace(target)  # at once, for test workers that build the same
     return target
+
+
+def _callers(how: Flavour, sources: Path) -> list[str]:
+    """The sources by which the kernels are called."""
+    if not how.bindings:
+        return ["emulation/emulate.cpp"]
+    bindings = sorted(path.name for path in (sources / "cuda").glob("*.cpp"))
+    return [*(f"cuda/{name}" for name in bindings), "emulation/bindings.cpp"]
 
 
 def _compiler() -> list[str]:
@@ -140,12 +163,17 @@ def _compiler() -> list[str]:
     return ["ccache", *words] if shutil.which("ccache") and "ccache" not in words[0] else words
 
 
+def _extra_link_flags() -> list[str]:
+    return shlex.split(os.environ.get("LDFLAGS", ""))
+
+
 def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def _fingerprint(sources: Path, compiler: list[str], how: Flavour) -> str:
-    digest = hashlib.sha256(repr((compiler, FLAGS, how)).encode())
+    asked = (torch.__version__, compiler, FLAGS, how, _BINDING, _extra_link_flags())
+    digest = hashlib.sha256(repr(asked).encode())
     for part in ("cuda", "ops", "emulation"):
         for path in sorted((sources / part).iterdir()):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -26,8 +26,6 @@ void anderson_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, c
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deqcore, CUDA, m) {
-  m.impl("anderson_step", TORCH_BOX(&anderson_step_op));
-}
+DEQCORE_CUDA_BINDINGS(m) { m.impl("anderson_step", TORCH_BOX(&anderson_step_op)); }
 
 }  // namespace deqcore::cuda

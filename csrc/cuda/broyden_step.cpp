@@ -25,6 +25,6 @@ void broyden_step_op(const Tensor& x, const Tensor& f, const Tensor& damping, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deqcore, CUDA, m) { m.impl("broyden_step", TORCH_BOX(&broyden_step_op)); }
+DEQCORE_CUDA_BINDINGS(m) { m.impl("broyden_step", TORCH_BOX(&broyden_step_op)); }
 
 }  // namespace deqcore::cuda

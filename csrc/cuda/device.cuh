@@ -82,7 +82,7 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
 }
 
 inline const char* check_gpu() { return nullptr; }
-inline bool is_hopper() { return false; }  // a path is chosen by who emulates
+inline bool is_hopper() { return ::emulation::hopper; }
 
 inline void count_read(int bytes, bool again) { ::emulation::count_read(bytes, again); }
 inline void count_write(int bytes) { ::emulation::count_write(bytes); }

@@ -14,7 +14,7 @@ Tensor masked_to_dense_op(const Tensor& values, const Tensor& pattern, int64_t r
   const auto [type, entries] = masked_to_dense_operands(values, pattern, rows, columns);
   const OnDeviceOf device(values);
   const Tensor kept = torch::stable::contiguous(values);
-  Tensor dense = torch::stable::new_empty(values, {rows, columns});
+  Tensor dense = new_beside(values, {rows, columns});
   check_launch("masked_to_dense", masked_to_dense(entries, kept.const_data_ptr(),
                                                   dense.mutable_data_ptr(), type, device.stream()));
   return dense;
@@ -25,7 +25,7 @@ Tensor masked_from_dense_op(const Tensor& dense, const Tensor& pattern) {
   const auto [type, entries] = masked_from_dense_operands(dense, pattern);
   const OnDeviceOf device(dense);
   const Tensor source = torch::stable::contiguous(dense);
-  Tensor values = torch::stable::new_empty(dense, {entries.kept});
+  Tensor values = new_beside(dense, {entries.kept});
   check_launch("masked_from_dense",
                masked_from_dense(entries, source.const_data_ptr(), values.mutable_data_ptr(), type,
                                  device.stream()));
@@ -34,7 +34,7 @@ Tensor masked_from_dense_op(const Tensor& dense, const Tensor& pattern) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deqcore, CUDA, m) {
+DEQCORE_CUDA_BINDINGS(m) {
   m.impl("masked_to_dense", TORCH_BOX(&masked_to_dense_op));
   m.impl("masked_from_dense", TORCH_BOX(&masked_from_dense_op));
 }

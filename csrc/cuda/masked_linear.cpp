@@ -20,7 +20,7 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
   const OnDeviceOf device(x);
   const Tensor inputs = contiguous_and_aligned(x), kept = contiguous_and_aligned(values);
   if (bias) bias = torch::stable::contiguous(*bias);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.rows});
+  Tensor y = new_beside(x, {x.size(0), weight.rows});
   const MaskedLinearArgs args{
       .x = inputs.const_data_ptr(),
       .values = kept.const_data_ptr(),
@@ -37,8 +37,6 @@ Tensor masked_linear_op(const Tensor& x, const Tensor& values, const Tensor& pat
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deqcore, CUDA, m) {
-  m.impl("masked_linear", TORCH_BOX(&masked_linear_op));
-}
+DEQCORE_CUDA_BINDINGS(m) { m.impl("masked_linear", TORCH_BOX(&masked_linear_op)); }
 
 }  // namespace deqcore::cuda

@@ -14,7 +14,7 @@ Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pa
   const auto [type, entries] = masked_outer_operands(left, right, pattern, rows, columns, block);
   const OnDeviceOf device(left);
   const Tensor lefts = contiguous_and_aligned(left), rights = contiguous_and_aligned(right);
-  Tensor values = torch::stable::new_empty(left, {entries.kept});
+  Tensor values = new_beside(left, {entries.kept});
   const MaskedOuterArgs args{
       .left = lefts.const_data_ptr(),
       .right = rights.const_data_ptr(),
@@ -30,6 +30,6 @@ Tensor masked_outer_op(const Tensor& left, const Tensor& right, const Tensor& pa
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(deqcore, CUDA, m) { m.impl("masked_outer", TORCH_BOX(&masked_outer_op)); }
+DEQCORE_CUDA_BINDINGS(m) { m.impl("masked_outer", TORCH_BOX(&masked_outer_op)); }
 
 }  // namespace deqcore::cuda

@@ -1,10 +1,15 @@
-// What the CUDA bindings share: the device and stream of a launch, its scratch memory, its errors.
+// What the CUDA bindings share: their tensors' device, their scratch memory, a launch's errors.
 #pragma once
 
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 
+#if defined(EMULATION_BINDINGS)
+#include "emulation/torch_device.h"
+#else
+#include "cuda/torch_device.h"
+#endif
 #include "ops/tensor_checks.h"
 #include "ops/torch.h"
 
@@ -12,31 +17,21 @@ namespace deqcore::cuda {
 
 // Names a tensor that is elsewhere: its memory would be an illegal address in the kernel.
 inline void check_device(const Tensor& x, std::initializer_list<const Tensor*> others) {
+  const int32_t gpu = gpu_of(x);
+  DEQCORE_CHECK(gpu >= 0, "expected all tensors on one GPU, got the first one, of shape ",
+                shape_text(x), ", on the CPU");
   for (const Tensor* other : others) {
-    DEQCORE_CHECK(other->is_cuda() && other->get_device_index() == x.get_device_index(),
-                  "expected all tensors on one GPU, that of x (cuda:", x.get_device_index(),
+    const int32_t its = gpu_of(*other);
+    DEQCORE_CHECK(its == gpu, "expected all tensors on one GPU, that of x (cuda:", gpu,
                   "), got one of shape ", shape_text(*other), " on ",
-                  other->is_cuda() ? "another GPU" : "the CPU");
+                  its < 0 ? "the CPU" : "another GPU");
   }
 }
 
 // The numbers of a step are read before the launch.
 inline void check_on_host(const Tensor& options) {
-  DEQCORE_CHECK(options.is_cpu(), "options: expected a tensor on the CPU");
+  DEQCORE_CHECK(is_on_host(options), "options: expected a tensor on the CPU");
 }
-
-// Makes the tensor's device current, and finds its current stream.
-class OnDeviceOf {
- public:
-  explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
-  }
-  void* stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
 
 // x itself, or a copy: its elements side by side and, for packs of them, at a multiple of 16 bytes.
 inline Tensor contiguous_and_aligned(const Tensor& x) {
@@ -45,12 +40,12 @@ inline Tensor contiguous_and_aligned(const Tensor& x) {
   return aligned ? whole : torch::stable::clone(whole);
 }
 
-// Device memory from torch's allocator, which gives it back in the order of the stream.
+// Device memory for the time of a launch.
 class Workspace {
  public:
   Workspace(const Tensor& x, int64_t bytes) {
-    if (bytes == 0) return;
-    tensor_ = torch::stable::new_empty(x, {(bytes + 7) / 8}, ScalarType::Double);
+    const int64_t size = x.element_size();
+    if (bytes > 0) tensor_ = new_beside(x, {(bytes + size - 1) / size});
   }
   void* get() const { return tensor_ ? tensor_->mutable_data_ptr() : nullptr; }
 
@@ -59,7 +54,7 @@ class Workspace {
 };
 
 inline void check_launch(const char* op, const char* error) {
-  DEQCORE_CHECK(error == nullptr, "deqcore::", op, ": ", error);
+  if (error != nullptr) fail("deqcore::", op, ": ", error);
 }
 
 }  // namespace deqcore::cuda

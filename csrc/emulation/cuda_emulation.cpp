@@ -39,6 +39,8 @@ Traffic traffic;
 std::vector<Launch> launches;
 bool only_launches = false;
 uint64_t seed = 0;
+const char* refusal = nullptr;
+bool hopper = false;
 
 namespace {
 
@@ -570,6 +572,7 @@ void note_kernel(const void* kernel) { scheduler.noted = kernel; }
 
 const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
                    const std::function<void()>& kernel, int64_t most_shared) {
+  if (refusal != nullptr) return refusal;
   launches.push_back({scheduler.noted, blocks, threads, shared_bytes});
   scheduler.error.clear();
   scheduler.threads = threads;

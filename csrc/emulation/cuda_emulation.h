@@ -53,6 +53,11 @@ extern bool only_launches;
 // Decides the order of blocks and threads.
 extern uint64_t seed;
 
+// What every launch answers in place of running its kernel; null: it runs.
+extern const char* refusal;
+
+extern bool hopper;  // whether the emulated GPU is one
+
 // Runs a kernel; null, or what it did wrong (valid until the next launch).
 // `most_shared`: bytes of shared memory that a block may have, by default what sm_80 gives.
 constexpr int64_t kMostShared = 99 * 1024;

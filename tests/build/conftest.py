@@ -17,7 +17,17 @@ def sdist(tmp_path_factory) -> Path:
     """Made in a copy: setuptools writes into the tree, where other tests may be building too."""
     copy, folder = tmp_path_factory.mktemp("copy") / "deqcore", tmp_path_factory.mktemp("sdist")
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
-    for name in ("csrc", "deqcore", "lion_models", "build_backend", "tests", "docs", "examples"):
+    names = (
+        "csrc",
+        "deqcore",
+        "lion_models",
+        "build_backend",
+        "tests",
+        "tools",
+        "docs",
+        "examples",
+    )
+    for name in names:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
     for path in filter(Path.is_file, ROOT.iterdir()):

@@ -9,17 +9,15 @@ from hypothesis import strategies as st
 
 from deqcore import _kernels
 from deqcore.ops._rows import ACTIVE, BEST_STEP, COUNTERS, HISTORY, MIXED, STEPS, Rows
+from tests.support.kernels import check_against_float64
 from tests.support.problems import equal, generator
 from tests.support.step_cases import StepCase, anderson_case, ring_steps
 from tests.support.step_checks import (
     check_frozen_rows_untouched,
-    check_kernel_against_float64,
     check_opcheck,
     check_refuses_autograd,
-    require_kernels,
 )
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MEMORIES = st.one_of(st.integers(1, 12), st.sampled_from([16, 33, 64]))
 DIMS = st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 129, 300, 511, 513]))
@@ -38,29 +36,26 @@ OPTIONS = st.fixed_dictionaries(
 
 @settings(max_examples=4 * settings().max_examples)
 @given(st.integers(0, 9), DIMS, MEMORIES, st.sampled_from(DTYPES), st.integers(0, 10_000), OPTIONS)
-def test_kernel_is_as_exact_as_the_reference(batch, dim, memory, dtype, seed, options):
-    require_kernels(CPU)
-    check_kernel_against_float64(anderson_case(batch, dim, memory, dtype, seed, **options), CPU)
+def test_kernel_is_as_exact_as_the_reference(kernels, batch, dim, memory, dtype, seed, options):
+    check_against_float64(kernels, anderson_case(batch, dim, memory, dtype, seed, **options))
 
 
 @pytest.mark.parametrize("dim", [4097, 20_001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory", [1, 12])
-def test_kernel_is_as_exact_as_the_reference_on_long_rows(dim, dtype, memory, device):
-    require_kernels(device)
-    check_kernel_against_float64(anderson_case(4, dim, memory, dtype, dim + memory), device)
+def test_kernel_is_as_exact_as_the_reference_on_long_rows(kernels_anywhere, dim, dtype, memory):
+    check_against_float64(kernels_anywhere, anderson_case(4, dim, memory, dtype, dim + memory))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 40])
-def test_kernel_is_as_exact_as_the_reference_on_any_batch(batch, dtype, device):
-    require_kernels(device)
-    check_kernel_against_float64(anderson_case(batch, 33, 5, dtype, 1), device)
+def test_kernel_is_as_exact_as_the_reference_on_any_batch(kernels_anywhere, batch, dtype):
+    check_against_float64(kernels_anywhere, anderson_case(batch, 33, 5, dtype, 1))
 
 
 @given(st.integers(1, 6), st.integers(0, 40), st.integers(1, 9), st.integers(0, 999))
-def test_frozen_rows_are_untouched_bit_for_bit(batch, dim, memory, seed):
-    case = anderson_case(batch, dim, memory, torch.float32, seed)
+def test_frozen_rows_are_untouched_bit_for_bit(kernels, batch, dim, memory, seed):
+    case = kernels.of(anderson_case(batch, dim, memory, torch.float32, seed))
     for step in (case.op, case.reference):
         check_frozen_rows_untouched(case, case.run(step))
 
@@ -96,7 +91,7 @@ def integer_history(memory: int, dim: int, vectors: torch.Tensor, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["all equal", "all zero", "pairs equal", "more than dim"])
-def test_singular_history_is_solved_without_ridge(kind, dtype):
+def test_singular_history_is_solved_without_ridge(kernels, kind, dtype):
     memory, dim = 6, 40
     g = generator(3)
     vectors = torch.randint(-8, 9, (memory, dim), generator=g).double()
@@ -108,7 +103,7 @@ def test_singular_history_is_solved_without_ridge(kind, dtype):
         vectors[3:] = vectors[:3].clone()
     else:
         vectors = vectors[:, :1].expand(memory, dim) * torch.ones(dim)
-    case = integer_history(memory, dim, vectors, dtype)
+    case = kernels.of(integer_history(memory, dim, vectors, dtype))
     by_reference, by_op = case.run(case.reference), case.run(case.op)
     for result in (by_reference, by_op):
         assert result["x_next"].isfinite().all()
@@ -119,11 +114,11 @@ def test_singular_history_is_solved_without_ridge(kind, dtype):
 
 
 @pytest.mark.parametrize("max_weight", [1.5, 3.0, 1e4])
-def test_weights_above_the_cap_leave_the_last_two_iterates_or_a_plain_step(max_weight):
+def test_weights_above_the_cap_leave_the_last_two_iterates_or_a_plain_step(kernels, max_weight):
     """Three residuals in a plane: exact with weights of about 100, or -0.7 and 1.7 of two."""
     a, b = torch.eye(40, dtype=torch.float64)[:2]
     vectors = torch.stack([2 * a + 5 * b, a + 2 * b, a + 1.99 * b])
-    case = integer_history(3, 40, vectors, torch.float64)
+    case = kernels.of(integer_history(3, 40, vectors, torch.float64))
     case.options.update(max_weight=max_weight)
     expected_terms = {1.5: 1, 3.0: 2, 1e4: 3}[max_weight]
     for step in (case.op, case.reference):
@@ -131,9 +126,11 @@ def test_weights_above_the_cap_leave_the_last_two_iterates_or_a_plain_step(max_w
 
 
 @given(st.integers(2, 9), st.integers(20, 60), st.integers(0, 999))
-def test_mixing_weights_solve_the_least_squares_problem(memory, dim, seed):
+def test_mixing_weights_solve_the_least_squares_problem(kernels, memory, dim, seed):
     """Against the normal equations of torch.linalg, for each row that mixes."""
-    case = anderson_case(6, dim, memory, torch.float64, seed, ridge=0.0, safeguard=float("inf"))
+    case = kernels.of(
+        anderson_case(6, dim, memory, torch.float64, seed, ridge=0.0, safeguard=float("inf"))
+    )
     after = case.run(case.op)
     held = ring_steps(after["counters"], memory)
     for row in range(6):
@@ -154,18 +151,18 @@ def test_mixing_weights_solve_the_least_squares_problem(memory, dim, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "dim", "memory"), [(4, 7, 3), (1, 1, 1), (0, 3, 2), (3, 0, 2)])
-def test_opcheck_passes(dtype, batch, dim, memory):
-    check_opcheck(anderson_case(batch, dim, memory, dtype, 1))
+def test_opcheck_passes(kernels, dtype, batch, dim, memory):
+    check_opcheck(kernels.of(anderson_case(batch, dim, memory, dtype, 1)))
 
 
 def test_a_tensor_that_requires_grad_is_refused_in_grad_mode():
     check_refuses_autograd(anderson_case(3, 5, 2, torch.float32, 1))
 
 
-def test_inactive_slots_are_never_read():
+def test_inactive_slots_are_never_read(kernels):
     """Only the slots that a row uses are finite in these cases, so a read of another shows."""
     for seed in range(30):
-        case = anderson_case(5, 6, 7, torch.float64, seed)
+        case = kernels.of(anderson_case(5, 6, 7, torch.float64, seed))
         going_on = case.run(case.op)
         rows = (going_on["status"] == ACTIVE) & case.tensors["f"].isfinite().all(1)
         assert going_on["x_next"][rows].isfinite().all()

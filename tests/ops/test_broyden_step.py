@@ -9,17 +9,15 @@ from hypothesis import strategies as st
 
 import deqcore
 from deqcore.ops._rows import ACTIVE, HISTORY, MIXED
+from tests.support.kernels import check_against_float64
 from tests.support.problems import Counted, affine, generator
 from tests.support.step_cases import broyden_case
 from tests.support.step_checks import (
     check_frozen_rows_untouched,
-    check_kernel_against_float64,
     check_opcheck,
     check_refuses_autograd,
-    require_kernels,
 )
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MEMORIES = st.one_of(st.integers(1, 12), st.sampled_from([16, 33, 64]))
 DIMS = st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 129, 300, 511, 513]))
@@ -30,50 +28,45 @@ OPTIONS = st.fixed_dictionaries(
 
 @settings(max_examples=4 * settings().max_examples)
 @given(st.integers(0, 9), DIMS, MEMORIES, st.sampled_from(DTYPES), st.integers(0, 10_000), OPTIONS)
-def test_kernel_is_as_exact_as_the_reference(batch, dim, memory, dtype, seed, options):
-    require_kernels(CPU)
-    check_kernel_against_float64(broyden_case(batch, dim, memory, dtype, seed, **options), CPU)
+def test_kernel_is_as_exact_as_the_reference(kernels, batch, dim, memory, dtype, seed, options):
+    check_against_float64(kernels, broyden_case(batch, dim, memory, dtype, seed, **options))
 
 
 @settings(max_examples=2 * settings().max_examples)
 @given(st.integers(0, 9), DIMS, MEMORIES, st.sampled_from(DTYPES[1:]), st.integers(0, 10_000))
 def test_kernel_with_a_bfloat16_history_is_as_exact_as_the_reference(
-    batch, dim, memory, dtype, seed
+    kernels, batch, dim, memory, dtype, seed
 ):
-    require_kernels(CPU)
     case = broyden_case(batch, dim, memory, dtype, seed, history_dtype=torch.bfloat16)
-    check_kernel_against_float64(case, CPU)
+    check_against_float64(kernels, case)
 
 
 @pytest.mark.parametrize("dim", [4097, 20_001])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("memory", [1, 12])
 def test_kernel_with_a_bfloat16_history_is_as_exact_as_the_reference_on_long_rows(
-    dim, dtype, memory, device
+    kernels_anywhere, dim, dtype, memory
 ):
-    require_kernels(device)
     case = broyden_case(4, dim, memory, dtype, dim + memory, history_dtype=torch.bfloat16)
-    check_kernel_against_float64(case, device)
+    check_against_float64(kernels_anywhere, case)
 
 
 @pytest.mark.parametrize("dim", [4097, 20_001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory", [1, 12])
-def test_kernel_is_as_exact_as_the_reference_on_long_rows(dim, dtype, memory, device):
-    require_kernels(device)
-    check_kernel_against_float64(broyden_case(4, dim, memory, dtype, dim + memory), device)
+def test_kernel_is_as_exact_as_the_reference_on_long_rows(kernels_anywhere, dim, dtype, memory):
+    check_against_float64(kernels_anywhere, broyden_case(4, dim, memory, dtype, dim + memory))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 40])
-def test_kernel_is_as_exact_as_the_reference_on_any_batch(batch, dtype, device):
-    require_kernels(device)
-    check_kernel_against_float64(broyden_case(batch, 33, 5, dtype, 1), device)
+def test_kernel_is_as_exact_as_the_reference_on_any_batch(kernels_anywhere, batch, dtype):
+    check_against_float64(kernels_anywhere, broyden_case(batch, 33, 5, dtype, 1))
 
 
 @given(st.integers(1, 6), st.integers(0, 40), st.integers(1, 9), st.integers(0, 999))
-def test_frozen_rows_are_untouched_bit_for_bit(batch, dim, memory, seed):
-    case = broyden_case(batch, dim, memory, torch.float32, seed)
+def test_frozen_rows_are_untouched_bit_for_bit(kernels, batch, dim, memory, seed):
+    case = kernels.of(broyden_case(batch, dim, memory, torch.float32, seed))
     for step in (case.op, case.reference):
         check_frozen_rows_untouched(case, case.run(step))
 
@@ -109,9 +102,9 @@ def test_iterates_are_those_of_the_dense_inverse(damping, memory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_singular_update_restarts_the_row(dtype):
+def test_singular_update_restarts_the_row(kernels, dtype):
     """s . q = |s|^2 for the newest step means an inverse that does not exist."""
-    case = broyden_case(1, 6, 5, dtype, seed=1)
+    case = kernels.of(broyden_case(1, 6, 5, dtype, seed=1))
     step = torch.zeros(6, dtype=dtype)
     step[0] = 2.0
     g = torch.arange(6).to(dtype)
@@ -134,8 +127,8 @@ def test_singular_update_restarts_the_row(dtype):
         assert torch.equal(after["s_ring"][0, 0], g)
 
 
-def test_zero_step_in_the_history_is_harmless():
-    case = broyden_case(1, 6, 5, torch.float64, seed=1)
+def test_zero_step_in_the_history_is_harmless(kernels):
+    case = kernels.of(broyden_case(1, 6, 5, torch.float64, seed=1))
     case.tensors.update(
         status=torch.full((1,), ACTIVE, dtype=torch.int8),
         counters=torch.tensor([[3, 1, 3, 0, 0, 0, 0, 0]], dtype=torch.int32),
@@ -150,13 +143,13 @@ def test_zero_step_in_the_history_is_harmless():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "dim", "memory"), [(4, 7, 3), (1, 1, 1), (0, 3, 2), (3, 0, 2)])
-def test_opcheck_passes(dtype, batch, dim, memory):
-    check_opcheck(broyden_case(batch, dim, memory, dtype, 1))
+def test_opcheck_passes(kernels, dtype, batch, dim, memory):
+    check_opcheck(kernels.of(broyden_case(batch, dim, memory, dtype, 1)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_opcheck_passes_with_a_bfloat16_history(dtype):
-    check_opcheck(broyden_case(4, 7, 3, dtype, 1, history_dtype=torch.bfloat16))
+def test_opcheck_passes_with_a_bfloat16_history(kernels, dtype):
+    check_opcheck(kernels.of(broyden_case(4, 7, 3, dtype, 1, history_dtype=torch.bfloat16)))
 
 
 def test_a_tensor_that_requires_grad_is_refused_in_grad_mode():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +60,6 @@ def make(
     )
 
 
-# Name -> (the op, its reference in pure PyTorch), both functions of a case.
 Run = Callable[[Case], Tensor]
 
 
@@ -85,9 +83,9 @@ def reference(name: str, case: Case) -> Tensor:
     return (outer_op if op == "masked_outer" else linear_op).reference(*args)
 
 
-def run_op(name: str, case: Case) -> Tensor:
+def run_op(name: str, case: Case, ops: Any = torch.ops.deqcore) -> Tensor:
     op, args = arguments(name, case)
-    return getattr(torch.ops.deqcore, op)(*args)
+    return getattr(ops, op)(*args)
 
 
 def run_op_on(device: torch.device, name: str, case: Case) -> Tensor:
@@ -95,10 +93,6 @@ def run_op_on(device: torch.device, name: str, case: Case) -> Tensor:
     tensors = (case.x, case.values, case.bias, case.grad)
     moved = Case(case.pattern.to(device), *(tensor.to(device) for tensor in tensors))
     return run_op(name, moved).cpu()
-
-
-def operations() -> dict[str, tuple[Run, Run]]:
-    return {name: (partial(run_op, name), partial(reference, name)) for name in NAMES}
 
 
 def oracle(name: str, case: Case) -> Tensor:
@@ -111,13 +105,8 @@ def oracle(name: str, case: Case) -> Tensor:
     return case.pattern.from_dense(case.grad.t() @ case.x)
 
 
-def check(name: str, case: Case, dtype: torch.dtype) -> None:
-    """The kernel's error is at most twice that of the reference in the same dtype, plus a floor."""
-    check_result(name, case, dtype, partial(run_op, name))
-
-
 def check_result(name: str, case: Case, dtype: torch.dtype, op: Run) -> None:
-    """The same for any function of a case that should compute it."""
+    """An op's error is at most twice that of the reference in the same dtype, plus a floor."""
     case = case.to(dtype)
     exact = oracle(name, case)
     ours, theirs = op(case), reference(name, case)

@@ -28,6 +28,11 @@ class Refusal:
     def __str__(self) -> str:
         return f"{self.op}: {self.message}"
 
+    def args_on(self, device: torch.device) -> list[Any]:
+        """All but a step's numbers, the last one, are on the device."""
+        moved = [a.to(device) if isinstance(a, Tensor) else a for a in self.args]
+        return [*moved[:-1], self.args[-1]] if self.op.endswith("_step") else moved
+
     @property
     def pattern(self) -> str:
         """Matches the whole message: one that ends at its first number is not it."""
