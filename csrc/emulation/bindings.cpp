@@ -40,6 +40,7 @@ EXPORTED void emulate_hopper() { emulation::hopper = true; }
 // Forgets all that the functions above have said.
 EXPORTED void emulate_as_usual() {
   emulation::places.clear();
+  emulation::launches.clear();
   emulate_refusal(nullptr);
   emulate_seed(0);
   emulation::hopper = false;

@@ -2,9 +2,7 @@
 // numbers in streams (ops/check.h says what that does), so their checks are ours here.
 #pragma once
 
-#if __has_include(<torch/csrc/stable/macros.h>)
 #include <torch/csrc/stable/macros.h>
-#endif
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 

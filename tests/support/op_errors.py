@@ -30,13 +30,18 @@ class Refusal:
 
     def args_on(self, device: torch.device) -> list[Any]:
         """All but a step's numbers, the last one, are on the device."""
-        moved = [a.to(device) if isinstance(a, Tensor) else a for a in self.args]
+        moved = [_on(device, a) if isinstance(a, Tensor) else a for a in self.args]
         return [*moved[:-1], self.args[-1]] if self.op.endswith("_step") else moved
 
     @property
     def pattern(self) -> str:
         """Matches the whole message: one that ends at its first number is not it."""
         return f"^{re.escape(self.message)}$"
+
+
+def _on(device: torch.device, t: Tensor) -> Tensor:
+    """With the strides that it has: one that is not contiguous must not become so."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).copy_(t)
 
 
 def _transposed(t: Tensor) -> Tensor:
