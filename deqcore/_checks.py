@@ -157,11 +157,16 @@ def warn_of_forward(rows: Rows, inconsistent: Tensor | None, *, relative: bool, 
         flags.append(inconsistent)
         messages.append(COUPLED)
     if relative and not _none_grown(rows):
-        converged = rows.status == int(Status.CONVERGED)
-        flags.append((converged & (rows.residuals[:, BEST] > rows.residuals[:, FIRST])).any())
+        flags.append(grown(rows))
         messages.append(GROWN)
     if flags:
         warn_where(flags, tuple(messages), wait=wait)
+
+
+def grown(rows: Rows) -> Tensor:
+    """bool []: whether a row has converged at a residual above its first."""
+    converged = rows.status == int(Status.CONVERGED)
+    return (converged & (rows.residuals[:, BEST] > rows.residuals[:, FIRST])).any()
 
 
 def _none_grown(rows: Rows) -> bool:

@@ -58,7 +58,7 @@ class CudaGraphs:
         and is still alive would draw that other stream into the capture, which is an error.
         """
         current = torch.cuda.current_stream()
-        self.stream = torch.cuda.Stream()
+        self.stream = _side_stream(current)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             yield
@@ -84,10 +84,16 @@ class CudaGraphs:
         if part is None:
             return None
         graph = torch.cuda.CUDAGraph(keep_graph=True)
+        # Not torch.cuda.graph: it empties the allocator's cache. Other threads, which load data or
+        # watch over collectives, may call what a capturing thread may not.
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            try:
                 part()
+            finally:
+                graph.capture_end()
         except RuntimeError as error:
+            _recover(self.pool)
             # The end of a capture that failed fails as well, and speaks last.
             first: BaseException = error
             while first.__context__ is not None:
@@ -98,6 +104,30 @@ class CudaGraphs:
                 f"autograd graph (del loss, or capture before the first one); torch says: {first}"
             ) from error
         return graph
+
+
+# A library keeps a workspace for each stream that it was called on, and a graph the one that it was
+# captured with: graphs that may run at a time need streams apart, others had better share one.
+_side_streams: dict[tuple[int, int], Any] = {}
+
+
+def _side_stream(current: Any) -> Any:
+    key = current.device_index, current.cuda_stream
+    if key not in _side_streams:
+        _side_streams[key] = torch.cuda.Stream()
+    return _side_streams[key]
+
+
+def _recover(pool: Any) -> None:
+    """After a capture that has failed: torch leaves its allocator and its generators in it."""
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    one = torch.zeros(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with contextlib.suppress(RuntimeError):
+        graph.capture_begin(capture_error_mode="thread_local")
+        one.fill_(0)
+        graph.capture_end()
 
 
 def _solve_graph() -> Any:

@@ -79,7 +79,9 @@ class Pending:
 pending = Pending()
 
 
-def warn_where(flags: list[Tensor], messages: tuple[str, ...], *, wait: bool = True) -> None:
+def warn_where(
+    flags: list[Tensor] | Tensor, messages: tuple[str, ...], *, wait: bool = True
+) -> None:
     """Warn of each message whose flag, a bool tensor of one element, is set.
 
     On the CPU now. On a GPU at a later solve, or never where ``wait`` is False: then nothing may be
@@ -90,4 +92,4 @@ def warn_where(flags: list[Tensor], messages: tuple[str, ...], *, wait: bool = T
             if flag:
                 warn_once(message)
     elif wait:
-        pending.add(torch.stack(flags), messages)
+        pending.add(flags if isinstance(flags, Tensor) else torch.stack(flags), messages)

@@ -9,27 +9,31 @@ with a single call. The adjoint's linear solve becomes a second graph of the sam
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from deqcore._checks import RelativeMeasure, check_frozen_rows, warn_of_forward
 from deqcore._graphs import CudaGraphs, Parts
-from deqcore._loop import Problem, report_fields
-from deqcore._notices import pending
+from deqcore._loop import Problem
+from deqcore._notices import pending, warn_where
+from deqcore._outcome import CapturedReport, CapturedSolution
 from deqcore._packing import Packing
-from deqcore._solution import BackwardRecord, Solution, SolveReport
+from deqcore._solution import BackwardRecord, Solution
+from deqcore._static_solve import StaticBackward, StaticSolve
+from deqcore._transforms import refuse_mapped
 from deqcore.adjoints import Adjoint, Implicit
-from deqcore.adjoints._linear import UnitGradient, graph_leaves, scaled_back, vector_jacobian
-from deqcore.adjoints._system import act_on_failure, row_bits
-from deqcore.ops._rows import STEPS, Rows
+from deqcore.adjoints._linear import graph_leaves
+from deqcore.adjoints._system import failure_messages, raise_in_backward
+from deqcore.adjoints.implicit import not_twice
 from deqcore.solvers import Anderson, Solver
+from deqcore.sparse.dense_weights import SolveWeights
 
 WARM_UP_STEPS = 2  # the first one writes what later ones read
+LOOK_EVERY = 16  # replays between two looks at what is to be warned of, and at each of the first
 
 
 def capture(
@@ -83,7 +87,13 @@ def _capture(
     adjoint: Adjoint,
     recorder: Any,
     batch: str = "rows",
+    stand_ins: Mapping[Tensor, Tensor] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> CapturedSolver:
+    """``stand_ins``: tensors that f uses in place of its parameters, each with the parameter.
+
+    ``check`` is called between the evaluations that warm up and those that are recorded.
+    """
     packing = Packing.of(z0, batch)
     recorder.check(packing.device)
     if solver.record_trace:
@@ -91,22 +101,9 @@ def _capture(
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # it would outlive the graph's memory
     try:
-        return CapturedSolver(f, z0, args, packing, solver, adjoint, recorder)
+        return CapturedSolver(f, z0, args, packing, solver, adjoint, recorder, stand_ins, check)
     finally:
         torch.set_autocast_cache_enabled(cached)
-
-
-class CapturedSolution(Solution):
-    """A :class:`Solution` whose ``evaluations`` is read from the device when it is asked for."""
-
-    @property
-    def evaluations(self) -> int:
-        """Calls of f in all."""
-        return int(self._evaluations)
-
-    @evaluations.setter
-    def evaluations(self, value: int | Tensor) -> None:
-        self._evaluations = value
 
 
 class CapturedSolver:
@@ -131,33 +128,54 @@ class CapturedSolver:
         solver: Solver,
         adjoint: Adjoint,
         recorder: Any,
+        stand_ins: Mapping[Tensor, Tensor] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._packing, self._device = packing, packing.device
         leaves, self._args_spec = pytree.tree_flatten(args)
-        self._call = 0  # which call the buffers hold
+        self._calls = 0  # the buffers hold the last
+        self._pending: weakref.ref[Any] | None = None  # the node of the last call with a gradient
+        self._token = torch.empty(0)
         with _on(self._device), recorder.set_up():
             self._args = [_static_copy(leaf) for leaf in leaves]
             problem = Problem(f, pytree.tree_unflatten(self._args, self._args_spec), packing)
             if problem.buffers is not None:
                 problem.buffers.remember()
-            self._forward = _StaticSolve(problem, solver)
+            self._forward = StaticSolve(problem, solver, weights=SolveWeights())
             self._forward.z0.copy_(packing.pack(z0, "z0").detach())
-            self._backward: _StaticBackward | None = None
+            self._backward: StaticBackward | None = None
             if torch.is_grad_enabled():
-                self._backward = self._make_backward(problem, adjoint)
-            self._record(recorder)
+                self._backward = StaticBackward(problem, self._forward)
+            self._has_gradient = self._backward is not None and self._make_backward(
+                self._backward, adjoint, stand_ins
+            )
+            self._record(recorder, check)
             if problem.buffers is not None:
                 problem.buffers.recall()
         self.exits_early = recorder.exits_early
 
-    def _make_backward(self, problem: Problem, adjoint: Adjoint) -> _StaticBackward | None:
-        backward = _StaticBackward(problem, self._forward)
+    def _make_backward(
+        self, backward: StaticBackward, adjoint: Adjoint, stand_ins: Mapping[Tensor, Tensor] | None
+    ) -> bool:
+        """Whether f reaches anything that wants a gradient."""
         self._forward.begin()
         backward.evaluate()
         leaves = {id(leaf): leaf for leaf in graph_leaves(backward.f) if leaf is not backward.z}
         backward.inputs = list(leaves.values())
         if not backward.inputs:
-            return None
+            return False
+        static = {id(tensor) for tensor in self._args}
+        if stand_ins is None:
+            originals = {id(leaf): leaf for leaf in backward.inputs if id(leaf) not in static}
+        else:
+            reached = {id(leaf) for leaf in backward.inputs} - static
+            originals = {id(t): own for t, own in stand_ins.items() if id(t) in reached}
+            if len(originals) < len(reached):
+                raise ValueError(
+                    "f reaches tensors that want gradients and are neither its parameters nor its "
+                    "arguments"
+                )
+        self._originals = originals
         if not isinstance(adjoint, Implicit) or adjoint.reuse_forward:
             raise ValueError(
                 "capture: gradients need adjoint=deqcore.Implicit() without reuse_forward, got "
@@ -170,17 +188,20 @@ class CapturedSolver:
             )
         self._on_failure = adjoint.on_failure
         backward.make_linear(adjoint.solver)
-        return backward
+        return True
 
-    def _record(self, recorder: Any) -> None:
+    def _record(self, recorder: Any, check: Callable[[], None]) -> None:
         forward, backward = self._forward, self._backward
         last = forward.finish if backward is None else backward.evaluate
         parts = [forward.parts(last)]
-        if backward is not None:
-            parts.append(backward.linear.parts(backward.finish, first=backward.begin))
+        if backward is not None and self._has_gradient:
+            end = _without_autocast(self._device, backward.finish)
+            linear = backward.linear.parts(end, first=backward.begin)
+            parts.append(linear._replace(body=_without_autocast(self._device, linear.body)))
         recorder.warm_up(lambda: _run_a_few_steps(parts))
+        check()
         self._launch = recorder.record(parts[0])
-        self._launch_backward = recorder.record(parts[1]) if backward is not None else None
+        self._launch_backward = recorder.record(parts[1]) if len(parts) > 1 else None
         if backward is not None and recorder.replays_alone:
             backward.forget()
 
@@ -194,30 +215,52 @@ class CapturedSolver:
         given = Packing.of(z0, "coupled" if packing.coupled else "rows")
         if given != packing:
             raise ValueError(f"z0: expected what was captured, {packing}, got {given}")
-        pending.tell()
         leaves, spec = pytree.tree_flatten(args)
         if spec != self._args_spec:
             raise ValueError(f"args: expected the structure {self._args_spec}, got {spec}")
+        for index, (static, leaf) in enumerate(zip(self._args, leaves, strict=True)):
+            _check_like(static, leaf, index)
+        return self.replay(z0, leaves)
+
+    def replay(self, z0: Any, leaves: Sequence[Any]) -> CapturedSolution:
+        """Solve from ``z0`` (None: the one before) with these leaves of the arguments."""
+        pending.tell()
         with torch.no_grad(), _on(self._device):
-            self._forward.z0.copy_(packing.pack(z0, "z0"))
-            for index, (static, leaf) in enumerate(zip(self._args, leaves, strict=True)):
-                _copy_in(static, leaf, index)
-        backward, record = self._backward, BackwardRecord()
-        self._call += 1
-        if backward is None or not torch.is_grad_enabled():
+            if z0 is not None:
+                self._forward.z0.copy_(self._packing.pack(z0, "z0"))
+            for static, leaf in zip(self._args, leaves, strict=True):
+                if isinstance(static, Tensor):
+                    static.detach().copy_(leaf)
+        record = BackwardRecord()
+        self._calls += 1
+        self._pending = None
+        if self._has_gradient and torch.is_grad_enabled():
+            assert self._backward is not None
+            inputs = self._current_inputs(leaves, self._backward.inputs)
+            value = _Replay.apply(self, record, *inputs)
+        else:
             with torch.no_grad():
                 value = self._replay()
-        else:
-            inputs = self._current_inputs(leaves, backward.inputs)
-            value = _Replay.apply(self, record, *inputs)
-        fields = self._report(self._forward, extra=backward is not None or self._forward.extra)
-        warn_of_forward(self._forward.rows, self._forward.inconsistent, relative=True, wait=True)
-        return CapturedSolution(**fields, record=record, value=packing.unpack(value))
+        self._tell(self._forward, self._forward.messages)
+        report = self._report(self._forward, record)
+        return CapturedSolution(self._packing.unpack(value, apart=True), report)
 
-    def _current_inputs(self, leaves: list[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """What gradients go to: this call's arguments in place of the static ones."""
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a backward pass may still want what the buffers hold."""
+        node = None if self._pending is None else self._pending()
+        if node is None:
+            return False
+        try:
+            node.saved_tensors  # noqa: B018  (raises once a backward pass has freed the graph)
+        except RuntimeError:
+            return False
+        return True
+
+    def _current_inputs(self, leaves: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What gradients go to: this call's arguments and f's parameters, not what stands in."""
         mine = {id(static): leaf for static, leaf in zip(self._args, leaves, strict=True)}
-        return [mine.get(id(tensor), tensor) for tensor in inputs]
+        return [mine[id(t)] if id(t) in mine else self._originals[id(t)] for t in inputs]
 
     def _replay(self) -> Tensor:
         with _on(self._device):
@@ -231,169 +274,31 @@ class CapturedSolver:
         with _on(self._device):
             backward.grad.copy_(grad)
             launch()
-            record.report = SolveReport(**self._report(backward.linear, extra=False))
-            act_on_failure(self._on_failure, record.report, wait=True)
-            return [None if g is None else g.clone() for g in backward.grads]
+            record.report = self._report(backward.linear, BackwardRecord())
+            if self._on_failure == "raise":
+                raise_in_backward(record.report)
+            elif self._on_failure == "warn":
+                self._tell(backward.linear, failure_messages("warn"))
+            there = [g for g in backward.grads if g is not None]
+            copies = [torch.empty_like(g) for g in there]
+            if there:
+                torch._foreach_copy_(copies, there)
+            made = iter(copies)
+            return [None if g is None else next(made) for g in backward.grads]
 
-    def _report(self, solve: _StaticSolve, *, extra: bool) -> dict[str, Any]:
-        rows = Rows(*(tensor.clone() for tensor in solve.rows))  # the next replay's own
-        fields = report_fields(rows, solve.x.dtype, solve.solver.max_steps, None)
-        if self.exits_early:
-            fields["evaluations"] = fields["steps"].amax() if len(rows.status) else 1
-        fields["evaluations"] += int(extra)
-        return fields
-
-
-class _StaticSolve:
-    """The buffers of a solve, and its parts as functions that change them."""
-
-    def __init__(self, problem: Problem, solver: Solver, frozen: Tensor | None = None):
-        packing = problem.packing
-        self.problem, self.solver, self.packing, self.frozen = problem, solver, packing, frozen
-        size, device = (packing.batch, packing.dim), packing.device
-        self.z0 = torch.zeros(size, dtype=packing.dtype, device=device)
-        self.x = torch.zeros(size, dtype=packing.compute_dtype, device=device)
-        self.same = packing.dtype == packing.compute_dtype
-        self.z = self.x if self.same else torch.zeros_like(self.z0)  # the iterate as f sees it
-        rows = Rows.start(size[0], device)
-        self.state = solver.with_all_room(solver.initial_state(self.x, rows))
-        self.context: Any = None
-        self.extra = False  # whether `finish` evaluates f
-        # f, for a look after the last step at rows that had ended before.
-        self.latest = torch.zeros_like(self.z0) if size[0] > 1 else None
-        self.inconsistent: Tensor | None = None
-
-    @property
-    def rows(self) -> Rows:
-        rows: Rows = self.state.rows
-        return rows
-
-    def parts(
-        self, last: Callable[[], None] | None, first: Callable[[], None] | None = None
-    ) -> Parts:
-        first = first or self.begin
-        taken = torch.zeros_like(self.rows.remaining)
-        return Parts(first, self.step, last, self.rows.remaining, self.solver.max_steps, taken)
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        self.x.copy_(self.z0)
-        if not self.same or not self.packing.uniform:
-            self._see(self.packing.cast(self.x))
-        if self.problem.buffers is not None:
-            self.problem.buffers.take()
-        self.rows.restart(self.frozen)
-        self.solver.reset(self.state, self.x)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        f = self.problem(self.z)
-        if self.context is None:  # while warming up
-            dtypes = self.problem.f_dtypes
-            self.context = self.solver.context(self.x, self.packing.dtype, dtypes)
-        if self.latest is not None:
-            self.latest.copy_(f)
-        z_next = self.context.nothing if self.same else self.z
-        self.solver.advance(self.state, self.x, f, self.context, self.x, z_next)
-        if not self.packing.uniform:
-            self._see(self.packing.cast(self.z))
-            self.x.copy_(self.z)
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """After the last step: compare rows, and let modules note the solution."""
-        buffers = self.problem.buffers
-        if self.latest is not None:
-            self.check(self.latest, self.rows.counters[:, STEPS].amax())
-        if buffers is not None and buffers.waiting:
-            self.extra = True
-            with buffers.changing():
-                self.problem.evaluate(self.z)
-
-    def check(self, f: Tensor, evaluations: Tensor | None) -> None:
-        """See :func:`check_frozen_rows`."""
-        if self.latest is None or self.context is None:  # not before the first step
+    def _tell(self, solve: StaticSolve, messages: tuple[str, ...]) -> None:
+        """Warn of what has come up since the last look; on a GPU not each time, and later."""
+        if self._device.type == "cuda" and self._calls > 4 and self._calls % LOOK_EVERY:
             return
-        found = check_frozen_rows(
-            self.rows,
-            self.z,
-            f,
-            RelativeMeasure(self.context.limits.rtol, self.context.limits.atol),
-            self.problem.rounding(),
-            evaluations,
-        )
-        if self.inconsistent is None:
-            self.inconsistent = torch.zeros((), dtype=torch.bool, device=f.device)
-        self.inconsistent.fill_(False) if found is None else self.inconsistent.copy_(found)
+        warn_where(solve.flags, messages)
+        solve.flags.zero_()
 
-    def _see(self, z: Tensor) -> None:
-        self.z.copy_(z)
-
-
-class _StaticBackward:
-    """The evaluation at the solution, and the linear problem u = g + (df/dz)^T u there."""
-
-    linear: _StaticSolve
-
-    def __init__(self, problem: Problem, forward: _StaticSolve) -> None:
-        self.problem, self.forward = problem, forward
-        self.inputs: list[Tensor] = []  # leaves that f reaches: parameters and arguments
-        self.grads: tuple[Tensor | None, ...] = ()
-        self.grad = torch.zeros_like(forward.z0)  # the incoming one
-        self.unit = torch.zeros_like(forward.z0)  # each row of it at unit size
-        self.exponent = torch.zeros(len(self.grad), 1, device=self.grad.device)
-
-    def make_linear(self, solver: Solver) -> None:
-        zero = torch.zeros(len(self.unit), dtype=torch.bool, device=self.unit.device)
-        packing, dtypes = Packing.of(self.unit), self.problem.f_dtypes
-        # As in LinearSystem.problem; which product has signs must be known to the device alone.
-        self.signs = torch.ones(len(self.unit), 1, dtype=self.unit.dtype, device=self.unit.device)
-        self.flip = (1 - 2 * row_bits(self.unit)).prod(0)
-        problem = Problem(self._image, (), packing, dtypes)
-        self.linear = _StaticSolve(problem, solver, frozen=zero)
-
-    def _image(self, u: Tensor) -> Tensor:
-        if len(u) < 2:
-            return self.unit + vector_jacobian(self.f, self.z, u)
-        product = vector_jacobian(self.f, self.z, u * self.signs)
-        image = torch.addcmul(self.unit, self.signs, product)
-        self.signs.mul_(self.flip)
-        return image
-
-    @torch.enable_grad()
-    def evaluate(self) -> None:
-        """f at the solution, with its graph."""
-        self.z = self.forward.z.clone().requires_grad_()
-        buffers = self.problem.buffers
-        with contextlib.nullcontext() if buffers is None else buffers.changing():
-            self.f = self.problem.evaluate(self.z)
-        with torch.no_grad():
-            self.forward.check(self.f.detach(), None)
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        unit, self.exponent, zero = UnitGradient.of(self.grad)
-        self.unit.copy_(unit)
-        assert self.linear.frozen is not None
-        self.linear.frozen.copy_(zero)
-        self.signs.fill_(1)
-        self.linear.z0.copy_(self.unit)
-        self.linear.begin()
-
-    def finish(self) -> None:
-        self.linear.finish()
-        u = scaled_back(self.linear.z, self.exponent)
-        self.grads = torch.autograd.grad(
-            self.f, self.inputs, u, retain_graph=True, allow_unused=True
-        )
-
-    def forget(self) -> None:
-        """Let go of the graph of f, which no replay needs.
-
-        It would keep the parameters' AccumulateGrad nodes alive, and with them the stream of this
-        capture: every later backward would accumulate there, and none could be captured.
-        """
-        del self.f, self.z
+    def _report(self, solve: StaticSolve, record: BackwardRecord) -> CapturedReport:
+        more = 0
+        if solve is self._forward:
+            more = int(self._backward is not None or solve.extra)
+        fixed = None if self.exits_early else solve.solver.max_steps
+        return CapturedReport(solve.outcome.clone(), solve.layout, record, more, fixed)
 
 
 class _Replay(torch.autograd.Function):
@@ -401,15 +306,18 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, captured: CapturedSolver, record: BackwardRecord, *inputs: Any) -> Tensor:
-        ctx.captured, ctx.record, ctx.call = captured, record, captured._call
+        ctx.captured, ctx.record, ctx.call = captured, record, captured._calls
         ctx.versions = _versions(captured)
+        ctx.save_for_backward(captured._token)  # what tells whether the graph was freed
+        captured._pending = weakref.ref(ctx)
         return captured._replay()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.saved_tensors  # noqa: B018  (raises if the graph was freed)
+        refuse_mapped(grad)
         captured: CapturedSolver = ctx.captured
-        if ctx.call != captured._call:
+        if ctx.call != captured._calls:
             raise RuntimeError(
                 "deqcore.capture: the solver was called again before backward, and its buffers "
                 "hold the later solve; run backward first, or capture a second solver"
@@ -419,13 +327,15 @@ class _Replay(torch.autograd.Function):
                 "deqcore.capture: a parameter of f was changed in place between forward and "
                 "backward; change parameters after backward"
             )
-        return None, None, *captured._replay_backward(ctx.record, grad)
+        with torch.no_grad():
+            grads = captured._replay_backward(ctx.record, grad.detach())
+        if torch.is_grad_enabled():
+            grads = [g if g is None else not_twice(g, grad) for g in grads]
+        return None, None, *grads
 
 
 def _versions(captured: CapturedSolver) -> list[int]:
-    assert captured._backward is not None
-    static = {id(arg) for arg in captured._args}
-    return [t._version for t in captured._backward.inputs if id(t) not in static]
+    return [t._version for t in captured._originals.values()]
 
 
 def _static_copy(leaf: Any) -> Any:
@@ -437,7 +347,7 @@ def _static_copy(leaf: Any) -> Any:
     return copy
 
 
-def _copy_in(static: Any, leaf: Any, index: int) -> None:
+def _check_like(static: Any, leaf: Any, index: int) -> None:
     if not isinstance(static, Tensor):
         if static is not leaf and static != leaf:
             raise ValueError(f"args: leaf {index}: expected {static!r}, as captured, got {leaf!r}")
@@ -445,7 +355,16 @@ def _copy_in(static: Any, leaf: Any, index: int) -> None:
     expected = (static.shape, static.dtype, static.device)
     if not isinstance(leaf, Tensor) or (leaf.shape, leaf.dtype, leaf.device) != expected:
         raise ValueError(f"args: leaf {index}: expected a tensor of {expected}, as captured")
-    static.detach().copy_(leaf)
+
+
+def _without_autocast(device: torch.device, part: Callable[[], None]) -> Callable[[], None]:
+    """Backward passes run outside of it, whatever the forward pass did."""
+
+    def run() -> None:
+        with torch.autocast(device.type, enabled=False):
+            part()
+
+    return run
 
 
 def _run_a_few_steps(solves: list[Parts]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from deqcore._compile import never_traced
+from deqcore._layer_graphs import LayerGraphs, zeros_like
 from deqcore._packing import Packing, is_coupled
-from deqcore._solution import SolveReport
+from deqcore._solution import Solution, SolveReport
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.fixed_point import fixed_point
 from deqcore.solvers import Anderson, Solver
@@ -27,6 +27,22 @@ class ImplicitLayer(nn.Module):
         adjoint: ``Implicit``, ``Phantom`` or ``Unrolled``.
         batch: ``"rows"``, or ``"coupled"`` where the cell lets rows depend on each other, as batch
             norm in training mode does: see :func:`deqcore.fixed_point`.
+        capture: whether solves on a GPU, and their backward passes, are recorded as CUDA graphs and
+            replayed, which takes a small solve's time on the host away and changes no bit of it
+            where the cell's kernels are the same under capture. ``"auto"``: from the fourth call of
+            one signature on (shapes, strides, dtypes, grad mode, autocast, training modes), for
+            states of up to 2 million elements; True: from the first, of any size; False: never.
+
+    What a recording has read of the cell is noticed when it changes: with parameters, buffers,
+    modules or attributes that are replaced it is recorded anew, unless that happens time and again;
+    parameters may change in place. What it reads elsewhere, as a global variable, is what it was.
+    Solved eagerly, for each reason with one line of log (``logging.getLogger("deqcore")``, INFO, or
+    WARNING with ``capture=True``), are a cell that waits for the GPU, draws random numbers, changes
+    its attributes, has hooks, is compiled or no module; gradients by another adjoint than
+    ``Implicit``, or with its ``on_failure="fallback"``; and without a line, calls inside of another
+    capture, a transform or a trace, and under hooks of saved tensors. A layer keeps 8 recordings,
+    each with memory for all that its solves need; of several calls before their backward passes, up
+    to 4 have one each.
 
     Attributes:
         report: outcome of the last forward solve (status, residual, steps, evaluations, trace),
@@ -40,6 +56,7 @@ class ImplicitLayer(nn.Module):
         solver: Solver = Anderson(),  # noqa: B008  (frozen)
         adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
         batch: Literal["rows", "coupled"] = "rows",
+        capture: Literal["auto"] | bool = "auto",
     ) -> None:
         super().__init__()
         if not callable(cell):
@@ -49,28 +66,55 @@ class ImplicitLayer(nn.Module):
         if not isinstance(adjoint, Adjoint):
             raise TypeError(f"adjoint: expected e.g. deqcore.Implicit(), got {adjoint!r}")
         is_coupled(batch)  # or an error
+        if capture not in ("auto", True, False):
+            raise ValueError(f"capture: expected 'auto', True or False, got {capture!r}")
         self.cell = cell
         self.solver = solver
         self.adjoint = adjoint
         self.batch = batch
+        self.capture = capture
         self.report: SolveReport | None = None
+        self._graphs = LayerGraphs()
 
     def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
         """The solution, shaped like ``z0``; from zeros shaped like ``x`` unless ``z0`` is given."""
-        if z0 is None:
-            z0 = _zeros_like(x)
-        solution = fixed_point(
-            self.cell, z0, x, *args, solver=self.solver, adjoint=self.adjoint, batch=self.batch
-        )
-        self.report = solution.report()
-        return solution.value
+        value, self.report = _solve(self, z0, (x, *args))
+        return value
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, adjoint={self.adjoint}, batch={self.batch!r}"
+        return (
+            f"solver={self.solver}, adjoint={self.adjoint}, batch={self.batch!r}, "
+            f"capture={self.capture!r}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the recordings, which copies make for themselves."""
+        return {name: value for name, value in vars(self).items() if name != "_graphs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"capture": "auto"} | state)  # versions before 0.2 had none
+        self._graphs = LayerGraphs()
+
+
+@never_traced(reason="a solve takes as many steps as values need; compile the cell instead")
+def _solve(layer: ImplicitLayer, z0: Any, args: tuple[Any, ...]) -> tuple[Any, SolveReport]:
+    solution: Solution | None = None
+    if layer.capture and "_is_replica" not in vars(layer):  # of nn.DataParallel
+        solution = layer._graphs.solve(layer, z0, args)
+    if solution is None:
+        solution = fixed_point(
+            layer.cell,
+            _zeros_like(args[0]) if z0 is None else z0,
+            *args,
+            solver=layer.solver,
+            adjoint=layer.adjoint,
+            batch=layer.batch,
+        )
+    return solution.value, solution.report()
 
 
 def _zeros_like(x: Any) -> Any:
-    z0 = pytree.tree_map(_zeros, x)
+    z0 = zeros_like(x)
     if isinstance(x, Tensor) and x.is_floating_point():
         return z0
     try:
@@ -81,9 +125,3 @@ def _zeros_like(x: Any) -> Any:
             f"{error}"
         ) from None
     return z0
-
-
-def _zeros(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return torch.zeros_like(x, memory_format=torch.contiguous_format, requires_grad=False)

@@ -21,6 +21,7 @@ from deqcore.adjoints._linear import UnitGradient, scaled_back
 from deqcore.solvers import Anderson, Solver
 
 POLICIES = ("warn", "raise", "fallback", "ignore")
+FAILURES = [status for status in Status if status is not Status.CONVERGED]
 
 DENSE_DIM = (
     256  # elements of a row up to which a fallback sets up its Jacobian, in as many products
@@ -186,18 +187,25 @@ def act_on_failure(policy: str, report: SolveReport, *, wait: bool) -> None:
     if policy == "ignore":
         return
     if policy == "raise":
-        try:
-            report.raise_for_status()
-        except ConvergenceError as error:
-            raise ConvergenceError(
-                f"deqcore.Implicit: the linear solve of backward: {error}"
-            ) from None
+        raise_in_backward(report)
         return
     if report.status.device.type == "cpu" and report.converged.all():
         return
-    failures = [status for status in Status if status is not Status.CONVERGED]
-    flags = [(report.status == int(status)).any() for status in failures]
-    warn_where(flags, tuple(_message(policy, status) for status in failures), wait=wait)
+    flags = [(report.status == int(status)).any() for status in FAILURES]
+    warn_where(flags, failure_messages(policy), wait=wait)
+
+
+def raise_in_backward(report: SolveReport) -> None:
+    """Raise :class:`ConvergenceError` unless every row converged (waits for the device)."""
+    try:
+        report.raise_for_status()
+    except ConvergenceError as error:
+        raise ConvergenceError(f"deqcore.Implicit: the linear solve of backward: {error}") from None
+
+
+def failure_messages(policy: str) -> tuple[str, ...]:
+    """What to warn of for each of FAILURES."""
+    return tuple(_message(policy, status) for status in FAILURES)
 
 
 def _message(policy: str, status: Status) -> str:

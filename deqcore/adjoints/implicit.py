@@ -140,8 +140,14 @@ class _ImplicitGradient(torch.autograd.Function):
         refuse_mapped(grad)
         u = ctx.linear.solve(grad.detach())
         if torch.is_grad_enabled():
-            u = _NotTwice.apply(u, ctx.linear.f, grad)
+            u = not_twice(u, ctx.linear.f, grad)
         return u, None, None
+
+
+def not_twice(u: Tensor, *sources: Tensor) -> Tensor:
+    """u, of which no gradient can be had by way of what it came from."""
+    once: Tensor = _NotTwice.apply(u, *sources)
+    return once
 
 
 class _NotTwice(torch.autograd.Function):

@@ -311,13 +311,14 @@ class FakeCuda:
 
     def __init__(self, monkeypatch):
         self.log, self.current, self.made = [], "default", 0
-        for name in ("Stream", "stream", "current_stream", "graph_pool_handle", "graph"):
+        monkeypatch.setattr(_graphs, "_side_streams", {})
+        for name in ("Stream", "stream", "current_stream", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
 
     def as_stream(self, name):
         wait = lambda other: self.log.append(f"{name} waits for {other.name}")  # noqa: E731
-        return types.SimpleNamespace(name=name, cuda_stream=name, wait_stream=wait)
+        return types.SimpleNamespace(name=name, cuda_stream=name, device_index=0, wait_stream=wait)
 
     def Stream(self):  # noqa: N802
         return self.as_stream("side")
@@ -336,19 +337,26 @@ class FakeCuda:
     def graph_pool_handle(self):
         return "pool"
 
-    def new_graph(self, keep_graph):
-        assert keep_graph
+    def new_graph(self, keep_graph=False):
         self.made += 1
-        return types.SimpleNamespace(raw_cuda_graph=lambda number=self.made: number)
+        return FakeGraph(self, self.made if keep_graph else None)
 
-    @contextlib.contextmanager
-    def graph(self, graph, pool, stream):
-        assert (pool, stream.name, self.current) == ("pool", "side", "side")
-        try:
-            yield
-        finally:
-            if sys.exc_info()[0] is not None:
-                raise RuntimeError("capture was invalidated")
+
+class FakeGraph:
+    def __init__(self, cuda, number):
+        self.cuda, self.number = cuda, number
+
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"
+        assert self.cuda.current == "side"
+        assert pool == ("pool" if self.number else None)
+
+    def capture_end(self):
+        if sys.exc_info()[0] is not None:
+            raise RuntimeError("capture was invalidated")
+
+    def raw_cuda_graph(self):
+        return self.number
 
 
 @pytest.fixture
@@ -385,7 +393,10 @@ def test_a_recorder_joins_its_parts_on_one_stream_and_launches_on_the_current(
     assert joined[1] == "default"
 
 
-def test_a_capture_that_fails_tells_the_first_reason_and_leaves_the_stream(fake_cuda):
+def test_a_capture_that_fails_tells_the_first_reason_and_leaves_the_stream(fake_cuda, monkeypatch):
+    recovered = []
+    monkeypatch.setattr(_graphs, "_recover", recovered.append)
+
     def part():
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -398,6 +409,7 @@ def test_a_capture_that_fails_tells_the_first_reason_and_leaves_the_stream(fake_
     with pytest.raises(RuntimeError, match=r"cannot be captured.*torch says: operation not perm"):
         record()
     assert fake_cuda.current == "default"
+    assert recovered == ["pool"]
 
 
 def test_a_fixed_step_solve_never_waits_for_the_gpu(cuda_device):
