@@ -34,11 +34,12 @@ class Cell:
 
     def is_still(self, cell: object) -> bool:
         """Whether ``cell`` is this one, of the same modules and parameters."""
-        return (
-            cell is self.cell
-            and all(names.get(name) is part for names, name, part in self._parts)
-            and all(len(names) == size for names, size in self._sizes)
-        )
+        if cell is not self.cell:
+            return False
+        for names, name, part in self._parts:
+            if names.get(name) is not part:
+                return False
+        return all(len(names) == size for names, size in self._sizes)
 
     @property
     def is_hooked(self) -> bool:

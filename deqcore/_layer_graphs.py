@@ -93,16 +93,18 @@ class LayerGraphs:
         cell = self._current_cell(layer)
         if cell.is_hooked:
             raise UnfitError("it has hooks")
-        leaves, spec = pytree.tree_flatten(args)
+        leaves, spec = _flatten(args)
         key = _signature(z0, leaves, spec, grad), cell.mode(grad), _state(first.device, grad)
-        found = self._signatures.setdefault(key, _Signature())
+        found = self._signatures.get(key)
+        if found is None:
+            found = self._signatures[key] = _Signature()
         self._signatures.move_to_end(key)
         if found.why_not is not None:
             return None, leaves
         for captured in found.solvers:
             if not captured.awaits_backward:
                 return captured, leaves
-        if len(found.solvers) >= GRAPHS_ALIVE or not self._is_due(layer, found, first):
+        if len(found.solvers) >= GRAPHS_ALIVE or not self._is_due(layer, found, z0, args):
             return None, leaves
         self._make_room(found)
         try:
@@ -141,11 +143,14 @@ class LayerGraphs:
         self._replaced = self._replaced + 1 if self._replays < WORTH else 0
         self._replays = 0
 
-    def _is_due(self, layer: Any, found: _Signature, first: Tensor) -> bool:
+    def _is_due(self, layer: Any, found: _Signature, z0: Any, args: tuple[Any, ...]) -> bool:
         if layer.capture != "auto":
             return True
         found.calls += 1
-        return found.calls > CALLS_BEFORE and first.numel() <= LARGEST
+        if found.calls <= CALLS_BEFORE:
+            return False
+        state = pytree.tree_leaves(args[0] if z0 is None else z0)
+        return sum(leaf.numel() for leaf in state) <= LARGEST
 
     def _make_room(self, keep: _Signature) -> None:
         while len(self._signatures) > SIGNATURES:
@@ -251,6 +256,12 @@ class _RandomNumbers:
         np.random.set_state(numpy)
 
 
+def _flatten(args: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    if all(isinstance(arg, Tensor) for arg in args):
+        return list(args), len(args)
+    return pytree.tree_flatten(args)
+
+
 def _signature(z0: Any, leaves: list[Any], spec: Any, grad: bool) -> tuple[Any, ...]:
     """Of a call, so that one recording serves all that have it."""
     more: tuple[Any, ...] = ()
@@ -275,7 +286,8 @@ def _state(device: torch.device, grad: bool) -> tuple[Any, ...]:
     return (
         grad,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        torch._C._get_fp32_precision_getter("cuda", "matmul"),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         torch.are_deterministic_algorithms_enabled(),
         _stream(device),
     )

@@ -203,6 +203,7 @@ def raise_in_backward(report: SolveReport) -> None:
         raise ConvergenceError(f"deqcore.Implicit: the linear solve of backward: {error}") from None
 
 
+@functools.cache
 def failure_messages(policy: str) -> tuple[str, ...]:
     """What to warn of for each of FAILURES."""
     return tuple(_message(policy, status) for status in FAILURES)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
-import pickle
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
-import deqcore
 from deqcore import (
     Anderson,
     Broyden,
@@ -25,103 +19,21 @@ from deqcore import (
     Phantom,
     Picard,
     Unrolled,
-    _checks,
     _layer_graphs,
 )
 from deqcore._layer_graphs import CALLS_BEFORE, GRAPHS, GRAPHS_ALIVE, TIMES_REPLACED
+from tests.support.captured_layers import (
+    Cell,
+    Gpu,
+    Reads,
+    assert_same,
+    count,
+    inputs,
+    results,
+    twins,
+    warm,
+)
 from tests.support.problems import equal
-from tests.support.tape import Taped
-
-
-@dataclass
-class Gpu:
-    """Where layers are captured, and the recorders of those that were."""
-
-    device: torch.device
-    recorders: list[Any] = field(default_factory=list)
-
-
-@pytest.fixture(params=["host", "graph"])
-def gpu(request: Any, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    make = _layer_graphs._recorder
-    if request.param == "graph":
-        gpu = Gpu(request.getfixturevalue("cuda_device"))
-    else:
-        gpu = Gpu(torch.device("cpu"))
-        make = Taped
-        monkeypatch.setattr(_layer_graphs, "_is_usable", lambda tensor: True)
-        monkeypatch.setattr(_layer_graphs, "_stream", lambda device: 0)
-        monkeypatch.setattr(_checks, "_free", lambda tensor: False)  # no look at a value
-
-    def recorder() -> Any:
-        gpu.recorders.append(make())
-        return gpu.recorders[-1]
-
-    monkeypatch.setattr(_layer_graphs, "_recorder", recorder)
-    return gpu
-
-
-class Cell(nn.Module):
-    """Of kernels that are the same under capture; a gemm's need not be."""
-
-    def __init__(self, dim: int = 6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(0.4 * torch.rand(dim))
-        self.bias = nn.Parameter(torch.randn(dim))
-        self.gain = 1.0
-
-    def forward(self, z: Tensor, x: Tensor, shift: Any = 0.0) -> Tensor:
-        mixed = z.roll(1, -1) * self.weight - 0.3 * z
-        return torch.tanh(mixed) * self.gain + self.bias * 0.1 + x + shift
-
-
-def twins(gpu: Gpu, cell: nn.Module | None = None, **options: Any) -> list[ImplicitLayer]:
-    """A layer that is captured, and one that is not."""
-    torch.manual_seed(0)
-    layer = ImplicitLayer(Cell() if cell is None else cell, **options).to(gpu.device)
-    eager = copy.deepcopy(layer)
-    eager.capture = False
-    return [layer, eager]
-
-
-def inputs(gpu: Gpu, seed: int, rows: int = 4) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 6, generator=generator).to(gpu.device)
-
-
-def count(layer: ImplicitLayer) -> int:
-    """Recordings that a layer holds."""
-    return sum(len(one.solvers) for one in layer._graphs._signatures.values())
-
-
-def warm(layer: ImplicitLayer, x: Tensor, *args: Any) -> None:
-    """So many calls that the next one is recorded; without their backward passes."""
-    for _ in range(CALLS_BEFORE):
-        layer(x, *args)
-
-
-def results(layer: ImplicitLayer, x: Tensor, *args: Any) -> dict[str, Tensor]:
-    """Value, gradients and reports of a call with its backward pass."""
-    layer.zero_grad()
-    x = x.clone().requires_grad_()
-    value = layer(x, *args)
-    report = layer.report
-    weights = torch.linspace(-1, 2, value.numel(), device=value.device).view(value.shape)
-    (value * weights).square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
-    assert report.backward is not None
-    reports = {
-        f"{where}.{name}": getattr(one, name)
-        for where, one in (("forward", report), ("backward", report.backward))
-        for name in ("status", "steps", "residual")
-    }
-    return {"value": value.detach(), "x.grad": x.grad, **gradients, **reports}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert equal(value, b[name]), name
 
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden(memory=4), Picard()], ids=str)
@@ -289,11 +201,6 @@ def test_a_cell_that_is_replaced_time_and_again_is_left_alone(
     ]
 
 
-class Reads(Cell):
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return super().forward(z, x) * (1.0 if z.sum().item() < 1e9 else 0.0)
-
-
 class Drops(Cell):
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return super().forward(z, F.dropout(x, 0.5, self.training))
@@ -390,161 +297,3 @@ def test_true_records_the_first_call_and_large_states(gpu: Gpu, monkeypatch: Any
     assert count(layer) == 0
     eager(x)
     assert count(eager) == 1
-
-
-def test_calls_that_someone_follows_are_eager(gpu: Gpu) -> None:
-    layer, _ = twins(gpu, capture=True)
-    x = inputs(gpu, 0)
-    layer(x).sum().backward()
-    recorder = gpu.recorders[0]
-    launches = getattr(recorder, "launches", None)
-    value = checkpoint(layer, x, use_reentrant=False)
-    value.sum().backward()
-    with torch.autograd.detect_anomaly(check_nan=False), torch.autograd.graph.save_on_cpu():
-        layer(x).sum().backward()
-    with FlopCounterMode(display=False):
-        layer(x)
-    assert len(gpu.recorders) == 1
-    if launches is not None:
-        assert recorder.launches == launches
-
-
-def test_arguments_decide_what_a_call_looks_like(gpu: Gpu) -> None:
-    layer, eager = twins(gpu, capture=True)
-    x = inputs(gpu, 0)
-    shift = inputs(gpu, 1).t().contiguous().t()
-    calls: list[tuple[Any, ...]] = [
-        (x,), (x, 0.5), (x, 0.25), (x, True), (x, shift), (x, shift.contiguous()),
-        (x, inputs(gpu, 1)[:1]), (x.clone().requires_grad_(), 0.5),
-    ]  # fmt: skip
-    for args in calls * 2:
-        assert equal(layer(*args).detach(), eager(*args).detach())
-    assert len(gpu.recorders) == len(calls) - 0
-    with torch.no_grad():
-        assert equal(layer(x, z0=x), eager(x, z0=x))
-        assert equal(layer(x, z0=2 * x), eager(x, z0=2 * x))
-    assert len(gpu.recorders) == len(calls) + 1
-
-
-def test_autocast_is_part_of_the_signature_and_backward_runs_outside_of_it(gpu: Gpu) -> None:
-    class Linear(Cell):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(6, 6)
-            nn.init.orthogonal_(self.linear.weight, 0.3)
-
-        def forward(self, z: Tensor, x: Tensor) -> Tensor:
-            return self.linear(z).float() * 0.5 + super().forward(z, x)
-
-    layer, eager = twins(gpu, Linear(), capture=True)
-    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
-        outs = []
-        for one in (layer, eager):
-            one.zero_grad()
-            with torch.autocast(gpu.device.type, torch.bfloat16, enabled=dtype != torch.float32):
-                value = one(inputs(gpu, 3))
-            value.square().sum().backward()
-            outs.append([value.detach(), *(p.grad for p in one.parameters())])
-        for a, b in zip(*outs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert len(gpu.recorders) == 2
-
-
-def test_the_gradient_of_a_gradient_is_refused_as_an_eager_one_is(gpu: Gpu) -> None:
-    for layer in twins(gpu, capture=True):
-        x = inputs(gpu, 0).requires_grad_()
-        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="gradient of a gradient is not supported"):
-            grad.sum().backward()
-
-
-def test_backward_that_fails_raises_as_an_eager_one_does(gpu: Gpu) -> None:
-    adjoint = Implicit(solver=Picard(max_steps=1, rtol=0.0, atol=0.0), on_failure="raise")
-    for layer in twins(gpu, adjoint=adjoint, capture=True):
-        with pytest.raises(deqcore.ConvergenceError, match="linear solve of backward"):
-            layer(inputs(gpu, 0)).sum().backward()
-    assert len(gpu.recorders) == 1
-
-
-def test_hooks_of_parameters_see_each_gradient_once(gpu: Gpu) -> None:
-    layer, eager = twins(gpu, capture=True)
-    for one in (layer, eager):
-        one.cell.weight.register_hook(lambda grad: 2 * grad)
-    for seed in range(2):
-        x = inputs(gpu, seed)
-        assert_same(results(layer, x), results(eager, x))
-
-
-def test_copies_and_pickles_hold_no_recordings(gpu: Gpu) -> None:
-    layer, _ = twins(gpu, capture=True)
-    x = inputs(gpu, 0)
-    expected = results(layer, x)
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    for other in (
-        copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)),
-        torch.load(buffer, weights_only=False),
-    ):  # fmt: skip
-        assert count(other) == 0
-        assert other.capture is True
-        assert_same(results(other, x), expected)
-    assert count(layer) == 1
-
-
-def test_a_layer_pickled_by_an_earlier_version_is_captured_as_by_default(gpu: Gpu) -> None:
-    layer, _ = twins(gpu)
-    state = layer.__getstate__()
-    del state["capture"]
-    old = ImplicitLayer.__new__(ImplicitLayer)
-    old.__setstate__(state)
-    assert old.capture == "auto"
-    old(inputs(gpu, 0))
-
-
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
-        nn.init.orthogonal_(self.linear.weight, gain=0.3)
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.norm(self.linear(z) + x)) * 0.5
-
-
-def test_running_statistics_are_those_of_eager_training(gpu: Gpu) -> None:
-    layer, eager = twins(gpu, Normed(), batch="coupled")
-    for seed in range(CALLS_BEFORE + 3):
-        x = inputs(gpu, seed)
-        results(layer, x), results(eager, x)
-        for a, b in zip(layer.buffers(), eager.buffers(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert count(layer) == 1
-
-
-def test_a_pruned_cell_reads_its_values_anew_in_each_replay(gpu: Gpu) -> None:
-    class Sparse(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            pattern = deqcore.SparsityPattern.from_scores(torch.rand(6, 6), 0.5)
-            self.linear = deqcore.MaskedLinear(pattern, backend="dense")
-
-        def forward(self, z: Tensor, x: Tensor) -> Tensor:
-            return torch.tanh(0.5 * self.linear(z) + x)
-
-    layer, eager = twins(gpu, Sparse(), solver=Anderson(rtol=1e-5))
-    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (layer, eager)]
-    for seed in range(CALLS_BEFORE + 4):
-        x = inputs(gpu, seed)
-        got, expected = results(layer, x), results(eager, x)
-        for name in ("value", "x.grad", "cell.linear.values"):
-            torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
-        for optimizer in optimizers:
-            optimizer.step()
-    assert count(layer) == 1
-
-
-def test_options_of_capture_are_named(gpu: Gpu) -> None:
-    with pytest.raises(ValueError, match="capture: expected 'auto', True or False, got 'yes'"):
-        ImplicitLayer(Cell(), capture="yes")
-    assert "capture='auto'" in repr(ImplicitLayer(Cell()))
