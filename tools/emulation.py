@@ -35,9 +35,11 @@ KERNELS = (
     "cuda/masked_linear.cu",
     "cuda/masked_linear_blocks.cu",
     "cuda/masked_linear_groups.cu",
+    "cuda/masked_linear_strips.cu",
     "cuda/masked_outer.cu",
     "cuda/masked_outer_blocks.cu",
     "cuda/masked_outer_segments.cu",
+    "cuda/masked_outer_strips.cu",
 )
 RUNTIME = ("emulation/cuda_emulation.cpp", "emulation/sectors.cpp")
 # Rounding as the kernels ask for it and no other, so that a failure says something about them.

@@ -64,6 +64,18 @@ inline bool is_hopper() {
 #endif
 }
 
+// What the current GPU has of something; `otherwise` where it cannot be asked.
+inline int64_t attribute_of_gpu(cudaDeviceAttr attribute, int64_t otherwise) {
+  int device = 0, value = 0;
+  const bool told = cudaGetDevice(&device) == cudaSuccess &&
+                    cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  return told ? value : otherwise;
+}
+inline int64_t most_shared_bytes() {  // of a block that asks
+  return attribute_of_gpu(cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedWithoutAsking);
+}
+inline int64_t multiprocessors() { return attribute_of_gpu(cudaDevAttrMultiProcessorCount, 1); }
+
 // The emulation counts the traffic of the state-sized tensors here.
 DEQCORE_DEVICE void count_read(int, bool) {}
 DEQCORE_DEVICE void count_write(int) {}
@@ -83,6 +95,8 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
 
 inline const char* check_gpu() { return nullptr; }
 inline bool is_hopper() { return ::emulation::hopper; }
+inline int64_t most_shared_bytes() { return ::emulation::kMostShared; }
+inline int64_t multiprocessors() { return 132; }
 
 inline void count_read(int bytes, bool again) { ::emulation::count_read(bytes, again); }
 inline void count_write(int bytes) { ::emulation::count_write(bytes); }

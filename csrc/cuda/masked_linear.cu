@@ -1,4 +1,6 @@
-// masked_linear's CUDA kernels: y = x weight^T + bias for a weight of few kept entries. No torch.
+// masked_linear's CUDA kernels: y = x weight^T + bias for a weight of few kept entries, row by row;
+// and which kernels a product goes to. Many tokens of other types than float64 go to strips
+// (masked_linear_strips.cu). No torch.
 //
 // Two launches. The first one turns x round, so that the tokens of a column lie side by side, puts
 // each entry's value beside its place, and looks up where each chunk of columns ends in each row.
@@ -9,13 +11,9 @@
 //
 // For each kept entry and 128 tokens, float32: 4 warp-wide multiply-adds, one 16-byte load of x
 // from shared memory (4 passes of 128 bytes) and half a 16-byte load that is the same for all lanes
-// (1/2 to 1 pass). Shared memory gives one pass a clock, so 4.5 passes bound this to 128/4.5 = 28
-// multiply-adds a clock and multiprocessor, 22% of what one with 128 float32 lanes can do and 44%
-// of one with 64. bfloat16 needs half the bytes of x: 2.5 passes. Each visit of a row in a chunk
-// (96 columns of float32) costs two exchanges more, which at 99% sparsity is half as much as its
-// entries; there a row has one entry in a chunk, and the latency of reading it is hidden by asking
-// for it a chunk ahead. Beyond shared memory, x is read rows / 256 times and the entries tokens /
-// 128 times, from the L2 cache.
+// (1/2 to 1 pass). Shared memory gives one pass a clock, so 4.5 passes bound this to 28
+// multiply-adds a clock and multiprocessor. Each visit of a row in a chunk costs two exchanges
+// more.
 #include "cuda/masked_linear.h"
 
 #include "cuda/masked_tile.cuh"
@@ -53,8 +51,7 @@ struct Layout {
 };
 template <typename S>
 constexpr int kPackTokens = 16 / sizeof(Compute<S>);
-template <typename S>
-using Large = Layout<kPackTokens<S>, 16, 16>;
+using Large = Layout<kPackTokens<double>, 16, 16>;
 template <typename S>
 using Medium = Layout<kPackTokens<S>, 4, 8>;
 template <typename S>
@@ -240,7 +237,9 @@ const char* launch_layout(const MaskedLinearArgs& args, void* workspace, Stream 
 // Calls run with the layout of a path: run.operator()<S, Layout>().
 template <typename S, typename Run>
 auto with_layout(LinearPath path, const Run& run) {
-  if (path == LinearPath::large) return run.template operator()<S, Large<S>>();
+  if constexpr (sizeof(S) == sizeof(double)) {
+    if (path == LinearPath::large) return run.template operator()<S, Large>();
+  }
   if (path == LinearPath::medium) return run.template operator()<S, Medium<S>>();
   return run.template operator()<S, Few<S>>();
 }
@@ -248,6 +247,10 @@ auto with_layout(LinearPath path, const Run& run) {
 template <typename Run>
 auto with_types(Dtype type, LinearPath path, const Run& run) {
   return with_dtype(type, [&]<typename S>() { return with_layout<S>(path, run); });
+}
+
+bool is_strips(LinearPath path, Dtype type) {
+  return path == LinearPath::large && type != Dtype::f64;
 }
 
 }  // namespace
@@ -268,6 +271,7 @@ LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type) {
 
 int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type, LinearPath path) {
   if (path == LinearPath::groups) return masked_linear_groups_bytes(args);
+  if (is_strips(path, type)) return masked_linear_strips_bytes(args, type);
   if (path == LinearPath::blocks || path == LinearPath::few_blocks) return 0;
   return with_types(type, path, [&]<typename S, typename L>() {
     Pieces pieces(nullptr);
@@ -281,6 +285,7 @@ const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath p
   if (args.tokens == 0 || args.weight.rows == 0) return nullptr;
   if (const char* const error = check_gpu()) return error;
   if (path == LinearPath::groups) return masked_linear_groups(args, type, workspace, stream);
+  if (is_strips(path, type)) return masked_linear_strips(args, type, workspace, stream);
   if (path == LinearPath::blocks || path == LinearPath::few_blocks) {
     return masked_linear_blocks(args, type, path == LinearPath::few_blocks, stream);
   }

@@ -32,6 +32,11 @@ int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type, 
 const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath path,
                           void* workspace, void* stream);
 
+// What the path `large` is, but for float64.
+int64_t masked_linear_strips_bytes(const MaskedLinearArgs& args, Dtype type);
+const char* masked_linear_strips(const MaskedLinearArgs& args, Dtype type, void* workspace,
+                                 void* stream);
+
 // The blocks' paths, which masked_linear takes when told to: whether these arguments allow it, and
 // the launcher.
 bool masked_linear_has_blocks(const MaskedLinearArgs& args, Dtype type);

@@ -1,4 +1,6 @@
-// masked_outer's CUDA kernels: the gradient of the kept values alone (SDDMM). No torch.
+// masked_outer's CUDA kernels: the gradient of the kept values alone (SDDMM), row by row; and which
+// kernels it goes to. Many tokens of other types than float64 go to strips
+// (masked_outer_strips.cu). No torch.
 //
 // Two launches. The first one turns both operands round, so that the tokens of a column lie side by
 // side, and looks up where each chunk of columns ends in each row. In the second a block takes a
@@ -207,8 +209,9 @@ const char* launch_tokens(const MaskedOuterArgs& args, void* workspace, Stream s
 // Calls run.operator()<S, kTokens>() for a type and a path.
 template <typename S, typename Run>
 auto with_tokens(OuterPath path, const Run& run) {
-  constexpr int kMany = 16 / sizeof(Compute<S>);
-  if (path == OuterPath::many) return run.template operator()<S, kMany>();
+  if constexpr (sizeof(S) == sizeof(double)) {
+    if (path == OuterPath::many) return run.template operator()<S, 2>();
+  }
   return run.template operator()<S, 1>();
 }
 
@@ -216,6 +219,8 @@ template <typename Run>
 auto with_types(Dtype type, OuterPath path, const Run& run) {
   return with_dtype(type, [&]<typename S>() { return with_tokens<S>(path, run); });
 }
+
+bool is_strips(OuterPath path, Dtype type) { return path == OuterPath::many && type != Dtype::f64; }
 
 }  // namespace
 
@@ -228,6 +233,7 @@ OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type) {
 
 int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, Dtype type, OuterPath path) {
   if (path == OuterPath::blocks || path == OuterPath::segments) return 0;
+  if (is_strips(path, type)) return masked_outer_strips_bytes(args, type);
   return with_types(type, path, [&]<typename S, int kTokens>() {
     Pieces pieces(nullptr);
     prepare_in<S, kTokens>(args, pieces);
@@ -239,6 +245,7 @@ const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path
                          void* stream) {
   if (args.entries.kept == 0) return nullptr;
   if (const char* const error = check_gpu()) return error;
+  if (is_strips(path, type)) return masked_outer_strips(args, type, workspace, stream);
   if (path == OuterPath::segments) return masked_outer_segments(args, type, stream);
   if (path == OuterPath::blocks) return masked_outer_blocks(args, type, stream);
   return with_types(type, path, [&]<typename S, int kTokens>() {

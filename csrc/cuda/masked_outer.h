@@ -32,6 +32,11 @@ int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, Dtype type, Ou
 const char* masked_outer(const MaskedOuterArgs& args, Dtype type, OuterPath path, void* workspace,
                          void* stream);
 
+// What the path `many` is, but for float64.
+int64_t masked_outer_strips_bytes(const MaskedOuterArgs& args, Dtype type);
+const char* masked_outer_strips(const MaskedOuterArgs& args, Dtype type, void* workspace,
+                                void* stream);
+
 // The blocks' path, which masked_outer takes when told to: whether these arguments allow it, and
 // the launcher.
 bool masked_outer_has_blocks(const MaskedOuterArgs& args, Dtype type);

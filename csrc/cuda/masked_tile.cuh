@@ -34,7 +34,7 @@ struct Turned {
 };
 
 constexpr int kTurnSide = 32;  // a block turns a square of this side
-constexpr int kTurnThreads = 128;
+constexpr int kTurnThreads = 256;
 
 inline int64_t turn_blocks(const Turned& turned) {
   return blocks_for(turned.columns, kTurnSide) * (turned.padded / kTurnSide);
@@ -49,8 +49,11 @@ constexpr int64_t turn_shared_bytes() {
 template <typename S>
 DEQCORE_DEVICE void turn_square(const Turned& turned, int64_t square, S* scratch) {
   constexpr int kRowsAtOnce = kTurnThreads / kTurnSide, kStride = kTurnSide + 1;
-  const int64_t across = blocks_for(turned.columns, kTurnSide);
-  const int64_t column = square % across * kTurnSide, token = square / across * kTurnSide;
+  // Squares are blocks of a launch, and those fit 32 bits.
+  const auto across = static_cast<uint32_t>(blocks_for(turned.columns, kTurnSide));
+  const auto index = static_cast<uint32_t>(square);
+  const int64_t column = int64_t{index % across} * kTurnSide;
+  const int64_t token = int64_t{index / across} * kTurnSide;
   const int x = static_cast<int>(threadIdx.x) % kTurnSide;
   const int y = static_cast<int>(threadIdx.x) / kTurnSide;
   const S* const from = static_cast<const S*>(turned.from);

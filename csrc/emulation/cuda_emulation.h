@@ -157,6 +157,9 @@ inline int __all_sync(unsigned mask, int predicate) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 // Relaxed, as on the GPU: an atomic orders nothing else.
+inline unsigned atomicOr(unsigned* address, unsigned bits) {
+  return __atomic_fetch_or(address, bits, __ATOMIC_RELAXED);
+}
 inline int atomicSub(int* address, int value) {
   return __atomic_fetch_sub(address, value, __ATOMIC_RELAXED);
 }

@@ -260,6 +260,7 @@ void __tsan_func_exit() {
   }
 ATOMIC(32, int, fetch_sub, __atomic_fetch_sub)
 ATOMIC(32, int, fetch_add, __atomic_fetch_add)
+ATOMIC(32, unsigned, fetch_or, __atomic_fetch_or)
 }
 
 #endif

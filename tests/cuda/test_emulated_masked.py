@@ -19,6 +19,7 @@ WAYS = [(name, path) for name in LINEAR for path in ("large", "medium", "few")]
 WAYS += [("values' gradient", path) for path in ("many", "few")]
 BLOCK_WAYS = [(name, path) for name in LINEAR for path in ("blocks", "few_blocks")]
 BLOCK_WAYS += [("values' gradient", "blocks")]
+STRIPS = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
 TILE_WAYS = [(name, "groups") for name in LINEAR] + [("values' gradient", "segments")]
 
@@ -48,10 +49,29 @@ def test_error_is_at_most_twice_the_references(
 @pytest.mark.parametrize(("name", "path"), WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_chunks_of_columns_tiles_of_rows_and_of_tokens(emulator, name, path, dtype):
-    """96 to 768 columns make a chunk, and up to 256 rows and 128 tokens a tile."""
+    """25 to 768 columns make a chunk, and up to 384 rows and 256 tokens a tile."""
     run = partial(emulate, emulator, name, path, 7)
-    check_result(name, make(40, 850, 140, 0.9), dtype, run)
+    check_result(name, make(40, 850, 270, 0.9), dtype, run)
     check_result(name, make(530, 30, 5, 0.9), dtype, run)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("dtype", STRIPS, ids=str)
+@settings(max_examples=5)
+@given(rows=st.integers(30, 430), columns=st.integers(1, 300), sparsity=st.floats(0.98, 1))
+def test_tall_strips_for_very_few_entries(emulator, name, dtype, rows, columns, sparsity):
+    case = make(rows, columns, 150, sparsity, seed=rows)
+    check_result(name, case, dtype, partial(emulate, emulator, name, "large", 2))
+
+
+@pytest.mark.parametrize("dtype", STRIPS, ids=str)
+def test_more_columns_than_are_sorted_at_a_time(emulator, dtype):
+    """4608 columns are; a strip of many entries has several batches in a chunk, one of few one."""
+    for sparsity in (0.3, 0.998):
+        case = make(20, 9300, 3, sparsity)
+        check_result("forward", case, dtype, partial(emulate, emulator, "forward", "large", 4))
+        run = partial(emulate, emulator, "values' gradient", "many", 4)
+        check_result("values' gradient", case, dtype, run)
 
 
 def inexact(case: Case) -> Case:

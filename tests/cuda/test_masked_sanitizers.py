@@ -15,6 +15,8 @@ from tools.emulation import ROOT, EmulationError, Emulator
 SEEDS = {"address_program": range(2), "thread_program": range(1, 2)}
 CASES = {  # what, path, rows, columns, tokens, sparsity, structure, dtype
     "large": ("forward", "large", 20, 98, 20, 0.8, None, torch.float32),
+    "large, double": ("forward", "large", 20, 98, 20, 0.8, None, torch.float64),
+    "tall strips, transposed": ("input gradient", "large", 90, 40, 9, 0.98, None, torch.bfloat16),
     "medium, transposed": ("input gradient", "medium", 20, 30, 70, 0.7, None, torch.bfloat16),
     "few": ("forward", "few", 20, 200, 5, 0.9, None, torch.float64),
     "few, half": ("input gradient", "few", 20, 30, 33, 0.5, None, torch.float16),
@@ -55,7 +57,7 @@ def run_program(program, name: str, seeds=range(2)):
         for name in CASES
         for sanitizer in SEEDS
         # "few" is the same kernel with fewer threads, which cost ThreadSanitizer much.
-        if (name, sanitizer) != ("large", "thread_program")
+        if (name, sanitizer) != ("large, double", "thread_program")
     ],
 )
 def test_sanitizers_find_nothing_and_every_order_of_threads_gives_the_same_bits(
@@ -108,7 +110,7 @@ DEFECTS = {
         "cuda/masked_outer.cu",
         "ready.padded > Tile::kWidth ? kChunkBytes",
         "ready.padded > Tile::kWidth ? kChunkBytes / 2",
-        "outer",
+        "outer, few",
         "address",
         "AddressSanitizer: heap-buffer-overflow",
     ),
@@ -159,6 +161,30 @@ DEFECTS = {
         "outer by segments, long",
         "thread",
         "WARNING: ThreadSanitizer: data race",
+    ),
+    "a batch that some lanes still run": Defect(
+        "cuda/masked_linear_strips.cu",
+        "      __syncwarp();\n      reinterpret_cast<Part*>(batch)[lane] = part;",
+        "      reinterpret_cast<Part*>(batch)[lane] = part;",
+        "large",
+        "thread",
+        "WARNING: ThreadSanitizer: data race",
+    ),
+    "a chunk that another strip still reads": Defect(
+        "cuda/masked_outer_strips.cu",
+        "    wait_for_copies();\n    __syncthreads();",
+        "    wait_for_copies();\n    __syncwarp();",
+        "outer",
+        "thread",
+        "WARNING: ThreadSanitizer: data race",
+    ),
+    "tokens past the last one are stored": Defect(
+        "cuda/masked_linear_strips.cu",
+        "if (token >= args.tokens || left <= 0) continue;",
+        "if (left <= 0) continue;",
+        "large",
+        "address",
+        "AddressSanitizer: heap-buffer-overflow",
     ),
     "copies that are not awaited": Defect(
         "cuda/masked_outer.cu",

@@ -27,6 +27,14 @@ KNOWN = {
     ("masked_linear_product", "load", "workspace"): 16,
     ("masked_linear_product", "store", "y"): 8,
     ("masked_linear_by_blocks", "store", "y"): 16,
+    # Rows of few entries, which begin anywhere; each goes to where its column puts it.
+    ("masked_linear_write_strips", "load", "columns"): 22,
+    ("masked_linear_write_strips", "load", "values"): 16,
+    ("masked_linear_write_strips", "store", "workspace"): 4,
+    ("masked_outer_write_strips", "load", "columns"): 22,
+    ("masked_outer_write_strips", "store", "workspace"): 4,
+    # Sums in the order of the columns, at the end.
+    ("masked_outer_by_strips", "store", "values"): 3,
     # One column that a whole warp reads; sums of eight entries, wherever these lie.
     ("masked_outer_product", "load", "columns"): 4,
     ("masked_outer_product", "load", "workspace"): 16,
