@@ -81,43 +81,40 @@ DEQCORE_DEVICE void lay_out(const MaskedLinearArgs& args, const Prepared& ready,
   }
 }
 
-// The tile of a row of blocks in a column of blocks, or -1.
-DEQCORE_DEVICE int find_tile(const SparseRows& weight, int64_t row, int64_t column) {
-  if (row >= weight.rows) return -1;
-  const int first = weight.offsets[row], count = (weight.offsets[row + 1] - first) / kTileSide;
-  int low = 0, high = count;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (weight.columns[first + middle * kTileSide] < column) {
-      low = middle + 1;
-    } else {
-      high = middle;
+// Lists a group's visits, in the order of the columns. `tiles`: scratch for kGroup of each column.
+DEQCORE_DEVICE void list_visits(const SparseRows& weight, const Prepared& ready, int64_t group,
+                                int* tiles) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int across = static_cast<int>(ready.across);
+  int* const warp_counts = tiles + across * kGroup;
+  for (int i = thread; i < across * kGroup; i += kPrepareThreads) tiles[i] = -1;
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kGroup; ++r) {
+    const int64_t row = (group * kGroup + r) * kTileSide;
+    if (row >= weight.rows) break;
+    const int first = weight.offsets[row], count = (weight.offsets[row + 1] - first) / kTileSide;
+    for (int i = thread; i < count; i += kPrepareThreads) {
+      const int column = weight.columns[first + i * kTileSide] / kTileSide;
+      tiles[column * kGroup + r] = first / (kTileSide * kTileSide) + i;
     }
   }
-  const bool there = low < count && weight.columns[first + low * kTileSide] == column;
-  return there ? first / (kTileSide * kTileSide) + low : -1;
-}
-
-// Lists a group's visits, in the order of the columns.
-DEQCORE_DEVICE void list_visits(const SparseRows& weight, const Prepared& ready, int64_t group,
-                                int* warp_counts) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  __syncthreads();
   Visit* const visits = ready.visits + group * ready.across;
   int listed = 0;
-  for (int64_t first = 0; first < ready.across; first += kPrepareThreads) {
-    const int64_t column = (first + thread) * kTileSide;
-    Visit visit{static_cast<int32_t>(column), 0, {}};
-    if (column < weight.width) {
+  for (int begin = 0; begin < across; begin += kPrepareThreads) {
+    const int column = begin + thread;
+    Visit visit{column * kTileSide, 0, {}};
 #pragma unroll
-      for (int r = 0; r < kGroup; ++r) {
-        visit.tiles[r] = find_tile(weight, (group * kGroup + r) * kTileSide, column);
-        if (visit.tiles[r] >= 0) visit.mask |= 1 << r;
-      }
+    for (int r = 0; r < kGroup; ++r) {
+      visit.tiles[r] = column < across ? tiles[column * kGroup + r] : -1;
+      if (visit.tiles[r] >= 0) visit.mask |= 1 << r;
     }
     const unsigned there = __ballot_sync(kWholeWarp, visit.mask != 0);
     if (lane == 0) warp_counts[warp] = __popc(there);
     __syncthreads();
     int at = listed + __popc(there & ((1u << lane) - 1));
+#pragma unroll
     for (int w = 0; w < kPrepareThreads / kWarp; ++w) {
       if (w < warp) at += warp_counts[w];
       listed += warp_counts[w];
@@ -300,12 +297,14 @@ Prepared prepare_in(const MaskedLinearArgs& args, Pieces& pieces) {
 
 template <typename S, typename Sh>
 const char* launch_shape(const MaskedLinearArgs& args, const Prepared& ready, Stream stream) {
-  constexpr int64_t kScratch = kTileSide * (kTileSide + 2) * sizeof(S);
+  constexpr int64_t kTurn = kTileSide * (kTileSide + 2) * sizeof(S);
+  const int64_t list = (ready.across * kGroup + kPrepareThreads / kWarp) * sizeof(int);
+  const int64_t scratch = list > kTurn ? list : kTurn;
   const int64_t first = ready.groups + ready.blocks;
   const char* error =
       args.weight.position == nullptr
-          ? launch(prepare_groups<S, false>, first, kPrepareThreads, kScratch, stream, args, ready)
-          : launch(prepare_groups<S, true>, first, kPrepareThreads, kScratch, stream, args, ready);
+          ? launch(prepare_groups<S, false>, first, kPrepareThreads, scratch, stream, args, ready)
+          : launch(prepare_groups<S, true>, first, kPrepareThreads, scratch, stream, args, ready);
   if (error != nullptr) return error;
   TileMap x;
   error = make_tile_map(&x, args.x, args.tokens, args.weight.width, __is_same(S, BFloat16));
@@ -325,8 +324,11 @@ constexpr int kCluster = 1;
 }  // namespace
 
 bool masked_linear_has_groups(const MaskedLinearArgs& args) {
-  constexpr int64_t kFewTokens = 256;  // with fewer, the tiles do not fill the GPU
-  return args.weight.block == kTileSide && args.weight.kept > 0 && args.tokens >= kFewTokens;
+  constexpr int64_t kFewTokens = 256;        // with fewer, the tiles do not fill the GPU
+  constexpr int64_t kMostColumns = 1 << 17;  // whose lists fit shared memory
+  const SparseRows& weight = args.weight;
+  return weight.block == kTileSide && weight.kept > 0 && weight.width <= kMostColumns &&
+         args.tokens >= kFewTokens;
 }
 
 int64_t masked_linear_groups_bytes(const MaskedLinearArgs& args) {

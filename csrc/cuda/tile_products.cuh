@@ -12,19 +12,18 @@
 
 namespace deqcore::cuda {
 
-// The row of blocks that kept block `index` is in: the last one that begins no later.
+// The row of blocks that kept block `index` is in: the last one that begins no later. By a warp.
 DEQCORE_DEVICE int64_t row_of_block(const SparseRows& weight, int64_t index) {
-  const int64_t entry = index * kTileSide * kTileSide;
-  int64_t low = 0, high = weight.rows / kTileSide;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (weight.offsets[middle * kTileSide] <= entry) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t entry = index * kTileSide * kTileSide, rows = weight.rows / kTileSide;
+  int64_t begun = 0;
+#pragma unroll 4
+  for (int64_t first = 0; first < rows; first += kWarp) {
+    const int64_t row = first + lane;
+    const bool no_later = row < rows && weight.offsets[row * kTileSide] <= entry;
+    begun += __popc(__ballot_sync(kWholeWarp, no_later));
   }
-  return low;
+  return begun - 1;
 }
 
 // Four words of each of four neighbouring lanes, turned: lane i gets word i of each.

@@ -79,7 +79,11 @@ struct TileRing {
   DEQCORE_DEVICE void release(const Place<kSlots>& place) const {
     __syncwarp();
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    if (lane < kCluster) arrive_at(&empty[place.slot], lane);
+    if constexpr (kCluster > 1) {
+      if (lane < kCluster) arrive_at(&empty[place.slot], lane);
+    } else {
+      if (lane == 0) arrive_at(&empty[place.slot]);
+    }
   }
 };
 
