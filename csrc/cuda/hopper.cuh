@@ -336,11 +336,20 @@ inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, i
   return result == CUDA_SUCCESS ? nullptr : "the driver refuses the tensor map";
 }
 
-// Starts a kernel in clusters; `waves` clusters at most as run at once, if it is not 0. Null, or
-// what is wrong.
+// How many clusters run at once of which each multiprocessor takes `resident` blocks.
+inline int64_t clusters_at_once(int cluster, int resident) {
+  int device = 0, processors = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  const int64_t clusters = int64_t{processors} * resident / cluster;
+  return known && clusters > 0 ? clusters : 1;
+}
+
+// Starts a kernel in clusters; null, or what is wrong.
 template <typename... Parameters, typename... Arguments>
 const char* launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t clusters,
-                            bool all_at_once, int threads, int64_t shared_bytes, Stream stream,
+                            int threads, int64_t shared_bytes, Stream stream,
                             const Arguments&... arguments) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes));
@@ -348,18 +357,12 @@ const char* launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t 
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  config.gridDim = dim3(static_cast<unsigned>(cluster));
-  if (error == cudaSuccess && all_at_once) {
-    int at_once = 0;
-    error = cudaOccupancyMaxActiveClusters(&at_once, kernel, &config);
-    if (error == cudaSuccess && at_once > 0 && at_once < clusters) clusters = at_once;
-  }
-  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -373,15 +376,13 @@ inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, i
   return nullptr;
 }
 
+inline int64_t clusters_at_once(int, int) { return 3; }
+
 template <typename... Parameters, typename... Arguments>
-const char* launch_clusters(void (*kernel)(Parameters...), int, int64_t clusters, bool all_at_once,
-                            int threads, int64_t shared_bytes, Stream,
-                            const Arguments&... arguments) {
-  constexpr int64_t kAtOnce = 3;
-  ::emulation::note_kernel(reinterpret_cast<const void*>(kernel));
+const char* launch_clusters(void (*kernel)(Parameters...), int, int64_t clusters, int threads,
+                            int64_t shared_bytes, Stream, const Arguments&... arguments) {
   return ::emulation::launch(
-      all_at_once && clusters > kAtOnce ? kAtOnce : clusters, threads, shared_bytes,
-      [&] { kernel(arguments...); }, kHopperShared);
+      clusters, threads, shared_bytes, [&] { kernel(arguments...); }, kHopperShared);
 }
 
 #endif
