@@ -3,8 +3,9 @@
     python tools/cuda_build.py --only kernels     # nvcc alone, for what has changed
     python tools/cuda_build.py                    # and the extension, against a CUDA build of torch
 
-Kernels are compiled for each architecture with the assembler's report, printed as a table. A
-register that spills, or an array in local memory (a stack frame), fails the build: every kernel
+Kernels are compiled for each architecture with the assembler's report, printed as a table, beside
+the loads and stores of global memory in nvcc's PTX: bytes of one x places in the code. A register
+that spills, or an array in local memory (a stack frame), fails the build: every kernel
 here is a hot one. The extension is built for the same architectures and PTX in a virtual
 environment of its own (6 GB, made when missing), imported, and asked for each op's CUDA kernel.
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +52,7 @@ _ENTRY = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+_ACCESS = re.compile(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+) ")
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,18 @@ class Kernel:
     static_shared: int  # bytes; dynamic shared memory is the launch's affair
     stack: int  # bytes of local memory
     spills: int  # bytes stored and loaded
+    loads: str = ""  # of global memory: "16x8 4x2" is 8 places that load 16 bytes, and 2 of 4
+    stores: str = ""
 
     @property
     def fine(self) -> bool:
         return self.stack == 0 and self.spills == 0
 
 
-def read_report(text: str) -> list[Kernel]:
-    """The kernels in what nvcc printed with -Xptxas -v."""
+def read_report(text: str, ptx: str = "") -> list[Kernel]:
+    """The kernels in what nvcc printed with -Xptxas -v, and in its PTX."""
     found = [match.groupdict() for match in _ENTRY.finditer(text)]
+    accesses = read_accesses(ptx)
     names = _demangle([entry["name"] for entry in found])
     kernels = []
     for entry, name in zip(found, names, strict=True):
@@ -83,9 +89,29 @@ def read_report(text: str) -> list[Kernel]:
                 static_shared=int(shared[1]) if shared else 0,
                 stack=int(entry["stack"]),
                 spills=int(entry["stores"]) + int(entry["loads"]),
+                **accesses.get(entry["name"], {}),
             )
         )
     return kernels
+
+
+def read_accesses(ptx: str) -> dict[str, dict[str, str]]:
+    """Loads and stores of global memory in each kernel of a PTX text, as Kernel has them."""
+    found = {}
+    for part in ptx.split(".entry ")[1:]:
+        counts: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
+        for kind, many, bits in _ACCESS.findall(part):
+            counts[kind][int(many or 1) * int(bits) // 8] += 1
+        told = [" ".join(f"{n}x{c[n]}" for n in sorted(c, reverse=True)) for c in counts.values()]
+        found[part.split("(")[0].strip()] = dict(zip(("loads", "stores"), told, strict=True))
+    return found
+
+
+def ptx_of(compiled: Path) -> str:
+    """The PTX in an object file that was compiled with --no-compress."""
+    content = compiled.read_bytes()
+    begin = max(0, content.find(b".version"))
+    return content[begin : content.find(b"\0", begin)].decode(errors="replace")
 
 
 def _demangle(names: list[str]) -> list[str]:
@@ -100,7 +126,7 @@ def _demangle(names: list[str]) -> list[str]:
 def short_name(name: str) -> str:
     """Without return type, namespaces and parameters."""
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-    name = re.sub(r"\(deqcore.*|\((unsigned )?(long|int).*", "", name)
+    name = re.sub(r"\((deqcore|CUtensorMap).*|\((unsigned )?(long|int).*", "", name)
     return re.sub(r"deqcore::(cuda::)?", "", name)
 
 
@@ -111,14 +137,16 @@ def compile_kernels(architectures: Iterable[str], jobs: int | None) -> list[Kern
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         for number in architectures:
             own = "90a" if number == "90" else number  # as the extension is built
-            gencode = f"-gencode=arch=compute_{own},code=sm_{own}"
+            gencode = f"-gencode=arch=compute_{own},code=[sm_{own},compute_{own}]"
             name = f"{source.stem}.{own}.o"
-            command = ["nvcc", *FLAGS, gencode]
+            command = ["nvcc", *FLAGS, "--no-compress", gencode]
             objects.append(graph.compile(source.relative_to(ROOT), name, command, keep_report=True))
     compiled = graph.build(ROOT, jobs, keep_going=True)
     kernels: list[Kernel] = []
     for path in objects:
-        found = read_report((ROOT / f"{path}.txt").read_text())
+        made = ROOT / path
+        ptx = ptx_of(made) if made.exists() else ""
+        found = read_report((ROOT / f"{path}.txt").read_text(), ptx)
         # A spill is a warning and so an error, which the table shows; anything else ends here.
         if not compiled and not found:
             raise SystemExit(f"{path} does not compile (above)")
@@ -128,12 +156,12 @@ def compile_kernels(architectures: Iterable[str], jobs: int | None) -> list[Kern
 
 def print_table(kernels: list[Kernel]) -> None:
     width = max(len(kernel.name) for kernel in kernels)
-    print(f"{'kernel':{width}}  arch   registers  shared  stack  spills")
+    print(f"{'kernel':{width}}  arch    registers  shared  stack  spills  loads; stores")
     for k in kernels:
         mark = "" if k.fine else "  <- fails"
         print(
-            f"{k.name:{width}}  {k.architecture}  {k.registers:9}  {k.static_shared:6}  "
-            f"{k.stack:5}  {k.spills:6}{mark}"
+            f"{k.name:{width}}  {k.architecture:6}  {k.registers:9}  {k.static_shared:6}  "
+            f"{k.stack:5}  {k.spills:6}  {k.loads}; {k.stores}{mark}"
         )
 
 

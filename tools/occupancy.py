@@ -55,7 +55,7 @@ class Multiprocessor:
         return min(self.blocks, self.warps // warps, by_registers, by_shared)
 
 
-GPUS = {"80": Multiprocessor(164 * 1024, 108), "90": Multiprocessor(228 * 1024, 132)}
+GPUS = {"sm_80": Multiprocessor(164 * 1024, 108), "sm_90a": Multiprocessor(228 * 1024, 132)}
 
 
 def _round_up(number: int, unit: int) -> int:
@@ -151,8 +151,8 @@ def print_table(kernels: Iterable[Kernel], recorder: LaunchRecorder) -> None:
         for index, launch in enumerate(launches):
             head = f"{work} | {len(launches)}" if index == 0 else " | "
             cells = [
-                _fit(launch, costs[launch.kernel, f"sm_{number}"], gpu)
-                for number, gpu in GPUS.items()
+                _fit(launch, costs[launch.kernel, architecture], gpu)
+                for architecture, gpu in GPUS.items()
             ]
             size = f"{launch.blocks} x {launch.threads}"
             print(f"| {head} | {launch.kernel} | {size} | {launch.shared} | {' | '.join(cells)} |")

@@ -42,6 +42,26 @@ def test_a_spill_or_a_local_array_is_found_in_the_assemblers_report():
     assert (array.stack, array.fine) == (512, False)
 
 
+PTX = """
+.visible .entry _ZN7deqcore4cuda4goodEi(
+	ld.param.u64 	%rd1, [x];
+	ld.global.v4.f32 	{%f1, %f2, %f3, %f4}, [%rd1];
+	@%p1 ld.global.nc.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1+16];
+	ld.global.cs.v2.u32 {%r1, %r2}, [%rd2];
+	ld.shared.u32 	%r9, [%r1];
+	st.global.u16 	[%rd3], %rs1;
+	st.global.u16 	[%rd3+2], %rs2;
+	st.global.v4.b32 [%rd4], {%r1, %r2, %r3, %r4};
+.visible .entry _ZN7deqcore4cuda5spillEi(
+"""
+
+
+def test_widths_of_loads_and_stores_are_found_in_ptx():
+    good, spill, array = cuda_build.read_report(PTXAS, PTX)
+    assert (good.loads, good.stores) == ("16x2 8x1", "16x1 2x2")
+    assert (spill.loads, spill.stores, array.loads) == ("", "", "")
+
+
 CASES_RAN = "40 steps on cuda are as exact as their references\n"
 
 

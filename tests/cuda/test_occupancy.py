@@ -34,15 +34,15 @@ def recorder(sector_counter) -> Iterator[LaunchRecorder]:
 @pytest.mark.parametrize("name", MEASURED)
 def test_waves_are_those_that_the_counters_gave(name):
     threads, registers, shared, blocks, waves = MEASURED[name]
-    h200 = GPUS["90"]
+    h200 = GPUS["sm_90a"]
     fitting = h200.fitting(threads, registers, shared)
     assert blocks / (fitting * h200.count) == pytest.approx(waves, abs=0.006)
 
 
 def test_too_much_for_one_multiprocessor_fits_not_once():
-    assert GPUS["80"].fitting(1024, 65, 0) == 0
-    assert GPUS["80"].fitting(128, 32, 164 * 1024) == 0
-    assert GPUS["80"].fitting(32, 16, 0) == 32
+    assert GPUS["sm_80"].fitting(1024, 65, 0) == 0
+    assert GPUS["sm_80"].fitting(128, 32, 164 * 1024) == 0
+    assert GPUS["sm_80"].fitting(32, 16, 0) == 32
 
 
 def test_every_benchmark_launches_kernels_that_are_there(recorder):
