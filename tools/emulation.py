@@ -8,8 +8,10 @@ Needs a C++ compiler and nothing of CUDA. What is built lands in build/emulation
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import os
 import re
@@ -19,7 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,9 @@ class Flavour:
     bindings: bool = False  # with csrc/cuda/*.cpp and LibTorch, in place of the C interface
 
 
-_ADDRESS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-_THREAD = ("-O1", "-fsanitize=thread")
+# Sanitizers' builds are not optimised: they take longer to make than to run.
+_ADDRESS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+_THREAD = ("-O0", "-fsanitize=thread")
 _SECTORS = "-DEMULATION_SECTORS"
 _TORCH = Path(torch.__file__).parent
 _TORCH_LIBRARIES = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
@@ -104,8 +107,12 @@ class CompilerMissingError(Exception):
     """There is no C++ compiler here."""
 
 
-def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = None) -> Path:
+def build(
+    flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = None, op: str = ""
+) -> Path:
     """Compile the kernels of ``sources``, csrc or a copy of it, unless that was done before.
+
+    Of a copy, the kernels of ``op`` alone are compiled, if it is given: the others stay csrc's.
 
     Raises:
         CompilerMissingError: no C++ compiler.
@@ -114,40 +121,55 @@ def build(flavour: str, sources: Path = ROOT / "csrc", folder: Path | None = Non
     how = FLAVOURS[flavour]
     compiler = _compiler()
     folder = folder or ROOT / "build" / "emulation"
-    target = folder / f"{flavour}-{_fingerprint(sources, compiler, how)}"
-    if target.exists():
-        return target
+    target = folder / f"{flavour}-{op}{_fingerprint(sources, compiler, how)}"
     folder.mkdir(parents=True, exist_ok=True)
     kept = ROOT / "build" / "emulation" / "objects"
     kept.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with (
+        _one_at_a_time(folder / f"{flavour}.lock"),
+        tempfile.TemporaryDirectory(dir=folder) as scratch,
+    ):
+        if target.exists():
+            return target
         objects: list[Path] = []
-        commands: list[tuple[list[str], Path]] = []
+        commands: list[tuple[list[str], Path, Path]] = []
         program = ["-DEMULATION_PROGRAM"] if how.program else []
-        for name in (*KERNELS, *_callers(how, sources), *RUNTIME):
+        # What is changed comes first: of an inline function, the linker keeps the first copy.
+        own = [name for name in KERNELS if name.startswith(f"cuda/{op}")]
+        others = [name for name in KERNELS if name not in own]
+        for name in (*own, *others, *_callers(how, sources), *RUNTIME):
+            tree = ROOT / "csrc" if name in others else sources
             flags = how.runtime_flags if name in RUNTIME else how.kernel_flags
             if how.bindings and name.endswith(".cpp") and name not in RUNTIME:
                 flags = _BINDING
             language = ["-x", "c++"] if name.endswith(".cu") else []
-            options = [*FLAGS, *flags, *program, f"-I{sources.name}", *language]
-            command = [*compiler, *options, "-c", f"{sources.name}/{name}"]
+            options = [*FLAGS, *flags, *program, f"-I{tree.name}", *language]
+            command = [*compiler, *options, "-c", f"{tree.name}/{name}"]
             # By content, so that a copy of the sources with one change compiles what has changed.
-            content = (torch.__version__, command, _contents(sources, name))
+            content = (torch.__version__, command, _contents(tree, name))
             key = hashlib.sha256(repr(content).encode()).hexdigest()
             objects.append(kept / f"{Path(name).stem}-{key[:16]}.o")
             if not objects[-1].exists():
-                commands.append((command, objects[-1]))
+                commands.append((command, objects[-1], tree.parent))
 
-        def compile_one(work: tuple[list[str], Path]) -> None:
-            _compile(*work, sources.parent)
+        def compile_one(work: tuple[list[str], Path, Path]) -> None:
+            _compile(*work)
 
         with ThreadPoolExecutor(_processors()) as pool:
             list(pool.map(compile_one, commands))
         made = Path(scratch) / "made"
         link = [*compiler, *map(str, objects), *how.link_flags, *_extra_link_flags()]
         _run([*link, "-o", str(made)], sources.parent)
-        made.replace(target)  # at once, for test workers that build the same
+        made.replace(target)
     return target
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Test workers that build the same wait for the first of them."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _callers(how: Flavour, sources: Path) -> list[str]:

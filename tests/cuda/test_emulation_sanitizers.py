@@ -144,7 +144,7 @@ def planted(tmp_path, emulator) -> Callable[[Defect, str], Path]:
         text = (sources / defect.file).read_text()
         assert text.count(defect.before) == 1, "the kernels have changed: move the defect"
         (sources / defect.file).write_text(text.replace(defect.before, defect.after))
-        return emulation.build(flavour, sources, tmp_path / flavour)
+        return emulation.build(flavour, sources, tmp_path / flavour, CASES[defect.case][0])
 
     return plant
 

@@ -205,12 +205,12 @@ def test_a_planted_defect_is_caught(name, tmp_path):
     text = (sources / defect.file).read_text()
     assert text.count(defect.before) == 1, "the kernels have changed: move the defect"
     (sources / defect.file).write_text(text.replace(defect.before, defect.after))
+    op, path, args = arguments_of(defect.case)
     try:
-        built = emulation.build(defect.flavour, sources, tmp_path / defect.flavour)
+        built = emulation.build(defect.flavour, sources, tmp_path / defect.flavour, op)
     except emulation.CompilerMissingError as reason:
         pytest.skip(str(reason))
     if defect.flavour == "library":
-        op, path, args = arguments_of(defect.case)
         with pytest.raises(EmulationError, match=defect.message):
             Emulator(built).masked(op, path)(*args)
         return
