@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -63,12 +65,28 @@ def compare_masked(
     bench.compare(work, contestants, gates)
 
 
+@contextlib.contextmanager
+def hopper_paths() -> Iterator[None]:
+    """Calls take the paths for Hopper alone, where there are any."""
+    before = os.environ.get("DEQCORE_CUDA_HOPPER")
+    os.environ["DEQCORE_CUDA_HOPPER"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DEQCORE_CUDA_HOPPER"]
+        else:
+            os.environ["DEQCORE_CUDA_HOPPER"] = before
+
+
 def bench_masked(bench: Bench) -> None:
     """S1, S2 and S4: blocks, 2:4 and unstructured against cuBLAS; TF32 is off."""
     for sparsity, gate in ((0.5, 1.3), (0.8, 3.0), (0.9, 5.5)):
         problem = masked_problem(bench, 4096, 8192, sparsity, torch.bfloat16, 64)
         gates = {"F.linear(x, W*M)": gate, "torch BSR (Triton)": 1.3}
         compare_masked(bench, "S1 blocks of 64", problem, gates)
+        with hopper_paths():
+            compare_masked(bench, "S1 blocks of 64 (Hopper)", problem, {"F.linear(x, W*M)": gate})
     problem = masked_problem(bench, 8192, 8192, 0.5, torch.bfloat16, "2:4")
     compare_masked(bench, "S2 2:4", problem, {"F.linear(x, W*M)": 1.2})
     for sparsity, gate in ((0.9, 2.0), (0.95, 4.0), (0.99, 12.0)):
@@ -119,7 +137,11 @@ def bench_masked_gradient(bench: Bench) -> None:
             if (dtype, structure) == (torch.bfloat16, None):
                 kind += " bfloat16"
             asked = {} if gate is None else {"dense weight gradient": gate}
-            bench.compare(f"S6 values' gradient {kind} {pattern.sparsity:.0%}", contestants, asked)
+            name = f"S6 values' gradient {kind} {pattern.sparsity:.0%}"
+            bench.compare(name, contestants, asked)
+            if structure == 64:
+                with hopper_paths():
+                    bench.compare(f"{name} (Hopper)", contestants, asked)
 
 
 def bench_auto(bench: Bench) -> None:

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -52,9 +54,12 @@ inline const char* check_gpu() {
                     : "needs a GPU of compute capability 8.0 or later; use backend='dense'";
 }
 
-// Whether this build and the current GPU have what hopper.cuh is about.
-inline bool is_hopper() {
+// Whether this build and the current GPU have what hopper.cuh is about, and it is asked for: until a
+// GPU has timed it since it was last changed, it is no one's default.
+inline bool takes_hopper_paths() {
 #if defined(DEQCORE_SM90A)
+  const char* const asked = getenv("DEQCORE_CUDA_HOPPER");
+  if (asked == nullptr || strcmp(asked, "1") != 0) return false;
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
@@ -94,7 +99,7 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
 }
 
 inline const char* check_gpu() { return nullptr; }
-inline bool is_hopper() { return ::emulation::hopper; }
+inline bool takes_hopper_paths() { return ::emulation::hopper; }
 inline int64_t most_shared_bytes() { return ::emulation::kMostShared; }
 inline int64_t multiprocessors() { return 132; }
 

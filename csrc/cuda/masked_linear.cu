@@ -259,7 +259,7 @@ LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type) {
   constexpr int64_t kFewTokens = 64;
   constexpr int64_t kEnoughBlocks = 256;  // about two for each multiprocessor of a large GPU
   if (masked_linear_has_blocks(args, type)) {
-    if (masked_linear_has_groups(args) && is_hopper()) return LinearPath::groups;
+    if (masked_linear_has_groups(args) && takes_hopper_paths()) return LinearPath::groups;
     const int64_t tiles = blocks_for(args.tokens, 256) * (args.weight.rows / args.weight.block);
     return args.tokens <= kFewTokens || tiles < kEnoughBlocks ? LinearPath::few_blocks
                                                               : LinearPath::blocks;
