@@ -192,7 +192,8 @@ def _record(layer: Any, cell: Cell, z0: Any, args: tuple[Any, ...], grad: bool) 
         raise
     except Exception as error:
         numbers.put_back()
-        raise UnfitError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        first = str(error).partition("\n")[0]
+        raise UnfitError(f"{type(error).__name__}: {first}") from error
     if not before.holds():
         raise UnfitError("a call changes attributes of it, which a replay would not")
     if layer.capture == "auto" and not captured.exits_early:

@@ -54,6 +54,7 @@ class StaticSolve:
         self.inconsistent: Tensor | None = None
         self.layout = Layout(size[0], packing.compute_dtype)
         self.outcome = self.layout.new(device)
+        self.failures = torch.tensor(FAILURES, dtype=torch.int8).to(device)
         self.flags = torch.zeros(2 if frozen is None else len(FAILURES), device=device).bool()
 
     @property
@@ -136,8 +137,7 @@ class StaticSolve:
                 self.flags[0].logical_or_(self.inconsistent)
             self.flags[1].logical_or_(grown(self.rows))
         else:
-            for flag, status in zip(self.flags, FAILURES, strict=True):
-                flag.logical_or_((self.rows.status == int(status)).any())
+            self.flags.logical_or_((self.rows.status[:, None] == self.failures).any(0))
 
     def _see(self, z: Tensor) -> None:
         self.z.copy_(z)

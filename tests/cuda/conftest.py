@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deqcore import _checks, _layer_graphs
-from tests.support.captured_layers import Gpu
-from tests.support.tape import Taped
+from tests.support.captured_layers import Gpu, captured_here
 from tools import emulation
 from tools.sectors import SectorCounter
 
@@ -50,19 +48,9 @@ def sector_counter() -> SectorCounter:
 
 @pytest.fixture(params=["host", "graph"])
 def gpu(request: Any, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    make = _layer_graphs._recorder
-    if request.param == "graph":
-        gpu = Gpu(request.getfixturevalue("cuda_device"))
-    else:
-        gpu = Gpu(torch.device("cpu"))
-        make = Taped
-        monkeypatch.setattr(_layer_graphs, "_is_usable", lambda tensor: True)
-        monkeypatch.setattr(_layer_graphs, "_stream", lambda device: 0)
-        monkeypatch.setattr(_checks, "_free", lambda tensor: False)  # no look at a value
-
-    def recorder() -> Any:
-        gpu.recorders.append(make())
-        return gpu.recorders[-1]
-
-    monkeypatch.setattr(_layer_graphs, "_recorder", recorder)
+    """A GPU, and the CPU with tapes in place of its graphs."""
+    on_host = request.param == "host"
+    device = torch.device("cpu") if on_host else request.getfixturevalue("cuda_device")
+    gpu = Gpu(device)
+    captured_here(gpu, monkeypatch.setattr)
     return gpu

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deqcore import ImplicitLayer
+from deqcore import ImplicitLayer, _checks, _layer_graphs
 from deqcore._layer_graphs import CALLS_BEFORE
 from tests.support.problems import equal
+from tests.support.tape import Taped
 
 
 @dataclass
@@ -20,6 +22,22 @@ class Gpu:
 
     device: torch.device
     recorders: list[Any] = field(default_factory=list)
+
+
+def captured_here(gpu: Gpu, put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Have layers captured on ``gpu.device``, and their recorders noted."""
+    make = _layer_graphs._recorder
+    if gpu.device.type == "cpu":
+        make = Taped
+        put(_layer_graphs, "_is_usable", lambda tensor: True)
+        put(_layer_graphs, "_stream", lambda device: 0)
+        put(_checks, "_free", lambda tensor: False)  # no look at a value
+
+    def recorder() -> Any:
+        gpu.recorders.append(make())
+        return gpu.recorders[-1]
+
+    put(_layer_graphs, "_recorder", recorder)
 
 
 class Cell(nn.Module):
