@@ -65,10 +65,10 @@ class Report:
     def compare_with(self, path: Path) -> None:
         """Show the ratios of an earlier run of the same work beside the new ones."""
         for row in json.loads(path.read_text())["results"]:
-            self.previous[_without_gate(row["work"]), row["against"]] = row["ratio"]
+            self.previous[without_gate(row["work"]), row["against"]] = row["ratio"]
 
     def add(self, result: Result) -> None:
-        before = self.previous.get((_without_gate(result.work), result.against))
+        before = self.previous.get((without_gate(result.work), result.against))
         if before is not None:
             result.note = f"{result.note} was {before:.2f}x".strip()
         self.results.append(result)
@@ -217,7 +217,7 @@ def header() -> str:
     )
 
 
-def _without_gate(work: str) -> str:
+def without_gate(work: str) -> str:
     """Work is named after its gate, which may have come since."""
     return re.sub(r"^[GS]\d+ ", "", work)
 
