@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,9 +95,29 @@ def choose(tokens: int, pattern: SparsityPattern, x: Tensor) -> tuple[bool, bool
     found = linear, linear and prefers_sparse("outer", tokens, pattern, x)
     if len(pattern._choices) > _REMEMBERED:  # lengths of sequences vary
         pattern._choices.clear()
-    if x.device.type != "cuda" or _gpu_line(x.device.index or 0, line_name(x.dtype, "linear", 1)):
+    if _is_measured(x):
         pattern._choices[key] = found
     return found
+
+
+def note_sparse(pattern: SparsityPattern, x: Tensor, backend: str, dense_outer: bool) -> None:
+    """That a product of x was made with the kept entries; for :func:`was_sparse`."""
+    if backend == "auto" and not _is_measured(x):
+        return  # settings of torch decide
+    if len(pattern._sparse) > _REMEMBERED:
+        pattern._sparse.clear()
+    pattern._sparse[x.shape, x.dtype, x.device, backend] = dense_outer
+
+
+def was_sparse(pattern: SparsityPattern, x: Tensor, backend: str) -> bool | None:
+    """Whether the values' gradient of a product noted before is dense; None: none was noted."""
+    known: dict[Any, bool] = getattr(pattern, "_sparse", {})
+    return known.get((x.shape, x.dtype, x.device, backend))
+
+
+def _is_measured(x: Tensor) -> bool:
+    name = line_name(x.dtype, "linear", 1)
+    return x.device.type != "cuda" or bool(_gpu_line(x.device.index or 0, name))
 
 
 def prefers_sparse(op: Op, tokens: int | None, pattern: SparsityPattern, x: Tensor) -> bool:

@@ -13,7 +13,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +23,40 @@ from deqcore.ops._library import is_transformed
 from deqcore.sparse.pattern import SparsityPattern
 
 
-class _Kept(NamedTuple):
-    values: weakref.ref[Tensor]
-    version: int
-    pattern: SparsityPattern
-    dtype: torch.dtype
-    address: int
-    stream: int  # on which it was filled, and is used
-    weight: Tensor
-    alias: Tensor  # of the values: no other tensor gets their memory meanwhile
+class _Kept:
+    """A dense weight, and what it is of."""
 
-    def is_of(self, values: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> bool:
+    __slots__ = (
+        "address", "alias", "backend", "dtype", "gpu", "pattern", "served", "stream", "values",
+        "version", "weight",
+    )  # fmt: skip
+
+    def __init__(self, values: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> None:
+        key = id(values)
+        self.values = weakref.ref(values, lambda _: _kept.pop(key, None))
+        self.version, self.address = values._version, values.data_ptr()
+        self.alias = values.detach()  # no other tensor gets their memory meanwhile
+        self.pattern, self.dtype = pattern, dtype
+        self.gpu = values.device.index if values.is_cuda else None
+        # On which it was filled, and is used.
+        self.stream = 0 if self.gpu is None else torch._C._cuda_getCurrentRawStream(self.gpu)
+        self.weight = pattern.to_dense(values.to(dtype))
+        # Shapes of x that it has served, in calls with this backend.
+        self.served: set[torch.Size] = set()
+        self.backend: str | None = None
+
+    def is_of(self, values: Tensor, pattern: SparsityPattern) -> bool:
         return (
             self.values() is values
             and self.version == values._version
             and self.pattern is pattern
-            and self.dtype is dtype
             and self.address == values.data_ptr()
-            and (not values.is_cuda or self.stream == _stream(values))
+            and (self.gpu is None or self.stream == torch._C._cuda_getCurrentRawStream(self.gpu))
         )
 
 
 _kept: dict[int, _Kept] = {}  # by id of the values
+_SHAPES = 256  # that are noted of one weight
 
 
 class _Local(threading.local):
@@ -63,15 +75,48 @@ def dense_weight(values: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -
     found = _kept.get(id(values))
     if (trained and found is None) or not _may_keep(values, pattern):
         return pattern.to_dense(values.to(dtype))
-    if found is None or not found.is_of(values, pattern, dtype):
+    if found is None or found.dtype is not dtype or not found.is_of(values, pattern):
         _kept.pop(id(values), None)  # its memory may serve for the new one
         if trained:
             return pattern.to_dense(values.to(dtype))
-        found = _keep(values, pattern, dtype)
+        with torch.inference_mode(False), torch.no_grad():  # a later graph may save the weight
+            found = _kept[id(values)] = _Kept(values, pattern, dtype)
     if not trained:
         return found.weight
     _kept.pop(id(values), None)
     return _with_gradient(found.weight, values, pattern)
+
+
+def note_served(values: Tensor, shape: torch.Size, backend: str) -> None:
+    """That a call has used the weight of ``values``, so that :func:`served` knows the next one."""
+    found = _kept.get(id(values))
+    if found is None or found.dtype is not values.dtype:
+        return
+    if found.backend != backend or len(found.served) >= _SHAPES:
+        found.backend, found.served = backend, set()
+    found.served.add(shape)
+
+
+def served(
+    values: Tensor, pattern: SparsityPattern, shape: torch.Size, backend: str
+) -> Tensor | None:
+    """The kept weight for a call like one before, if all that decided then is as it was.
+
+    What products look at themselves is left to them: devices, dtypes, and wrappers of torch.func.
+    """
+    found = _kept.get(id(values))
+    if (
+        found is None
+        or shape not in found.served
+        or found.backend != backend
+        or not found.is_of(values, pattern)
+        or (values.requires_grad and torch.is_grad_enabled())
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or (found.stream and torch.cuda.is_current_stream_capturing())  # stream 0 never is
+    ):
+        return None
+    return found.weight
 
 
 def _may_keep(values: Tensor, pattern: SparsityPattern) -> bool:
@@ -86,27 +131,6 @@ def _may_keep(values: Tensor, pattern: SparsityPattern) -> bool:
         and not values.is_inference()
         and not (values.is_cuda and torch.cuda.is_current_stream_capturing())
     )
-
-
-def _keep(values: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -> _Kept:
-    key = id(values)
-    with torch.inference_mode(False), torch.no_grad():  # a later graph may save the weight
-        kept = _Kept(
-            weakref.ref(values, lambda _: _kept.pop(key, None)),
-            values._version,
-            pattern,
-            dtype,
-            values.data_ptr(),
-            _stream(values) if values.is_cuda else 0,
-            pattern.to_dense(values.to(dtype)),
-            values.detach(),
-        )
-    _kept[key] = kept
-    return kept
-
-
-def _stream(values: Tensor) -> int:
-    return torch._C._cuda_getCurrentRawStream(values.device.index)
 
 
 class SolveWeights:

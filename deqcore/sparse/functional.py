@@ -12,7 +12,7 @@ from deqcore.ops import masked_linear as masked_linear_op
 from deqcore.ops import masked_two_four
 from deqcore.ops._library import DTYPES
 from deqcore.sparse import choice
-from deqcore.sparse.dense_weights import dense_weight
+from deqcore.sparse.dense_weights import dense_weight, note_served, served
 from deqcore.sparse.pattern import SparsityPattern
 
 Backend = Literal["auto", "sparse", "dense"]
@@ -60,6 +60,11 @@ def masked_linear(
         TypeError: pattern is not a SparsityPattern.
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
     """
+    plain = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
+    if plain:
+        again = _call_again(x, values, pattern, bias, backend)
+        if again is not None:
+            return again
     device = x.device.type
     dtype = values.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -75,19 +80,60 @@ def masked_linear(
     else:
         raise ValueError(f"backend: expected 'auto', 'sparse' or 'dense', got {backend!r}")
     if not sparse:
-        return F.linear(x, dense_weight(values, pattern, dtype), bias)
+        y = F.linear(x, dense_weight(values, pattern, dtype), bias)
+        if plain:
+            note_served(values, x.shape, backend)
+        return y
     values = values.to(dtype)
     rows, columns = pattern.shape
-    flat = x
-    if x.dim() != 2:
-        flat = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
     if pattern.structure == "2:4" and masked_two_four.fits(x, rows, columns):
-        y = masked_two_four.call(flat, values, pattern.indices, bias, rows, columns)
-    else:
-        y = masked_linear_op.call(
-            flat, values, pattern.indices, bias, rows, columns, pattern.block, False, dense_outer
-        )
+        y = masked_two_four.call(_flat(x, columns), values, pattern.indices, bias, rows, columns)
+        return y.view(*x.shape[:-1], rows)
+    y = _multiply_kept(x, values, pattern, bias, dense_outer)
+    if plain:
+        choice.note_sparse(pattern, x, backend, dense_outer)
+    return y
+
+
+def _call_again(
+    x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None, backend: str
+) -> Tensor | None:
+    """The product, of a call like one before, whose checks need not be made again; or None.
+
+    What does not fit raises in the product itself: then None as well, so that the checks tell.
+    """
+    weight = served(values, pattern, x.shape, backend)
+    try:
+        if weight is not None and (bias is None or bias.shape == weight.shape[:1]):
+            return F.linear(x, weight, bias)
+        dense_outer = choice.was_sparse(pattern, x, backend)
+        if (
+            dense_outer is not None
+            and values.device == x.device
+            and (bias is None or bias.device == x.device)
+            and not torch._C._is_any_autocast_enabled()
+        ):
+            return _multiply_kept(x, values, pattern, bias, dense_outer)
+    except RuntimeError:
+        pass
+    return None
+
+
+def _multiply_kept(
+    x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None, dense_outer: bool
+) -> Tensor:
+    rows, columns = pattern.shape
+    y = masked_linear_op.call(
+        _flat(x, columns), values, pattern.indices, bias, rows, columns, pattern.block, False,
+        dense_outer,
+    )  # fmt: skip
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+
+
+def _flat(x: Tensor, columns: int) -> Tensor:
+    if x.dim() == 2:
+        return x
+    return x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
 
 
 def _choose(x: Tensor, pattern: SparsityPattern) -> tuple[bool, bool]:

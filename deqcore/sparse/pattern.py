@@ -242,6 +242,7 @@ class SparsityPattern:
             "_bits": bits,
             "_words": _words(bits, indices),
             "_choices": {},
+            "_sparse": {},
             "_digest": hashlib.blake2b(bits.tobytes(), digest_size=16).digest(),
         }
         self.__dict__.update(fields)
@@ -250,7 +251,8 @@ class SparsityPattern:
     _bits: np.ndarray
     _words: Tensor | None  # on the CPU: the bits, the lowest of a byte first
     _digest: bytes
-    _choices: dict[Any, tuple[bool, bool]]  # of sparse.choice
+    _choices: dict[Any, tuple[bool, bool]]  # of sparse.choice, as is
+    _sparse: dict[Any, bool]
 
 
 def _words(bits: np.ndarray, indices: Tensor) -> Tensor | None:

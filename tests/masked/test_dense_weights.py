@@ -109,6 +109,34 @@ def test_a_solve_fills_once_and_has_the_same_bits(
     assert len(fills) > 4
 
 
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_a_call_like_one_before_is_checked_as_it_was(
+    pattern: SparsityPattern, backend: Any
+) -> None:
+    values, x, bias = torch.randn(pattern.kept), torch.randn(3, 12), torch.randn(12)
+
+    def multiply(*args: Any) -> Tensor:
+        return masked_linear(*args, backend=backend)
+
+    expected = multiply(x, values, pattern, bias)
+    assert torch.equal(multiply(x, values, pattern, bias), expected)
+    for bad, message in (
+        ((x.double(), values, pattern, bias), "values: expected x's dtype torch.float64"),
+        ((x, values, pattern, bias[:1]), r"bias: expected shape \(12,\), got \(1,\)"),
+        ((x, values, pattern, bias.double()), "bias: expected x's dtype torch.float32"),
+        ((x, values[1:], pattern, bias), "values: expected shape"),
+        ((x[:, 1:], values, pattern, bias), "x: expected a last dimension of 12"),
+        ((x.to("meta"), values, pattern, bias), "values: expected x's device meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            multiply(*bad)
+    with pytest.raises(ValueError, match="backend: expected 'auto', 'sparse' or 'dense'"):
+        masked_linear(x, values, pattern, bias, backend="other")  # type: ignore[arg-type]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert multiply(x, values, pattern, bias).dtype == torch.bfloat16
+    assert torch.equal(multiply(x, values, pattern, bias), expected)
+
+
 def test_training_keeps_nothing(layer: MaskedLinear, fills: list[Tensor]) -> None:
     x = torch.randn(3, 12)
     for _ in range(2):
