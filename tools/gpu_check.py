@@ -1,11 +1,11 @@
-"""Everything that needs a GPU, with one command: build, test, sanitize, bench.
+"""Everything that needs a GPU, with one command: build, test, sanitize, bench, tune.
 
     python tools/gpu_check.py --out runs/gpu [--only build,test] [--wheels FOLDER]
 
 Needs Python with torch (a CUDA build), nvcc, and no network: packages that are missing are taken
 from --wheels, a folder of wheels (`make gpu-wheels` fills it). What is installed goes to
 build/gpu_check_site, so that the environment need not be writable. Results go to one folder:
-gpu_check.json and gpu_check.log, which grow step by step, kernels.json and gpu_benchmarks.json.
+gpu_check.json and gpu_check.log, which grow step by step, gpu_benchmarks.json and tune.json.
 
 A step that fails does not keep the next from running; in the end it makes the command fail. A
 sanitizer that refuses the device, or is not installed, is reported as that and never as clean.
@@ -35,11 +35,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu_check_site"
-# Nothing runs without a build, so it may take long; the tests have what it leaves, to the end.
-SECONDS = {"build": 180, "test": 118, "sanitize": 110, "bench": 120}  # 8 min 48 s
+# What an H200 with 16 cores took, and a reserve: 12 minutes; a machine that starts takes a 13th.
+# is what needs no GPU, and runs only where it is named.
+SECONDS = {"build": 70, "test": 290, "sanitize": 90, "bench": 160, "tune": 110, "others": 300}
+USUAL = ("build", "test", "sanitize", "bench", "tune")
 SHOWN, KEPT = 3_000, 1 << 20  # characters of a step's output on the terminal, and in the log
 GATES = ("G1", "G2", "G3", "G4", "G5", "G6", "G7", "S1", "S2", "S4", "S5", "S6", "S7")
-GPU_TESTS = ("gpu_steps", "gpu_masked", "gpu_solves", "capture", "large_offsets", "never_waits")
+GPU_TESTS = (
+    *("gpu_steps", "gpu_masked", "gpu_solves", "capture", "layer_capture"),
+    *("large_offsets", "never_waits"),
+)
+# A package that is missing must not keep the files that do without it from running.
+PYTEST = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 REFUSALS = re.compile(
     r"not supported|unsupported|no attached cuda|unable to|failed to initialize|"
@@ -150,7 +157,7 @@ def _by_status(status: int, text: str) -> tuple[str, str]:
 
 
 def build(check: Check) -> None:
-    """The extension for this GPU, in place, and what its kernels cost."""
+    """The extension for this GPU, in place."""
     _install_missing(check)
     architecture = _architecture(check)
     install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
@@ -162,9 +169,6 @@ def build(check: Check) -> None:
         "MAX_JOBS": str(os.cpu_count()),
     }
     check.run("build the extension", [sys.executable, *install], env=chosen)
-    tool = [sys.executable, "tools/cuda_build.py", "--only", "kernels"]
-    report = ["--architectures", architecture, "--json", str(check.out / "kernels.json")]
-    check.run("registers and spills", [*tool, *report])
 
 
 def _install_missing(check: Check) -> None:
@@ -191,10 +195,8 @@ def test(check: Check) -> None:
     """First what needs the GPU, a process a file: an error that kills the device ends with it."""
     required = {} if check.rehearse else {"REQUIRE_CUDA": "1", "DEQCORE_KERNELS": "require"}
     required["OMP_NUM_THREADS"] = "1"
-    # A package that is missing must not keep the files that do without it from running.
-    options = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    pytest = [sys.executable, "-m", "pytest", *options]
-    several, by_file = _parallel(check)
+    pytest = [sys.executable, "-m", "pytest", *PYTEST]
+    several, _ = _parallel(check)
     for name in GPU_TESTS:
         files = [f"tests/cuda/test_{name}.py"]
         check.run(f"GPU: {name}", [*pytest, *files, *several], judge_tests, share=3, env=required)
@@ -203,6 +205,12 @@ def test(check: Check) -> None:
     check.run("GPU: Hopper's paths", [*pytest, *blocks, *several], judge_tests, 3, hopper)
     others = ["tests", "--ignore=tests/cuda", "-k", "cuda"]
     check.run("GPU: the rest", [*pytest, *others, *several], judge_tests, share=3, env=required)
+
+
+def others(check: Check) -> None:
+    """What needs no GPU, where there is one: the AVX-512 kernels, and the whole suite."""
+    pytest = [sys.executable, "-m", "pytest", *PYTEST]
+    several, by_file = _parallel(check)
     flags = set(_read("/proc/cpuinfo").split())
     if flags >= AVX512:
         isa = {"DEQCORE_CPU_ISA": "avx512", "OMP_NUM_THREADS": "1"}
@@ -214,7 +222,7 @@ def test(check: Check) -> None:
     if check.rehearse:
         everything = ["tests/ops/test_anderson_step.py", "-k", "long_rows"]
     # A test may ask for kernels of its own, so that only the GPU is required.
-    required.pop("DEQCORE_KERNELS", None)
+    required = {"OMP_NUM_THREADS": "1"} | ({} if check.rehearse else {"REQUIRE_CUDA": "1"})
     check.run("all other tests", [*pytest, *everything, *by_file], judge_tests, env=required)
 
 
@@ -315,7 +323,16 @@ def gate_verdicts(results: dict[str, Any]) -> dict[str, str]:
     return verdicts
 
 
-PARTS = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
+def tune(check: Check) -> None:
+    """This kind's table of crossovers, to become deqcore/sparse/tables/KIND.json."""
+    command = [sys.executable, "-m", "deqcore.tune", "--out", str(check.out / "tune.json")]
+    check.run("tune", [*command, *([] if check.rehearse else ["--device", "cuda"])])
+
+
+PARTS = {
+    "build": build, "test": test, "sanitize": sanitize, "bench": bench, "tune": tune,
+    "others": others,
+}  # fmt: skip
 
 
 def _architecture(check: Check) -> str:
@@ -364,9 +381,9 @@ def main() -> None:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--only", default=",".join(USUAL), help="parts, separated by commas")
     parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of wheels")
-    parser.add_argument("--minutes", type=float, default=8.8, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=12, help="for all parts together")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, as far as it goes")
     options = parser.parse_args()
     chosen = options.only.split(",")
