@@ -1,5 +1,7 @@
 """Fast, trustworthy fixed-point layers for PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
 from deqcore import _kernels
 from deqcore._build_info import build_info
 from deqcore._loop import Problem, Solved
@@ -22,6 +24,9 @@ from deqcore.sparse import (
     rewind_pruned,
 )
 
+if TYPE_CHECKING:
+    from deqcore.diagnosis import Diagnosis, diagnose
+
 _kernels.load()
 
 __all__ = [
@@ -31,6 +36,7 @@ __all__ = [
     "CapturedSolver",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Diagnosis",
     "Implicit",
     "ImplicitLayer",
     "MaskedLinear",
@@ -49,6 +55,7 @@ __all__ = [
     "__version__",
     "build_info",
     "capture",
+    "diagnose",
     "fixed_point",
     "jacobian_penalty",
     "masked_linear",
@@ -58,3 +65,11 @@ __all__ = [
     "root",
     "spectral_radius",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Diagnosis", "diagnose"):  # which a training run does not need
+        from deqcore import diagnosis
+
+        return getattr(diagnosis, name)
+    raise AttributeError(f"module 'deqcore' has no attribute {name!r}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -18,6 +16,7 @@ from torch.utils import _pytree as pytree
 from deqcore import _kernels
 from deqcore._cell import Cell, Snapshot
 from deqcore._graphs import CudaGraphs
+from deqcore._random_numbers import RandomNumbers
 from deqcore._solution import Solution
 from deqcore.adjoints import Implicit, Phantom
 from deqcore.capture import CapturedSolver, _capture
@@ -173,7 +172,7 @@ def _record(layer: Any, cell: Cell, z0: Any, args: tuple[Any, ...], grad: bool) 
     why_not = _why_not(layer, grad)
     if why_not is not None:
         raise UnfitError(why_not)
-    before, numbers = Snapshot(cell), _RandomNumbers(_first_tensor(args))
+    before, numbers = Snapshot(cell), RandomNumbers(_first_tensor(args))
 
     def check() -> None:
         if numbers.have_been_drawn():
@@ -226,35 +225,6 @@ def _unobserved(cell: Cell) -> Iterator[None]:
             for buffer, value in zip(buffers, values, strict=True):
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-class _RandomNumbers:
-    """The states of the generators that a cell may draw from."""
-
-    def __init__(self, tensor: Tensor | None) -> None:
-        index = tensor.device.index if tensor is not None and tensor.is_cuda else None
-        self._gpu = None if index is None else torch.cuda.default_generators[index]
-        self._before = self._states()
-
-    def _states(self) -> tuple[Any, ...]:
-        gpu = None if self._gpu is None else self._gpu.get_state()
-        return gpu, torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-    def have_been_drawn(self) -> bool:
-        now = self._states()
-        gpu = self._gpu is not None and not torch.equal(now[0], self._before[0])
-        numpy = any(not np.array_equal(a, b) for a, b in zip(now[3], self._before[3], strict=True))
-        return gpu or numpy or not torch.equal(now[1], self._before[1]) or now[2] != self._before[2]
-
-    def put_back(self) -> None:
-        if not self.have_been_drawn():
-            return
-        gpu, cpu, python, numpy = self._before
-        if self._gpu is not None:
-            self._gpu.set_state(gpu)
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _flatten(args: tuple[Any, ...]) -> tuple[list[Any], Any]:

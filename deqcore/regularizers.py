@@ -101,20 +101,44 @@ def spectral_radius(
     Source: Saad, "Numerical Methods for Large Eigenvalue Problems" (2011), algorithm 6.2, with each
     vector orthogonalised twice.
     """
+    values = ritz_values(f, z, args, krylov, generator, batch)
+    return values.abs().amax(1)
+
+
+def ritz_values(
+    f: Callable[..., Any],
+    z: Any,
+    args: tuple[Any, ...],
+    krylov: int,
+    generator: torch.Generator | None,
+    batch: Literal["rows", "coupled"],
+) -> Tensor:
+    """Approximate eigenvalues of df/dz, those of large modulus first to settle: complex [B, m].
+
+    m is ``krylov``, or D where that is less; 1 where D is 0. A row whose Krylov space ends before
+    has one of its values several times. All else as in :func:`spectral_radius`, which takes the
+    largest.
+    """
     if isinstance(krylov, bool) or not isinstance(krylov, int) or krylov < 1:
         raise ValueError(f"krylov: expected an integer of at least 1, got {krylov!r}")
     point = _Linearization(f, z, args, batch)
     start = _random(point.z, generator).normal_(generator=generator)
     start = start.to(point.z.device, point.packing.compute_dtype)
+    size = min(krylov, point.packing.dim)
     with torch.no_grad():
-        hessenberg = _arnoldi(point, start, min(krylov, point.packing.dim))
+        hessenberg = _arnoldi(point, start, size)
         finite = hessenberg.isfinite().flatten(1).all(1)
         # The host is the place for many small eigenproblems; one that is not finite would raise.
         safe = torch.where(finite[:, None, None], hessenberg, 0).cpu()
-        radius = point.z.new_zeros(point.packing.batch, dtype=start.dtype)
-        if safe.numel():
-            radius = torch.linalg.eigvals(safe).abs().amax(1).to(radius)
-        return radius.masked_fill(~finite, torch.nan)
+        values = start.new_zeros(point.packing.batch, max(size, 1), dtype=start.dtype.to_complex())
+        # The space of a row ends where the subdiagonal is zero.
+        used = 1 + (safe.diagonal(-1, 1, 2) != 0).cumprod(1).sum(1)
+        for length in used.unique().tolist() if safe.numel() else ():
+            rows = (used == length).nonzero().flatten()
+            found = torch.linalg.eigvals(safe[rows, :length, :length])
+            found = torch.cat([found, found[:, :1].expand(-1, size - length)], 1)
+            values[rows.to(values.device)] = found.to(values)
+        return values.masked_fill(~finite[:, None], torch.nan)
 
 
 def _arnoldi(point: _Linearization, start: Tensor, size: int) -> Tensor:  # [B, D] -> [B, m, m]

@@ -70,6 +70,8 @@ def test_deqcore_imports_only_what_it_declares(path):
     names = {name.replace("-", "_") for name in re.findall(r"\"([\w-]+)", declared)}
     assert "torch" in names
     allowed = {"deqcore", *names, *sys.stdlib_module_names}
+    if path.name == "_picture.py":  # loaded by Diagnosis.save alone, which says what it needs
+        allowed |= {"matplotlib"}
     assert {module.split(".")[0] for module, _ in imports(path)} <= allowed
 
 
@@ -114,6 +116,22 @@ def test_importing_deqcore_loads_no_optional_dependency():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""
+
+
+def test_what_a_training_run_does_not_need_is_loaded_when_asked_for():
+    code = """
+import sys, deqcore
+assert not any(name.startswith("deqcore.diagnosis") for name in sys.modules)
+from deqcore import diagnose
+assert diagnose is deqcore.diagnose and "deqcore.diagnosis" in sys.modules
+assert "deqcore.diagnosis._picture" not in sys.modules
+try:
+    deqcore.diagnos
+except AttributeError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "module 'deqcore' has no attribute 'diagnos'"
 
 
 USES = {
