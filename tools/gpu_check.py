@@ -36,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu_check_site"
 # What an H200 with 16 cores took, and a reserve: 12 minutes; a machine that starts takes a 13th.
-# is what needs no GPU, and runs only where it is named.
+# `others`, which needs no GPU, runs only where it is named.
 SECONDS = {"build": 70, "test": 290, "sanitize": 90, "bench": 160, "tune": 110, "others": 300}
 USUAL = ("build", "test", "sanitize", "bench", "tune")
 SHOWN, KEPT = 3_000, 1 << 20  # characters of a step's output on the terminal, and in the log
