@@ -75,8 +75,10 @@ class CudaGraphs:
         remaining = parts.remaining.data_ptr() if self.exits_early else 0
         solve = _solve_graph()(*handles, remaining, parts.taken.data_ptr(), parts.max_steps)
 
+        device = parts.remaining.device.index
+
         def launch(keep: Any = (graphs, parts)) -> None:  # their memory is the solve's
-            solve.launch(torch.cuda.current_stream().cuda_stream)
+            solve.launch(torch._C._cuda_getCurrentRawStream(device))
 
         return launch
 

@@ -29,6 +29,7 @@ GRAPHS_ALIVE = 4  # of one signature, whose backward passes are yet to come
 SIGNATURES = 64  # of a layer, to be counted
 TIMES_REPLACED = 3  # in a row, each before WORTH replays: then a cell is no more recorded
 WORTH = 32
+LATER = 8
 
 _log = logging.getLogger("deqcore")
 _plain = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -48,9 +49,17 @@ class UnfitError(Exception):
 
 class _Signature:
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = self.replays = 0  # since it was recorded last
+        self.wanted = CALLS_BEFORE  # eager calls before it is recorded
         self.solvers: list[CapturedSolver] = []
         self.why_not: str | None = None
+
+    def give_way(self) -> None:
+        """Lose the recordings; those that have served too few calls are not made again so soon."""
+        if self.replays < WORTH:
+            self.wanted *= LATER
+        self.calls = self.replays = 0
+        self.solvers.clear()
 
 
 class LayerGraphs:
@@ -71,7 +80,7 @@ class LayerGraphs:
 
     def solve(self, layer: Any, z0: Any, args: tuple[Any, ...]) -> Solution | None:
         """The solution from ``z0`` (None: zeros like the first of ``args``); None: go eager."""
-        first = _first_tensor(args if z0 is None else z0)
+        first = _first_tensor(args[0] if z0 is None else z0)
         if first is None or not _is_usable(first) or _is_observed():
             return None
         with self._lock:
@@ -102,6 +111,7 @@ class LayerGraphs:
             return None, leaves
         for captured in found.solvers:
             if not captured.awaits_backward:
+                found.replays += 1
                 return captured, leaves
         if len(found.solvers) >= GRAPHS_ALIVE or not self._is_due(layer, found, z0, args):
             return None, leaves
@@ -146,7 +156,7 @@ class LayerGraphs:
         if layer.capture != "auto":
             return True
         found.calls += 1
-        if found.calls <= CALLS_BEFORE:
+        if found.calls <= found.wanted:
             return False
         state = pytree.tree_leaves(args[0] if z0 is None else z0)
         return sum(leaf.numel() for leaf in state) <= LARGEST
@@ -156,7 +166,7 @@ class LayerGraphs:
             self._signatures.popitem(last=False)
         oldest = [one for one in self._signatures.values() if one.solvers and one is not keep]
         while sum(len(one.solvers) for one in self._signatures.values()) >= GRAPHS and oldest:
-            oldest.pop(0).solvers.clear()
+            oldest.pop(0).give_way()
 
     def _say(self, layer: Any, reason: str) -> None:
         """One line for each reason."""
@@ -172,7 +182,7 @@ def _record(layer: Any, cell: Cell, z0: Any, args: tuple[Any, ...], grad: bool) 
     why_not = _why_not(layer, grad)
     if why_not is not None:
         raise UnfitError(why_not)
-    before, numbers = Snapshot(cell), RandomNumbers(_first_tensor(args))
+    before, numbers = Snapshot(cell), RandomNumbers(_first_tensor(args if z0 is None else z0))
 
     def check() -> None:
         if numbers.have_been_drawn():

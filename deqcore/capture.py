@@ -134,8 +134,7 @@ class CapturedSolver:
         self._packing, self._device = packing, packing.device
         leaves, self._args_spec = pytree.tree_flatten(args)
         self._calls = 0  # the buffers hold the last
-        self._pending: weakref.ref[Any] | None = None  # the node of the last call with a gradient
-        self._token = torch.empty(0)
+        self._pending: weakref.ref[Tensor] | None = None  # what the last call's node has saved
         with _on(self._device), recorder.set_up():
             self._args = [_static_copy(leaf) for leaf in leaves]
             problem = Problem(f, pytree.tree_unflatten(self._args, self._args_spec), packing)
@@ -164,18 +163,15 @@ class CapturedSolver:
         backward.inputs = list(leaves.values())
         if not backward.inputs:
             return False
-        static = {id(tensor) for tensor in self._args}
-        if stand_ins is None:
-            originals = {id(leaf): leaf for leaf in backward.inputs if id(leaf) not in static}
-        else:
-            reached = {id(leaf) for leaf in backward.inputs} - static
-            originals = {id(t): own for t, own in stand_ins.items() if id(t) in reached}
-            if len(originals) < len(reached):
+        own: dict[int, int | Tensor] = {id(tensor): i for i, tensor in enumerate(self._args)}
+        if stand_ins is not None:
+            own |= {id(tensor): parameter for tensor, parameter in stand_ins.items()}
+            if any(id(leaf) not in own for leaf in backward.inputs):
                 raise ValueError(
                     "f reaches tensors that want gradients and are neither its parameters nor its "
                     "arguments"
                 )
-        self._originals = originals
+        self._originals = [own.get(id(leaf), leaf) for leaf in backward.inputs]
         if not isinstance(adjoint, Implicit) or adjoint.reuse_forward:
             raise ValueError(
                 "capture: gradients need adjoint=deqcore.Implicit() without reuse_forward, got "
@@ -230,14 +226,12 @@ class CapturedSolver:
                 self._forward.z0.copy_(self._packing.pack(z0, "z0"))
             for static, leaf in zip(self._args, leaves, strict=True):
                 if isinstance(static, Tensor):
-                    static.detach().copy_(leaf)
+                    static.copy_(leaf)
         record = BackwardRecord()
         self._calls += 1
         self._pending = None
         if self._has_gradient and torch.is_grad_enabled():
-            assert self._backward is not None
-            inputs = self._current_inputs(leaves, self._backward.inputs)
-            value = _Replay.apply(self, record, *inputs)
+            value = _Replay.apply(self, record, *self._current_inputs(leaves))
         else:
             with torch.no_grad():
                 value = self._replay()
@@ -247,20 +241,15 @@ class CapturedSolver:
 
     @property
     def awaits_backward(self) -> bool:
-        """Whether a backward pass may still want what the buffers hold."""
-        node = None if self._pending is None else self._pending()
-        if node is None:
-            return False
-        try:
-            node.saved_tensors  # noqa: B018  (raises once a backward pass has freed the graph)
-        except RuntimeError:
-            return False
-        return True
+        """Whether a backward pass may still want what the buffers hold.
 
-    def _current_inputs(self, leaves: Sequence[Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+        Autograd frees what a node has saved when no other pass through it is to come.
+        """
+        return self._pending is not None and self._pending() is not None
+
+    def _current_inputs(self, leaves: Sequence[Any]) -> list[Tensor]:
         """What gradients go to: this call's arguments and f's parameters, not what stands in."""
-        mine = {id(static): leaf for static, leaf in zip(self._args, leaves, strict=True)}
-        return [mine[id(t)] if id(t) in mine else self._originals[id(t)] for t in inputs]
+        return [leaves[own] if isinstance(own, int) else own for own in self._originals]
 
     def _replay(self) -> Tensor:
         with _on(self._device):
@@ -308,8 +297,9 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, captured: CapturedSolver, record: BackwardRecord, *inputs: Any) -> Tensor:
         ctx.captured, ctx.record, ctx.call = captured, record, captured._calls
         ctx.versions = _versions(captured)
-        ctx.save_for_backward(captured._token)  # what tells whether the graph was freed
-        captured._pending = weakref.ref(ctx)
+        token = torch.empty(0)
+        ctx.save_for_backward(token)
+        captured._pending = weakref.ref(token)
         return captured._replay()
 
     @staticmethod
@@ -335,7 +325,7 @@ class _Replay(torch.autograd.Function):
 
 
 def _versions(captured: CapturedSolver) -> list[int]:
-    return [t._version for t in captured._originals.values()]
+    return [own._version for own in captured._originals if isinstance(own, Tensor)]
 
 
 def _static_copy(leaf: Any) -> Any:
@@ -377,5 +367,10 @@ def _run_a_few_steps(solves: list[Parts]) -> None:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a GPU current; there is nothing to do for the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Makes a GPU current, if it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = contextlib.nullcontext()

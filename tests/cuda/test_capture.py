@@ -312,6 +312,8 @@ class FakeCuda:
     def __init__(self, monkeypatch):
         self.log, self.current, self.made = [], "default", 0
         monkeypatch.setattr(_graphs, "_side_streams", {})
+        raw = "_cuda_getCurrentRawStream"
+        monkeypatch.setattr(torch._C, raw, lambda index: self.current, raising=False)
         for name in ("Stream", "stream", "current_stream", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)

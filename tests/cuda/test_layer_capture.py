@@ -21,7 +21,13 @@ from deqcore import (
     Unrolled,
     _layer_graphs,
 )
-from deqcore._layer_graphs import CALLS_BEFORE, GRAPHS, GRAPHS_ALIVE, TIMES_REPLACED
+from deqcore._layer_graphs import (
+    CALLS_BEFORE,
+    GRAPHS,
+    GRAPHS_ALIVE,
+    LATER,
+    TIMES_REPLACED,
+)
 from tests.support.captured_layers import (
     Cell,
     Gpu,
@@ -78,12 +84,25 @@ def test_each_signature_has_a_recording_and_the_oldest_goes(gpu: Gpu) -> None:
             for _ in range(CALLS_BEFORE + 2):
                 assert equal(layer(x), eager(x))
             assert count(layer) == min(rows, GRAPHS)
-    before = len(gpu.recorders)
+    launches = [getattr(recorder, "launches", None) for recorder in gpu.recorders]
     with torch.no_grad():
         layer(inputs(gpu, 0, GRAPHS + 2))
-        assert len(gpu.recorders) == before
-        layer(inputs(gpu, 0, 1))
-    assert len(gpu.recorders) == before + 1, "its recording was the oldest"
+        layer(inputs(gpu, 0, 1))  # its recording was the oldest
+    assert len(gpu.recorders) == GRAPHS + 2
+    if None not in launches:
+        launches[-1] += 1
+        assert [recorder.launches for recorder in gpu.recorders] == launches
+
+
+def test_more_signatures_than_recordings_are_not_recorded_again_and_again(gpu: Gpu) -> None:
+    layer, eager = twins(gpu)
+    shapes = range(1, GRAPHS + 4)
+    with torch.no_grad():
+        for seed in range(LATER * CALLS_BEFORE):
+            for rows in shapes:
+                x = inputs(gpu, seed, rows)
+                assert equal(layer(x), eager(x))
+    assert len(gpu.recorders) == len(shapes)
 
 
 def test_several_calls_before_their_backward_passes_do_not_meet(gpu: Gpu) -> None:
