@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -133,6 +134,4 @@ def _recover(pool: Any) -> None:
 
 
 def _solve_graph() -> Any:
-    from deqcore import _cuda  # type: ignore[attr-defined]
-
-    return _cuda.SolveGraph
+    return importlib.import_module("deqcore._cuda").SolveGraph
