@@ -11,6 +11,7 @@ from deqcore._status import Status
 from deqcore._version import __version__
 from deqcore.adjoints import Adjoint, Implicit, Phantom, Unrolled
 from deqcore.capture import CapturedSolver, capture
+from deqcore.dropout import FixedDropout
 from deqcore.fixed_point import fixed_point, root
 from deqcore.layers import ImplicitLayer
 from deqcore.regularizers import jacobian_penalty, spectral_radius
@@ -37,6 +38,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "Diagnosis",
+    "FixedDropout",
     "Implicit",
     "ImplicitLayer",
     "MaskedLinear",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from deqcore._checks import Measure, RelativeMeasure, check_frozen_rows
 from deqcore._module_buffers import ModuleBuffers
-from deqcore._packing import Packing
+from deqcore._packing import Packing, check_layout
+from deqcore._parametrized import graph_free
+from deqcore._randomness import Draws
 from deqcore._transforms import refuse_mapped
+from deqcore.dropout import Masks, solving
 from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
 from deqcore.solvers import Solver
 from deqcore.solvers._buffers import counting_changes
@@ -33,6 +34,8 @@ class Problem:
 
     Attributes:
         calls: evaluations so far.
+        aux: what f returned beside the state at the solution, without a graph, with ``has_aux``.
+        masks: what :class:`deqcore.FixedDropout` has drawn for this solve; None: no solve.
         f_dtypes: whose rounding bounds the residual, known after the first call: those that f
             returned and, under autocast, the one that it computes in, which the sum with a float32
             input hides. ``f_dtypes`` given at the start are kept.
@@ -44,8 +47,13 @@ class Problem:
         args: tuple[Any, ...],
         packing: Packing,
         f_dtypes: tuple[torch.dtype, ...] = (),
+        has_aux: bool = False,
     ) -> None:
-        self.f, self.args, self.packing = f, args, packing
+        self.f, self.args, self.packing, self.has_aux = f, args, packing, has_aux
+        self.aux: Any = None
+        self._latest_aux: Any = None
+        self._needs_aux = has_aux
+        self.masks: Masks | None = None
         self.calls = 0
         self.f_dtypes = f_dtypes
         self.buffers = ModuleBuffers() if packing.coupled else None
@@ -60,15 +68,18 @@ class Problem:
         """f(z) for z = ``solved.value``, which shows whether rows are still what they were."""
         with contextlib.nullcontext() if self.buffers is None else self.buffers.changing():
             f = self.evaluate(z)
+        if self.has_aux:
+            self.aux, self._needs_aux = pytree.tree_map(_detached, self._latest_aux), False
         with torch.no_grad():
             solved.check(self, z.detach(), f.detach())
         return f
 
     def finish(self, solved: Solved) -> None:
-        """Let modules note the solution, if :meth:`at_solution` has not been called."""
-        if self.buffers is not None and self.buffers.waiting:
-            with torch.no_grad():
-                self.at_solution(solved.value, solved)
+        """Do what is due at the solution, if :meth:`at_solution` has not been called."""
+        if self._needs_aux or (self.buffers is not None and self.buffers.waiting):
+            with torch.no_grad():  # of a copy: aux may be a part of it
+                self.at_solution(solved.value.detach().clone(), solved)
+        self._latest_aux = None
 
     def test(self, context: StepContext) -> Any:
         """What ends a row instead of the solver's tolerance (a `_root.RootTest`), or None."""
@@ -81,7 +92,11 @@ class Problem:
             with counting_changes():
                 z = z.clone()
         version = z._version
-        packed, value = self._packed_value(z)
+        outer, solving.masks = solving.masks, self.masks
+        try:
+            packed, value = self._packed_value(z)
+        finally:
+            solving.masks = outer
         if z._version != version:
             raise RuntimeError(
                 "f changed its argument in place, which is the solver's own iterate; return a new "
@@ -98,8 +113,25 @@ class Problem:
 
     def _packed_value(self, z: Tensor) -> tuple[Tensor, Any]:
         """f(z) as a matrix, and as f returned it."""
-        value = self.f(self.packing.unpack(z), *self.args)
+        value = self.value_of(self.packing.unpack(z), "f(z)")
         return self.packing.pack(value), value
+
+    def value_of(self, state: Any, what: str) -> Any:
+        """What f returns for a state, aux put aside; ``what`` as in :meth:`Packing.pack`."""
+        self._latest_aux = None
+        value = self.f(state, *self.args)
+        if self.has_aux:
+            if not isinstance(value, tuple) or len(value) != 2:
+                raise ValueError(
+                    f"{what}: expected a pair (z, aux), as has_aux=True says, got "
+                    f"{type(value).__name__}"
+                )
+            value, self._latest_aux = value
+        if self.calls == 1:
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, Tensor):
+                    check_layout(leaf, what)
+        return value
 
     def solve(
         self, z0: Tensor, solver: Solver, frozen: Tensor | None = None, *, check: bool = True
@@ -109,13 +141,14 @@ class Problem:
         Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps. Without
         ``check``, :meth:`at_solution` is yet to show whether rows depend on each other.
         """
-        with torch.no_grad():
-            run = _Run(self, z0, solver, frozen)
+        with graph_free():
+            run = Run(self, z0, solver, frozen)
             watch = _EndWatch(run.rows, solver.check_every)
             f = None
             for step in range(1, solver.max_steps + 1):
                 if watch.all_ended():
                     break
+                run.watch_draws(step)
                 f = None  # no iterate but the current one is alive while f runs
                 f = self(run.z)
                 if step == 1:
@@ -127,6 +160,10 @@ class Problem:
                 run.seen(z)
                 del z
             return run.solved(f if check else None)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _autocast_dtypes(packing: Packing) -> tuple[torch.dtype, ...]:
@@ -149,6 +186,7 @@ class Solved:
             memory is free while f's graph is built.
         measure: what a row's residual is compared with; None where f was not called.
         inconsistent: bool [], whether :meth:`check` has found such a row; None: not looked for.
+        draws_numbers: as in :class:`deqcore.SolveReport`.
     """
 
     value: Tensor
@@ -157,6 +195,7 @@ class Solved:
     state: Any
     measure: Measure | None = None
     inconsistent: Tensor | None = None
+    draws_numbers: bool = False
 
     def check(self, problem: Problem, z: Tensor, f: Tensor, evaluations: int | None = None) -> None:
         """Compare f with what it was for rows that had ended; see :func:`check_frozen_rows`."""
@@ -175,7 +214,8 @@ class Solved:
         """The fields of a :class:`SolveReport`."""
         dtype = problem.packing.compute_dtype
         trace = None if self.trace is None else self.trace.to(dtype)
-        return report_fields(self.rows, dtype, problem.calls, trace)
+        fields = report_fields(self.rows, dtype, problem.calls, trace)
+        return fields | {"draws_numbers": self.draws_numbers}
 
 
 def report_fields(
@@ -206,60 +246,6 @@ class _ValueWithGradientOf(torch.autograd.Function):
         return grad, None
 
 
-def differentiable_solve(
-    problem: Problem, z0: Tensor, solver: Solver, checkpoint_every: int | None
-) -> Solved:
-    """The same iteration out of functional steps, so that autograd can follow it.
-
-    ``checkpoint_every`` steps at a time are recomputed in backward instead of stored.
-    """
-    run = _Run(problem, z0, solver, None, differentiable=True)
-    for first in range(1, solver.max_steps + 1, checkpoint_every or solver.max_steps):
-        last = min(first + (checkpoint_every or solver.max_steps), solver.max_steps + 1)
-        if checkpoint_every and torch.is_grad_enabled():
-            _checkpointed_steps(run, range(first, last))
-        else:
-            _differentiable_steps(run, range(first, last))
-    with torch.no_grad():
-        return run.solved(run.latest)
-
-
-def _differentiable_steps(run: _Run, steps: range) -> None:
-    for step in steps:
-        # The first step of an empty batch gives its value a graph, as other adjoints do.
-        needed = step == 1 and torch.is_grad_enabled()
-        if run.solver.check_every and not needed and not run.rows.remaining.item():
-            return
-        f = run.problem(run.z)
-        refuse_mapped(run.x, f)
-        run.begin()
-        run.end_rows()
-        run.state, run.x = run.solver.differentiable_step(run.state, run.x, f, step, run.context)
-        run.seen(run.x.to(run.packing.dtype))
-        run.latest = f.detach()
-
-
-def _checkpointed_steps(run: _Run, steps: range) -> None:
-    """Take the steps as a function of tensors, which autograd may call again in backward."""
-
-    def segment(*leaves: Tensor) -> tuple[Tensor, ...]:
-        part = copy.copy(run)
-        part.take(pytree.tree_unflatten(list(leaves), spec))
-        _differentiable_steps(part, steps)
-        parts[:] = [part]
-        out, out_specs[0] = pytree.tree_flatten(part.tensors())
-        return tuple(out)
-
-    out_specs: list[pytree.TreeSpec | None] = [None]
-    parts: list[_Run] = []
-    leaves, spec = pytree.tree_flatten(run.tensors())
-    out = checkpoint(segment, *leaves, use_reentrant=False)
-    assert out_specs[0] is not None
-    run.take(pytree.tree_unflatten(list(out), out_specs[0]))
-    part = parts.pop()
-    run.latest, run.taken, run.test, run.context = part.latest, part.taken, part.test, part.context
-
-
 def _refuse_forward_mode(f: Tensor) -> None:
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(f).tangent is not None:
         raise RuntimeError(
@@ -267,7 +253,7 @@ def _refuse_forward_mode(f: Tensor) -> None:
         )
 
 
-class _Run:
+class Run:
     """The mutable part of one solve."""
 
     def __init__(
@@ -284,6 +270,8 @@ class _Run:
         self.test: Any = None  # in place of the solver's
         self.test_state: Any = None
         self.latest: Tensor | None = None  # f, for a look after the last step
+        self.first: Tensor | None = None  # plain step, of a differentiable run
+        self.draws = Draws(z0.device, solver.patience, solver.max_steps)
         self.taken = 0  # steps
         # The current iterate; a tensor of its own, so that z0's memory is seen to be shared.
         self.x = z0.to(packing.compute_dtype).contiguous().view(z0.shape)
@@ -291,7 +279,7 @@ class _Run:
             if self.x.is_inference():
                 self.x = self.x.clone()
             self.z = packing.cast(self.x)  # the same as f sees it
-        rows = Rows.start(len(z0), z0.device, frozen)
+        rows = Rows.start(z0.shape[0], z0.device, frozen)
         self.state = solver.initial_state(self.x, rows, differentiable=differentiable)
         self.traces: list[Tensor] = []
 
@@ -299,6 +287,11 @@ class _Run:
     def rows(self) -> Rows:
         rows: Rows = self.state.rows
         return rows
+
+    def watch_draws(self, step: int) -> None:
+        """Before the evaluation of that number."""
+        if step == self.draws.from_step and self.solver.check_every:  # else nothing is looked at
+            self.draws.begin()
 
     def begin(self) -> None:
         """After the first call of f: only then is it known what f returns."""
@@ -339,19 +332,20 @@ class _Run:
 
     def tensors(self) -> tuple[Any, ...]:
         """All that changes from step to step, for autograd to follow."""
-        return self.x, self.z, self.state, self.traces, self.test_state
+        return self.x, self.z, self.state, self.traces, self.test_state, self.first
 
     def take(self, tensors: tuple[Any, ...]) -> None:
-        self.x, self.z, self.state, self.traces, self.test_state = tensors
+        self.x, self.z, self.state, self.traces, self.test_state, self.first = tensors
 
     def solved(self, f: Tensor | None) -> Solved:
         """The end; ``f`` is its last evaluation, to be compared, or None."""
         value = self.z if self.problem.calls else self.z.clone()  # never an alias of z0
         trace = None
         if self.solver.record_trace:
-            empty = self.rows.residuals.new_empty(len(self.x), 0)
+            empty = self.rows.residuals.new_empty(self.x.shape[0], 0)
             trace = torch.stack(self.traces, 1) if self.traces else empty
         solved = Solved(value, self.rows, trace, self.state)
+        solved.draws_numbers = self.draws.were_made()
         if not self.taken:
             return solved
         if self.test is None:

@@ -5,6 +5,7 @@ A batch whose rows depend on each other is one row of that matrix, [1, B * D].
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class Packing:
     def _checked(self, state: Any, what: str) -> list[Tensor]:
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
-            raise ValueError(f"{what}: expected the structure of z0, {self.spec}, got {spec}")
+            leaves = self._in_order(state, what, spec)
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{what}: expected tensors, got {type(leaf).__name__}")
@@ -122,6 +123,21 @@ class Packing:
             if leaf.device != self.device:
                 raise ValueError(f"{what}: expected device {self.device}, got {leaf.device}")
         return leaves
+
+    def _in_order(self, state: Any, what: str, spec: pytree.TreeSpec) -> list[Any]:
+        """The leaves of a state whose dicts may have their keys in another order than z0's."""
+        with contextlib.suppress(ValueError):
+            leaves: list[Any] = self.spec.flatten_up_to(state)
+            if all(pytree.tree_is_leaf(leaf) for leaf in leaves):
+                return leaves
+        hint = ""
+        pair = isinstance(state, tuple) and len(state) == 2
+        if pair and pytree.tree_structure(state[0]) == self.spec:
+            hint = (
+                "; fixed_point, root and ImplicitLayer take an f that returns (z, aux) with "
+                "has_aux=True, everything else lambda z: f(z)[0]"
+            )
+        raise ValueError(f"{what}: expected the structure of z0, {self.spec}, got {spec}{hint}")
 
     def unpack(self, packed: Tensor, apart: bool = False) -> Any:
         """The caller's structure; views of ``packed`` where the dtypes agree.
@@ -177,11 +193,7 @@ def _check_leaf(leaf: Any, index: int, leaves: list[Any], coupled: bool) -> None
             f"{where}: expected float64, float32, bfloat16 or float16, got {leaf.dtype}; "
             "use z0.float()"
         )
-    if leaf.layout != torch.strided:
-        raise TypeError(
-            f"{where}: expected a strided tensor, got one of layout {leaf.layout}; use "
-            "z0.to_dense(), or for a nested tensor to_padded_tensor"
-        )
+    check_layout(leaf, where)
     if len(leaves) == 1:
         return
     if not coupled:
@@ -189,6 +201,15 @@ def _check_leaf(leaf: Any, index: int, leaves: list[Any], coupled: bool) -> None
     if leaf.device != leaves[0].device:
         raise ValueError(
             f"{where}: expected device {leaves[0].device} like leaf 0, got {leaf.device}"
+        )
+
+
+def check_layout(leaf: Tensor, where: str) -> None:
+    """Raise unless its elements are stored one by one."""
+    if leaf.layout != torch.strided:
+        raise TypeError(
+            f"{where}: expected a strided tensor, got one of layout {leaf.layout}; use to_dense(), "
+            "or for a nested tensor to_padded_tensor"
         )
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from deqcore._loop import Problem
 from deqcore._packing import Packing
 from deqcore._status import Status
+from deqcore._transforms import values_are_unknown
 from deqcore.ops._rows import ACTIVE, BEST, BEST_STEP, FIRST, LATEST, STEPS, Rows, count_active
 from deqcore.solvers.base import StepContext
 
@@ -74,7 +75,8 @@ class RootTest:
         at_start = rows.counters[:, STEPS] == 0
         first = torch.where(active & at_start, residual, seen.first)
         met = active & (residual <= torch.where(at_start, self.atol, self.bound(first)))
-        if z.device.type != "cpu" or met.any():  # else looking is for nothing
+        # Looking would be for nothing where none has, if that is free to know.
+        if z.device.type != "cpu" or values_are_unknown(z) or met.any():
             met &= at_start | self._near(seen, z, g, residual)
             rows = _ended(rows, met, residual)
         latest = torch.where(active, residual, seen.latest)
@@ -154,8 +156,9 @@ class RootProblem(Problem):
         norm: Norm,
         u_scale: Tensor | None,
         f_scale: Tensor | None,
+        has_aux: bool = False,
     ) -> None:
-        super().__init__(g, args, packing)
+        super().__init__(g, args, packing, has_aux=has_aux)
         self.norm, self.u_scale, self.f_scale = norm, u_scale, f_scale
 
     def pack(self, state: Any) -> Tensor:
@@ -172,7 +175,7 @@ class RootProblem(Problem):
 
     def _packed_value(self, z: Tensor) -> tuple[Tensor, Any]:
         state = self.packing.unpack(self._unscaled(z))
-        value = self.f(state, *self.args)
+        value = self.value_of(state, "g(z)")
         self.packing.check(value, "g(z)")  # the sum would broadcast a smaller one
         self.g = self.packing.pack(pytree.tree_map(torch.detach, value), "g(z)")
         value = pytree.tree_map(torch.add, state, value)
@@ -192,9 +195,11 @@ def packed_scale(scale: Any, packing: Packing, z0: Any, name: str) -> Tensor | N
     like, spec = pytree.tree_flatten(z0)
     leaves = [scale] * len(like)
     if not isinstance(scale, Tensor | float | int):
-        leaves, got = pytree.tree_flatten(scale)
-        if got != spec:
-            raise ValueError(f"{name}: expected the structure of z0, {spec}, got {got}")
+        try:
+            leaves = spec.flatten_up_to(scale)
+        except ValueError:
+            got = pytree.tree_structure(scale)
+            raise ValueError(f"{name}: expected the structure of z0, {spec}, got {got}") from None
     wide = []
     for leaf, z in zip(leaves, like, strict=True):
         leaf = torch.as_tensor(leaf, dtype=packing.compute_dtype, device=packing.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqcore._status import Status
+from deqcore._status import RANDOM_ADVICE, Status
 
 
 class ConvergenceError(RuntimeError):
@@ -34,6 +34,10 @@ class SolveReport:
         evaluations: calls of f in all, the extra one that builds a graph included.
         trace: [B, n], the residual after each step when ``record_trace=True``, else None. A row
             that has ended repeats its last value.
+        draws_numbers: whether numbers were drawn from torch's default generator in evaluations
+            after the first, by an f that is random and has no fixed point (dropout). Looked at in
+            solves of ``patience`` or ``max_steps`` evaluations alone, and not with
+            ``check_every=0``.
     """
 
     status: Tensor
@@ -41,6 +45,7 @@ class SolveReport:
     steps: Tensor
     evaluations: int
     trace: Tensor | None = None
+    draws_numbers: bool = False
     record: BackwardRecord = field(default_factory=BackwardRecord, repr=False)
 
     @property
@@ -68,6 +73,8 @@ class SolveReport:
             f"{len(rows)} of {len(self.status)} rows did not converge (rows {shown}; "
             f"largest residual {worst:.3g}):"
         ]
+        if self.draws_numbers:
+            lines.append(f"  f is random: {RANDOM_ADVICE}")
         for status, count in zip(Status, counts, strict=True):
             if count and status is not Status.CONVERGED:
                 lines.append(f"  {count} {status.name}: {status.advice}")
@@ -83,6 +90,8 @@ class Solution(SolveReport):
             share. It is the iterate with the smallest
             residual that was measured (the converged one where the row converged), the same with
             and without grad mode.
+        aux: what f returned beside the state at the solution, with ``has_aux=True``; its tensors
+            have no graph.
 
     A row that does not converge goes back to an earlier iterate x. ``Broyden`` has kept it; with
     ``Anderson`` and ``Picard`` it is rebuilt from x + damping * g, g = f(x) - x, to a few machine
@@ -91,6 +100,7 @@ class Solution(SolveReport):
     """
 
     value: Any = None
+    aux: Any = None
 
     def report(self) -> SolveReport:
         """This solve's outcome without its value, so that keeping it keeps no graph alive."""

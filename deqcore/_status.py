@@ -21,6 +21,12 @@ class Status(enum.IntEnum):
         return _ADVICE[self]
 
 
+RANDOM_ADVICE = (
+    "numbers were drawn from torch's generator in its evaluations (dropout in training mode?), so "
+    "there is no fixed point: use deqcore.FixedDropout, which draws one mask for a solve, eval() "
+    "mode, or pass what is drawn as an argument."
+)
+
 _ADVICE = {
     Status.CONVERGED: "nothing to do.",
     Status.MAX_STEPS: (
@@ -46,6 +52,6 @@ _ADVICE = {
         "rows depend on each other (batch norm in training mode, graphs, attention over the "
         "batch): pass batch='coupled', which solves the whole batch as one problem; or f is random "
         "or changes from call to call (dropout, spectral norm in training mode): make it "
-        "repeatable."
+        "repeatable, dropout by deqcore.FixedDropout."
     ),
 }

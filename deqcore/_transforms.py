@@ -1,6 +1,8 @@
-"""torch.func around a solve: errors that say what works, in place of PyTorch's about internals."""
+"""torch.func and traces around a solve: errors that say what works, not PyTorch's of internals."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
@@ -22,6 +24,24 @@ def refuse_transforms(adjoint: object) -> None:
         "torch.func transforms (grad, vjp, jacrev, jvp) of a solve need "
         f"adjoint=deqcore.Unrolled(), got {type(adjoint).__name__}; or use torch.autograd"
     )
+
+
+def values_are_unknown(z0: Tensor) -> bool:
+    """Whether this is a trace (torch.export) or a run without values (FakeTensorMode)."""
+    if type(z0) is Tensor:
+        return False
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # slow to import
+    return fakes is not None and isinstance(z0, fakes.FakeTensor)
+
+
+def refuse_steps_by_values(check_every: int) -> None:
+    """Raise where a solve would have to look whether it is done, and cannot."""
+    if check_every:
+        raise RuntimeError(
+            "torch.export, or FakeTensorMode, of a solve: how many steps it takes depends on "
+            "values, which there are none of; with solver=deqcore.Anderson(check_every=0, "
+            "max_steps=...), or another solver with these options, it takes all of its steps"
+        )
 
 
 def refuse_mapped(*tensors: Tensor) -> None:

@@ -29,6 +29,7 @@ from deqcore.adjoints import Adjoint, Implicit
 from deqcore.adjoints._linear import graph_leaves
 from deqcore.adjoints._system import failure_messages, raise_in_backward
 from deqcore.adjoints.implicit import not_twice
+from deqcore.dropout import Masks
 from deqcore.solvers import Anderson, Solver
 from deqcore.sparse.dense_weights import SolveWeights
 
@@ -52,8 +53,9 @@ def capture(
 
     Args:
         f: as in :func:`fixed_point`, and capturable: no copies to the host, no shapes that depend
-            on data. Randomness in f repeats itself in every evaluation and replay. Parameters of f
-            may be changed in place between replays (an optimiser does), but not replaced.
+            on data. Randomness in f repeats itself in every evaluation and replay, and so does the
+            mask of :class:`deqcore.FixedDropout`. Parameters of f may be changed in place between
+            replays (an optimiser does), but not replaced.
         z0, *args: examples of the inputs, on one GPU. Later inputs must have their structure,
             shapes and dtypes; what is not a tensor is part of f. In grad mode, gradients reach the
             tensors of ``args`` that require grad here, and the parameters of f.
@@ -138,6 +140,7 @@ class CapturedSolver:
         with _on(self._device), recorder.set_up():
             self._args = [_static_copy(leaf) for leaf in leaves]
             problem = Problem(f, pytree.tree_unflatten(self._args, self._args_spec), packing)
+            problem.masks = Masks()  # drawn while recording, which shows that f is random
             if problem.buffers is not None:
                 problem.buffers.remember()
             self._forward = StaticSolve(problem, solver, weights=SolveWeights())

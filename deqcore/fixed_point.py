@@ -14,13 +14,18 @@ from deqcore._notices import pending
 from deqcore._packing import Packing
 from deqcore._root import NORMS, RootProblem, packed_scale
 from deqcore._solution import BackwardRecord, Solution
-from deqcore.adjoints import Adjoint, Implicit
+from deqcore._transforms import refuse_steps_by_values, values_are_unknown
+from deqcore.adjoints import Adjoint, Implicit, Unrolled
+from deqcore.dropout import masks_of_solve
 from deqcore.solvers import Anderson, Solver
 
 
 # A solve takes as many steps as its values need: there is nothing to trace. Without this the tracer
 # would find that out call by call, in some twenty graphs that together are slower than none.
-@never_traced(reason="a solve takes as many steps as values need; compile f instead")
+@never_traced(
+    reason="a solve takes as many steps as values need; compile f instead, and for torch.export "
+    "pass strict=False and a solver with check_every=0"
+)
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -28,6 +33,7 @@ def fixed_point(
     solver: Solver = Anderson(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
     batch: Literal["rows", "coupled"] = "rows",
+    has_aux: bool = False,
 ) -> Solution:
     """Solve z = f(z, *args) for each row of a batch, with gradients.
 
@@ -50,15 +56,20 @@ def fixed_point(
             whole is one. Leaves of a pytree then need not share dim 0, and status, residual and
             steps have shape [1]. Modules in training mode that f calls update their buffers
             (running statistics) once, from the solution, instead of in each evaluation.
+        has_aux: f returns ``(state, aux)``, as functions of JAX with this option do; aux is any
+            pytree, and ``Solution.aux`` is that of the evaluation at the solution, without a graph:
+            what a loss needs of it belongs in the state, or is computed from the value.
 
     Returns:
         A :class:`Solution`; nothing is raised when rows do not converge: look at
         ``solution.converged`` or call ``solution.raise_for_status()``.
 
     Raises:
-        TypeError: ``solver``, ``adjoint`` or ``z0`` of a wrong kind.
-        ValueError: f returned another structure, shape or device; z0 is on the meta device; another
-            ``batch``.
+        TypeError: ``solver``, ``adjoint`` or ``z0`` of a wrong kind; z0 or f(z) is sparse.
+        ValueError: f returned another structure (the keys of a dict may come in any order), shape
+            or device; z0 is on the meta device; another ``batch``.
+        RuntimeError: f changed its argument in place; under ``torch.export`` or ``FakeTensorMode``,
+            a solver that looks whether rows are done.
 
     Warns:
         ConvergenceWarning: once in a process for each cause; on a GPU in a later call, since
@@ -80,21 +91,32 @@ def fixed_point(
     coupled one does not converge.
 
     ``torch.compile`` leaves a solve as it is, at the cost of one graph break: compile f instead.
+    ``torch.export`` (``strict=False``), and FakeTensorMode, want a solver that looks at no value,
+    such as ``Anderson(check_every=0, max_steps=12)``. All its steps are then in the program, as
+    operations of PyTorch alone; rows stop where they would, and sizes may be dynamic.
+
+    f must return the same for the same state. Where it draws random numbers (dropout in training
+    mode) no row converges, and ``raise_for_status`` says why: :class:`deqcore.FixedDropout` draws
+    once in a solve.
 
     At most ``solver.max_steps`` calls of f are made to find the solution. In grad mode ``Implicit``
-    makes one more to build the graph, and ``Phantom`` its ``steps``; with ``batch="coupled"`` one
-    more is made where modules have buffers to update and no other was made at the solution.
+    makes one more to build the graph, and ``Phantom`` its ``steps``; with ``has_aux``, or with
+    ``batch="coupled"`` where modules have buffers to update, one more is made if no other was made
+    at the solution.
     """
     if not callable(f):
         raise TypeError(f"f: expected a callable, got {type(f).__name__}")
-    problem = Problem(f, args, _checked(z0, batch, solver, adjoint))
+    problem = Problem(f, args, _checked(z0, batch, solver, adjoint), has_aux=has_aux)
     start = problem.packing.pack(z0, "z0")
     solved, value, record = _solve(problem, start, solver, adjoint, relative=True)
     value = problem.packing.unpack(value, apart=True)
-    return Solution(**solved.report(problem), record=record, value=value)
+    return Solution(**solved.report(problem), record=record, value=value, aux=problem.aux)
 
 
-@never_traced(reason="a solve takes as many steps as values need; compile g instead")
+@never_traced(
+    reason="a solve takes as many steps as values need; compile g instead, and for torch.export "
+    "pass strict=False and a solver with check_every=0"
+)
 def root(
     g: Callable[..., Any],
     z0: Any,
@@ -102,6 +124,7 @@ def root(
     solver: Solver = Anderson(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
     batch: Literal["rows", "coupled"] = "rows",
+    has_aux: bool = False,
     norm: Literal["rms", "max"] = "rms",
     u_scale: Any = None,
     f_scale: Any = None,
@@ -132,11 +155,12 @@ def root(
     if norm not in NORMS:
         raise ValueError(f"norm: expected 'rms' or 'max', got {norm!r}")
     packing = _checked(z0, batch, solver, adjoint)
-    scales = [packed_scale(scale, packing, z0, name)
-              for name, scale in (("u_scale", u_scale), ("f_scale", f_scale))]  # fmt: skip
-    problem = RootProblem(g, args, packing, norm, *scales)
+    u_scale = packed_scale(u_scale, packing, z0, "u_scale")
+    f_scale = packed_scale(f_scale, packing, z0, "f_scale")
+    problem = RootProblem(g, args, packing, norm, u_scale, f_scale, has_aux)
     solved, value, record = _solve(problem, problem.pack(z0), solver, adjoint, relative=False)
-    return Solution(**solved.report(problem), record=record, value=problem.unpack(value))
+    value = problem.unpack(value)
+    return Solution(**solved.report(problem), record=record, value=value, aux=problem.aux)
 
 
 def _checked(z0: Any, batch: str, solver: Solver, adjoint: Adjoint) -> Packing:
@@ -157,7 +181,13 @@ def _solve(
     problem: Problem, z0: Tensor, solver: Solver, adjoint: Adjoint, *, relative: bool
 ) -> tuple[Solved, Tensor, BackwardRecord]:
     pending.tell()
+    problem.masks = masks_of_solve()
     record = BackwardRecord()
+    if values_are_unknown(z0):  # by steps of PyTorch's own operations
+        refuse_steps_by_values(solver.check_every)
+        value, solved = Unrolled().solve(problem, z0, solver, record)
+        problem.finish(solved)
+        return solved, value, record
     value, solved = adjoint.solve(problem, z0, solver, record)
     problem.finish(solved)
     wait = solver.check_every > 0

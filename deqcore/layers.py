@@ -10,6 +10,7 @@ from deqcore._compile import never_traced
 from deqcore._layer_graphs import LayerGraphs, zeros_like
 from deqcore._packing import Packing, is_coupled
 from deqcore._solution import Solution, SolveReport
+from deqcore._transforms import values_are_unknown
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.fixed_point import fixed_point
 from deqcore.solvers import Anderson, Solver
@@ -32,6 +33,8 @@ class ImplicitLayer(nn.Module):
             where the cell's kernels are the same under capture. ``"auto"``: from the fourth call of
             one signature on (shapes, strides, dtypes, grad mode, autocast, training modes), for
             states of up to 2 million elements; True: from the first, of any size; False: never.
+        has_aux: the cell returns ``(state, aux)``, and the layer ``(solution, aux)``: that of the
+            evaluation at the solution, without a graph. Such solves are never recorded.
 
     What a recording has read of the cell is noticed when it changes: with parameters, buffers,
     modules or attributes that are replaced it is recorded anew, unless that happens time and again;
@@ -43,6 +46,9 @@ class ImplicitLayer(nn.Module):
     capture, a transform or a trace, and under hooks of saved tensors. A layer keeps 8 recordings,
     each with memory for all that its solves need; of several calls before their backward passes, up
     to 4 have one each.
+
+    ``torch.export.export(layer, ...)`` takes the steps of a solver with ``check_every=0``, all of
+    them: see :func:`deqcore.fixed_point`.
 
     Attributes:
         report: outcome of the last forward solve (status, residual, steps, evaluations, trace),
@@ -57,6 +63,7 @@ class ImplicitLayer(nn.Module):
         adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
         batch: Literal["rows", "coupled"] = "rows",
         capture: Literal["auto"] | bool = "auto",
+        has_aux: bool = False,
     ) -> None:
         super().__init__()
         if not callable(cell):
@@ -73,18 +80,19 @@ class ImplicitLayer(nn.Module):
         self.adjoint = adjoint
         self.batch = batch
         self.capture = capture
+        self.has_aux = has_aux
         self.report: SolveReport | None = None
         self._graphs = LayerGraphs()
 
     def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
         """The solution, shaped like ``z0``; from zeros shaped like ``x`` unless ``z0`` is given."""
-        value, self.report = _solve(self, z0, (x, *args))
-        return value
+        value, self.report, aux = _solve(self, z0, (x, *args))
+        return (value, aux) if self.has_aux else value
 
     def extra_repr(self) -> str:
         return (
             f"solver={self.solver}, adjoint={self.adjoint}, batch={self.batch!r}, "
-            f"capture={self.capture!r}"
+            f"capture={self.capture!r}{', has_aux=True' if self.has_aux else ''}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,14 +100,21 @@ class ImplicitLayer(nn.Module):
         return {name: value for name, value in vars(self).items() if name != "_graphs"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"capture": "auto"} | state)  # versions before 0.2 had none
+        # Versions before 0.2 had none of these.
+        super().__setstate__({"capture": "auto", "has_aux": False} | state)
         self._graphs = LayerGraphs()
 
 
-@never_traced(reason="a solve takes as many steps as values need; compile the cell instead")
-def _solve(layer: ImplicitLayer, z0: Any, args: tuple[Any, ...]) -> tuple[Any, SolveReport]:
+@never_traced(
+    reason="a solve takes as many steps as values need; compile the cell instead, and for "
+    "torch.export pass strict=False and a solver with check_every=0"
+)
+def _solve(
+    layer: ImplicitLayer, z0: Any, args: tuple[Any, ...]
+) -> tuple[Any, SolveReport | None, Any]:
     solution: Solution | None = None
-    if layer.capture and "_is_replica" not in vars(layer):  # of nn.DataParallel
+    is_replica = "_is_replica" in vars(layer)  # of nn.DataParallel
+    if layer.capture and not layer.has_aux and not is_replica:
         solution = layer._graphs.solve(layer, z0, args)
     if solution is None:
         solution = fixed_point(
@@ -109,8 +124,10 @@ def _solve(layer: ImplicitLayer, z0: Any, args: tuple[Any, ...]) -> tuple[Any, S
             solver=layer.solver,
             adjoint=layer.adjoint,
             batch=layer.batch,
+            has_aux=layer.has_aux,
         )
-    return solution.value, solution.report()
+    report = None if values_are_unknown(solution.status) else solution.report()
+    return solution.value, report, solution.aux
 
 
 def _zeros_like(x: Any) -> Any:

@@ -10,8 +10,8 @@ message. Make the module anew, normalise it in the same way, then load the state
 
 or call :func:`remove_normalization` first, which leaves an ordinary module with the same weights.
 
-Do not solve inside ``parametrize.cached()``: the solver runs without a graph, so the weight that is
-cached there has none, and gradients would not reach the parameters.
+A solve inside of ``parametrize.cached()`` computes each weight twice: once without a graph for its
+steps, once with one for the gradient, which is kept.
 """
 
 from __future__ import annotations

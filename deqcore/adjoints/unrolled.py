@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deqcore._loop import Problem, Solved, differentiable_solve
+from deqcore._differentiable import differentiable_solve
+from deqcore._loop import Problem, Solved
 from deqcore._solution import BackwardRecord
 from deqcore.adjoints.base import Adjoint
 from deqcore.solvers import Solver
@@ -19,6 +20,10 @@ class Unrolled(Adjoint):
     pure-PyTorch steps, so that the value is the same with and without grad mode. Where f runs in
     half precision (autocast), mixing weights are fitted to its rounding and their gradient is
     noise: prefer ``Implicit`` there.
+
+    A row whose value is z0 itself, because that is within the tolerance or no step improved on it,
+    depends on no step. It keeps this value and gets the gradient of one plain step from z0, as by
+    ``Phantom``: what was computed would have none for f's parameters.
 
     Args:
         checkpoint_every: keep the graph of only this many steps at a time and recompute them in

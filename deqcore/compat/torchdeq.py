@@ -31,6 +31,7 @@ states of a list    one dtype, the promoted one          each keeps its dtype
 ``nstep``           step of the lowest residual          calls of f that the row used
 ``sradius``         power method, only in ``eval()``     Arnoldi, in any mode; -1 when not asked for
 the caller's dict   is changed                           is not
+dropout in cells    ``reset`` before each solve          ``deqcore.FixedDropout`` needs none
 rows that depend    one norm for all, in some solvers    ``batch="coupled"``: one for all, with
 on each other                                            ``info`` of shape [1]
 unknown options     are ignored                          TypeError

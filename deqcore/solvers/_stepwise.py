@@ -30,7 +30,7 @@ class StepwiseState(NamedTuple):
 def initial_state(solver: Solver, x: Tensor, rows: Rows) -> StepwiseState:
     history = solver.begin(x)
     for leaf in pytree.tree_leaves(history):
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != len(x):
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != x.shape[0]:
             got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
             raise ValueError(
                 f"{type(solver).__name__}.begin: expected tensors with {len(x)} rows in dim 0, got "

@@ -56,12 +56,16 @@ class MixingSolver(FusedSolver):
             return state
         if capacity < self.needed():
             return _with_slots(state, next_capacity(capacity, self.needed()))
-        # Looking is worth it for large states; on a GPU it would wait for the device.
         batch, _, dim = state.g_ring.shape
-        large = batch * dim > LARGE and state.g_ring.device.type == "cpu"
-        if large and not op.evicts_best(state):
+        if self._is_worth_a_look(state.g_ring) and not op.evicts_best(state):
             return state
         return state._replace(best=state.g_ring.new_empty(batch, dim))
+
+    def _is_worth_a_look(self, ring: Tensor) -> bool:
+        """Large states are; on a GPU it would wait for the device."""
+        if not self.check_every:  # no value is looked at, and sizes may be symbols of a trace
+            return False
+        return ring.device.type == "cpu" and ring.shape[0] * ring.shape[2] > LARGE
 
     def with_all_room(self, state: AndersonState) -> AndersonState:
         state = _with_slots(state, self.needed())
@@ -95,8 +99,10 @@ class Anderson(MixingSolver):
     with weights that sum to one and minimise |sum_i alpha_i g_i|, g = f(x) - x.
 
     Args:
-        memory: stored residuals, 1 to 64; D + 1 of them solve a D-dimensional affine map exactly.
-            Storage grows as steps are taken.
+        memory: stored residuals, 1 to 64. Storage grows as steps are taken. D + 1 of them solve an
+            affine map A z + b exactly if I - A is nonsingular and GMRES, whose iterates they mix,
+            does not stagnate on it: in exact arithmetic, and without ridge or restarts (Walker & Ni
+            2011, theorem 2.2; Toth & Kelley, SIAM J. Numer. Anal. 53, 2015).
         damping: in (0, 2]; a float, or a function of the step (1, 2, ...). Each stored iterate
             keeps the damping of the step it was stored at.
         ridge: added to the diagonal of the Gram matrix of residual differences after they are

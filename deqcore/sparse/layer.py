@@ -149,6 +149,16 @@ class MaskedLinear(nn.Module):
         # Of a full pattern that is a view of the values.
         return dense.clone() if self.pattern.kept == dense.numel() else dense
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                "MaskedLinear.weight: expected no assignment, as this layer stores its kept "
+                "entries alone: set them with layer.values.copy_(layer.pattern.from_dense(weight)) "
+                "under torch.no_grad(), or make a layer of other entries with "
+                "MaskedLinear.from_linear(linear, mask)"
+            )
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         return masked_linear(x, self.values, self.pattern, self.bias, backend=self.backend)

@@ -343,3 +343,15 @@ def test_pruned_implicit_layer_has_the_solution_and_gradients_of_the_masked_dens
         torch.testing.assert_close(
             masked.values.grad, masked.pattern.from_dense(full), rtol=1e-7, atol=1e-8
         )
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor.clone])
+def test_assigning_a_weight_is_an_error_that_says_what_to_do(kind):
+    layer = deqcore.MaskedLinear(deqcore.SparsityPattern.from_mask(torch.eye(3).bool()))
+    before = layer.values.detach().clone()
+    with pytest.raises(AttributeError, match=r"kept entries.*from_dense\(weight\)"):
+        layer.weight = kind(torch.ones(3, 3))
+    with torch.no_grad():
+        layer.values.copy_(layer.pattern.from_dense(torch.ones(3, 3)))
+    assert torch.equal(layer.weight, torch.eye(3))
+    assert not torch.equal(before, layer.values)

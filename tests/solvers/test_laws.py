@@ -230,3 +230,15 @@ def test_anderson_with_full_memory_solves_an_affine_map_exactly(dim, batch, seed
     condition = torch.linalg.cond(torch.eye(dim, dtype=A.dtype) - A)
     error = (solution.value - exact).norm(dim=1) / exact.norm()
     assert (error <= 1e-7 * condition).all()
+
+
+def test_anderson_with_full_memory_needs_a_gmres_that_does_not_stagnate():
+    """The condition of that: on a cyclic shift GMRES gets nowhere before step D."""
+    shift = torch.eye(6, dtype=torch.float64).roll(1, 0)  # I - A, nonsingular
+    b = torch.eye(1, 6, dtype=torch.float64)
+    with torch.no_grad():
+        solution = deqcore.fixed_point(
+            lambda z: z - (z @ shift.T - b), torch.zeros_like(b),
+            solver=Anderson(memory=7, ridge=0.0, max_steps=9, rtol=1e-8, atol=0.0),
+        )  # fmt: skip
+    assert not solution.converged.any()
