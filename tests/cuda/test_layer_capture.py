@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from deqcore import (
     Anderson,
     Broyden,
+    FixedDropout,
     Implicit,
     ImplicitLayer,
     Phantom,
@@ -225,6 +226,15 @@ class Drops(Cell):
         return super().forward(z, F.dropout(x, 0.5, self.training))
 
 
+class DropsOnce(Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = FixedDropout(0.5)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return super().forward(z, self.dropout(x))
+
+
 class Counts(Cell):
     calls = 0
 
@@ -253,7 +263,7 @@ class Hooked(Cell):
     [
         (Reads, "cannot be captured"), (Drops, "draws random numbers"),
         (Counts, "changes attributes"), (Borrows, "neither its parameters nor its arguments"),
-        (Hooked, "has hooks"),
+        (Hooked, "has hooks"), (DropsOnce, "draws random numbers"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("when", ["auto", True])

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import deqcore
 from deqcore import Anderson, FixedDropout, Implicit, ImplicitLayer, Phantom, Unrolled
+from tests.solvers.test_coupled_elsewhere import captured
 from tests.support.problems import rms
 
 TIGHT = Anderson(rtol=1e-10, atol=1e-12, max_steps=200, patience=200)
@@ -157,6 +158,16 @@ def test_a_checkpoint_inside_of_f_is_right_where_steps_are_checkpointed():
     again = gradient_with_a_checkpoint_inside(f, cell, x, Unrolled(checkpoint_every=2))
     plain = gradient_with_a_checkpoint_inside(cell, cell, x, Unrolled())
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_a_captured_solve_keeps_the_mask_of_the_recording():
+    cell, x = Cell(), torch.randn(4, 6, dtype=torch.float64)
+    cell(x, x)  # outside of a solve: another mask
+    torch.manual_seed(5)
+    solve = captured(cell, torch.zeros_like(x), x, solver=TIGHT)
+    value, _ = by_hand(cell, x, seed=5)
+    for _ in range(2):
+        torch.testing.assert_close(solve(torch.zeros_like(x), x).value, value, rtol=1e-8, atol=1e-8)
 
 
 def test_it_can_be_used_in_inference_mode_and_then_trained():
