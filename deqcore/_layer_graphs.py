@@ -141,9 +141,6 @@ class LayerGraphs:
             self._forget()
         if self._replaced > TIMES_REPLACED:
             raise UnfitError("its parameters or attributes are replaced between calls")
-        why_not = self._cell.why_not()
-        if why_not is not None:
-            raise UnfitError(why_not)
         return self._cell
 
     def _forget(self) -> None:
@@ -179,7 +176,7 @@ class LayerGraphs:
 
 
 def _record(layer: Any, cell: Cell, z0: Any, args: tuple[Any, ...], grad: bool) -> CapturedSolver:
-    why_not = _why_not(layer, grad)
+    why_not = cell.why_not() or _why_not(layer, grad)
     if why_not is not None:
         raise UnfitError(why_not)
     before, numbers = Snapshot(cell), RandomNumbers(_first_tensor(args if z0 is None else z0))
@@ -189,8 +186,12 @@ def _record(layer: Any, cell: Cell, z0: Any, args: tuple[Any, ...], grad: bool) 
             raise UnfitError("it draws random numbers, which a graph would repeat")
 
     try:
-        with _recordings, _unobserved(cell), torch.inference_mode(False):
-            torch.set_grad_enabled(grad)
+        with (
+            _recordings,
+            _unobserved(cell),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(grad),
+        ):
             f, stand_ins = cell.on_stand_ins()
             captured = _capture(
                 f, _start(z0, args), args, layer.solver, layer.adjoint, _recorder(), layer.batch,

@@ -291,6 +291,31 @@ def test_inside_of_another_capture_a_layer_is_eager(cuda_device: torch.device) -
         assert equal(value, layer(x))
 
 
+@pytest.mark.parametrize("way", ["script", "compiled", "in place"])
+def test_cells_that_are_programs_of_their_own_are_solved_eagerly(gpu: Gpu, way: str) -> None:
+    cell: Any = nn.Tanh()
+    if way == "script":
+        cell = torch.jit.script(cell)
+    elif way == "compiled":
+        cell = torch.compile(cell, backend="eager")
+    else:
+        cell.compile(backend="eager")
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = cell
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return self.inner(0.5 * z + x)
+
+    layer = ImplicitLayer(Outer().to(gpu.device), capture=True)
+    with torch.no_grad():
+        layer(inputs(gpu, 0))
+    assert count(layer) == 0
+    assert torch.is_grad_enabled()
+
+
 def test_streams_have_recordings_of_their_own(cuda_device: torch.device) -> None:
     gpu = Gpu(cuda_device)
     layer, eager = twins(gpu, capture=True)
