@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,26 @@ def kernels_anywhere(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "cuda":
         _cuda_device()
     return named_kernels(request.param)
+
+
+# What two workers (pytest -n 2 --dist loadgroup --no-loadscope-reorder) take in turn: a file, whose
+# fixtures one of them makes then, or a folder that makes one installation for all its files. What
+# takes longest comes first, so that none is left alone with it at the end.
+_FIRST = ("build", "cuda", "lion")
+_ONE_WORKER = ("build",)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+
+    def folder(item: pytest.Item) -> str:
+        return item.path.relative_to(root).parts[0]
+
+    items.sort(key=lambda item: _FIRST.index(folder(item)) if folder(item) in _FIRST else 9)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = folder(item) if folder(item) in _ONE_WORKER else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
