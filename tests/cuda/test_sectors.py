@@ -23,6 +23,8 @@ KNOWN = {
     # A search in a row's columns; and all columns in turn, which begin behind rows + 1 offsets.
     ("masked_linear_prepare", "load", "columns"): 4,
     ("masked_outer_prepare", "load", "columns"): 4,
+    # A warp's lanes look for a block among the first rows of rows of blocks.
+    ("prepare_groups", "load", "offsets"): 4,
     # Two entries that a whole warp reads, and rows of y that each lane writes for itself.
     ("masked_linear_product", "load", "workspace"): 16,
     ("masked_linear_product", "store", "y"): 8,
