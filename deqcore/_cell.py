@@ -100,7 +100,9 @@ class Snapshot:
             self._sizes += [(buffers, len(buffers)), (own, len(own))]
         values = [*cell.parameters, *(value for _, _, value in self._items)]
         self._tensors = [(t, t.data_ptr()) for t in values if isinstance(t, Tensor)]
-        self._containers = [(c, _inside(c)) for c in values if _inside(c) is not None]
+        self._containers = [
+            (value, inside) for value in values if (inside := _inside(value)) is not None
+        ]
 
     def holds(self) -> bool:
         """Whether all is as it was; tensors may have other values in the same memory."""
@@ -113,6 +115,33 @@ class Snapshot:
             and all(tensor.data_ptr() == address for tensor, address in self._tensors)
             and all(_all_are(_inside(c), inside) for c, inside in self._containers)
         )
+
+    def put_back(self) -> None:
+        """Undo what calls have done to attributes, as one that fails to be recorded."""
+        for container, inside in self._containers:
+            if not _all_are(_inside(container), inside):
+                _refill(container, inside)
+        kept: dict[int, set[str]] = {id(found): set() for found, _ in self._sizes}
+        for found, name, value in self._items:
+            kept[id(found)].add(name)
+            if found.get(name, _GONE) is not value:
+                found[name] = value
+        for found, size in self._sizes:
+            if len(found) != size:
+                for name in set(found) - kept[id(found)] - _OF_MODULE:
+                    del found[name]
+
+
+def _refill(container: Any, inside: list[Any]) -> None:
+    if isinstance(container, list):
+        container[:] = inside
+    elif isinstance(container, dict):
+        half = len(inside) // 2
+        container.clear()
+        container.update(zip(inside[:half], inside[half:], strict=True))
+    elif isinstance(container, set):
+        container.clear()
+        container.update(inside)
 
 
 def _same_value(a: object, b: object) -> bool:
@@ -127,9 +156,8 @@ def _inside(value: object) -> list[Any] | None:
     return None
 
 
-def _all_are(now: list[Any] | None, then: list[Any] | None) -> bool:
+def _all_are(now: list[Any] | None, then: list[Any]) -> bool:
     assert now is not None
-    assert then is not None
     return len(now) == len(then) and all(
         a is b or _same_value(a, b) for a, b in zip(now, then, strict=True)
     )

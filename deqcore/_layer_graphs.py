@@ -197,17 +197,17 @@ def _record(layer: Any, cell: Cell, z0: Any, args: tuple[Any, ...], grad: bool) 
                 f, _start(z0, args), args, layer.solver, layer.adjoint, _recorder(), layer.batch,
                 stand_ins, check,
             )  # fmt: skip
-    except UnfitError:
-        numbers.put_back()
-        raise
+        if not before.holds():
+            raise UnfitError("a call changes attributes of it, which a replay would not")
+        if layer.capture == "auto" and not captured.exits_early:
+            raise UnfitError("this CUDA cannot end a graph's loop early")
     except Exception as error:
         numbers.put_back()
+        before.put_back()
+        if isinstance(error, UnfitError):
+            raise
         first = str(error).partition("\n")[0]
         raise UnfitError(f"{type(error).__name__}: {first}") from error
-    if not before.holds():
-        raise UnfitError("a call changes attributes of it, which a replay would not")
-    if layer.capture == "auto" and not captured.exits_early:
-        raise UnfitError("this CUDA cannot end a graph's loop early")
     return captured
 
 

@@ -243,6 +243,19 @@ class Counts(Cell):
         return super().forward(z, x)
 
 
+class Keeps(Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.by_name: dict[str, Any] = {}
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        self.last = super().forward(z, x)
+        self.seen.append(z)
+        self.by_name[str(len(self.seen))] = z
+        return self.last
+
+
 class Borrows(Cell):
     def __init__(self) -> None:
         super().__init__()
@@ -258,11 +271,16 @@ class Hooked(Cell):
         self.register_forward_hook(lambda *args: None)
 
 
+def len_or_number(value: Any) -> int:
+    return value if isinstance(value, int) else len(value)
+
+
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
         (Reads, "cannot be captured"), (Drops, "draws random numbers"),
-        (Counts, "changes attributes"), (Borrows, "neither its parameters nor its arguments"),
+        (Counts, "changes attributes"), (Keeps, "changes attributes"),
+        (Borrows, "neither its parameters nor its arguments"),
         (Hooked, "has hooks"), (DropsOnce, "draws random numbers"),
     ],
 )  # fmt: skip
@@ -280,6 +298,11 @@ def test_a_cell_that_cannot_be_captured_is_solved_eagerly_with_one_line(
                 states.append((results(one, x), torch.rand(2), torch.rand(2, device=gpu.device)))
             assert_same(states[0][0], states[1][0])
             assert all(equal(a, b) for a, b in zip(states[0][1:], states[1][1:], strict=True))
+        for name in ("calls", "seen", "by_name"):
+            if hasattr(eager.cell, name):
+                assert len_or_number(getattr(layer.cell, name)) == len_or_number(
+                    getattr(eager.cell, name)
+                )
     assert count(layer) == 0
     (record,) = caplog.records
     assert reason in record.message
