@@ -201,7 +201,7 @@ void anderson_move(const AndersonArgs& args, int64_t first, int64_t last,
   with_dtype(args.type, [&]<typename F>() {
     using X = Compute<F>;
     const int64_t chunks = step_chunks(args.dim);
-    for (int64_t item = first; item < last; ++item) {
+    for (int64_t item = last - 1; item >= first; --item) {  // the last one is in the cache yet
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
       const AndersonDecision& decision = decisions[row - first / chunks];
       move_to<X, F>(args, row, decision.plan, decision.alpha, begin,

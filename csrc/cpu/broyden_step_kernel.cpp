@@ -165,7 +165,7 @@ void broyden_move(const BroydenArgs& args, int64_t first, int64_t last,
                   const BroydenDecision* decisions) {
   with_types(args, [&]<typename X, typename F, typename S>() {
     const int64_t chunks = step_chunks(args.dim);
-    for (int64_t item = first; item < last; ++item) {
+    for (int64_t item = last - 1; item >= first; --item) {  // the last one is in the cache yet
       const int64_t row = item / chunks, begin = item % chunks * kStepChunk;
       move_to<X, F, S>(args, row, decisions[row - first / chunks], begin,
                        std::min(begin + kStepChunk, args.dim));
