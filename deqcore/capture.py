@@ -59,8 +59,8 @@ def capture(
         z0, *args: examples of the inputs, on one GPU. Later inputs must have their structure,
             shapes and dtypes; what is not a tensor is part of f. In grad mode, gradients reach the
             tensors of ``args`` that require grad here, and the parameters of f.
-        solver: as in :func:`fixed_point`; ``check_every`` has no effect, and ``record_trace`` is
-            refused.
+        solver: as in :func:`fixed_point`; ``check_every`` does not matter to the steps, and
+            ``record_trace`` is refused.
         adjoint: ``Implicit`` without ``reuse_forward``, where gradients are wanted; its
             ``on_failure`` may not be ``"fallback"``, and ``"raise"`` waits for the GPU.
         batch: as in :func:`fixed_point`.
@@ -74,7 +74,7 @@ def capture(
 
     What :func:`fixed_point` checks with ``batch="rows"`` is checked here too, on the device, at the
     cost of a copy of f(z) for each step of a batch, and of two products with signs for each step in
-    backward; warnings come with a later call.
+    backward; warnings come with one of the next 16 calls (never with ``check_every=0``, as there).
 
     Without CUDA 12.4 the graph takes ``max_steps`` steps each time, and a warning says so.
     """
@@ -280,8 +280,10 @@ class CapturedSolver:
 
     def _tell(self, solve: StaticSolve, messages: tuple[str, ...]) -> None:
         """Warn of what has come up since the last look; on a GPU not each time, and later."""
-        if self._device.type == "cuda" and self._calls > 4 and self._calls % LOOK_EVERY:
-            return
+        if self._device.type == "cuda":
+            late = self._calls > 4 and self._calls % LOOK_EVERY
+            if late or not solve.solver.check_every:
+                return
         warn_where(solve.flags, messages)
         solve.flags.zero_()
 

@@ -414,6 +414,20 @@ def test_a_capture_that_fails_tells_the_first_reason_and_leaves_the_stream(fake_
     assert recovered == ["pool"]
 
 
+@pytest.mark.parametrize("check_every", [0, 1])
+def test_on_a_gpu_warnings_are_looked_for_at_first_and_then_now_and_then(monkeypatch, check_every):
+    module = sys.modules["deqcore.capture"]
+    looks = []
+    monkeypatch.setattr(module, "warn_where", lambda flags, messages: looks.append(captured._calls))
+    captured = types.SimpleNamespace(_device=torch.device("cuda"), _calls=0)
+    solver = Anderson(check_every=check_every)
+    solve = types.SimpleNamespace(solver=solver, flags=torch.ones(2, dtype=torch.bool))
+    for captured._calls in range(1, 40):
+        module.CapturedSolver._tell(captured, solve, ("a", "b"))
+    assert looks == ([1, 2, 3, 4, 16, 32] if check_every else [])
+    assert solve.flags.any() == (not check_every)
+
+
 def test_a_fixed_step_solve_never_waits_for_the_gpu(cuda_device):
     batch = batches(torch.float32, cuda_device, 1)[0]
     for solver in (Anderson(check_every=0), Broyden(check_every=0), Picard(damping=lambda _: 0.5)):
