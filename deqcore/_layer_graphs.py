@@ -24,6 +24,7 @@ from deqcore.ops._library import is_transformed
 
 CALLS_BEFORE = 3  # eager calls of a signature, with capture="auto": many are made once only
 LARGEST = 1 << 21  # elements of a state, with capture="auto": beyond, launches cost little
+MOST_BYTES = 1 << 28  # of histories that one recording holds, with capture="auto"
 GRAPHS = 8  # of a layer
 GRAPHS_ALIVE = 4  # of one signature, whose backward passes are yet to come
 SIGNATURES = 64  # of a layer, to be counted
@@ -201,6 +202,8 @@ def _record(layer: Any, cell: Cell, z0: Any, args: tuple[Any, ...], grad: bool) 
             raise UnfitError("a call changes attributes of it, which a replay would not")
         if layer.capture == "auto" and not captured.exits_early:
             raise UnfitError("this CUDA cannot end a graph's loop early")
+        if layer.capture == "auto" and captured.history_bytes > MOST_BYTES:
+            raise UnfitError("its solver's history is large; capture=True would hold on to it")
     except Exception as error:
         numbers.put_back()
         before.put_back()

@@ -243,6 +243,14 @@ class CapturedSolver:
         return CapturedSolution(self._packing.unpack(value, apart=True), report)
 
     @property
+    def history_bytes(self) -> int:
+        """Of what the solvers remember of earlier steps, forward and backward."""
+        solves = [self._forward]
+        if self._backward is not None and self._has_gradient:
+            solves.append(self._backward.linear)
+        return sum(t.nbytes for solve in solves for t in pytree.tree_leaves(solve.state))
+
+    @property
     def awaits_backward(self) -> bool:
         """Whether a backward pass may still want what the buffers hold.
 

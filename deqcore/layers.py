@@ -32,7 +32,8 @@ class ImplicitLayer(nn.Module):
             replayed, which takes a small solve's time on the host away and changes no bit of it
             where the cell's kernels are the same under capture. ``"auto"``: from the fourth call of
             one signature on (shapes, strides, dtypes, grad mode, autocast, training modes), for
-            states of up to 2 million elements; True: from the first, of any size; False: never.
+            states of up to 2 million elements and histories of up to 256 MiB; True: from the first,
+            of any size; False: never.
         has_aux: the cell returns ``(state, aux)``, and the layer ``(solution, aux)``: that of the
             evaluation at the solution, without a graph. Such solves are never recorded.
 

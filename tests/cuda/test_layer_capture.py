@@ -339,8 +339,11 @@ def test_which_options_are_captured(gpu: Gpu, options: Any, grad: bool, captured
     assert count(layer) == captured
 
 
-def test_true_records_the_first_call_and_large_states(gpu: Gpu, monkeypatch: Any) -> None:
-    monkeypatch.setattr(_layer_graphs, "LARGEST", 12)
+@pytest.mark.parametrize("limit", ["LARGEST", "MOST_BYTES"])
+def test_true_records_the_first_call_and_large_states(
+    gpu: Gpu, limit: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(_layer_graphs, limit, 12)
     layer, _ = twins(gpu)
     eager, _ = twins(gpu, capture=True)
     x = inputs(gpu, 0)
