@@ -36,6 +36,7 @@ KERNELS = (
     "cuda/masked_dense.cu",
     "cuda/masked_linear.cu",
     "cuda/masked_linear_blocks.cu",
+    "cuda/masked_linear_gather.cu",
     "cuda/masked_linear_groups.cu",
     "cuda/masked_linear_strips.cu",
     "cuda/masked_outer.cu",
@@ -52,7 +53,15 @@ FLAGS = [
 PATHS = {"warp": 0, "block": 1, "split": 2}
 # Of the masked matmuls, by op.
 MASKED_PATHS = {
-    "masked_linear": {"large": 0, "medium": 1, "few": 2, "blocks": 3, "few_blocks": 4, "groups": 5},
+    "masked_linear": {
+        "large": 0,
+        "medium": 1,
+        "few": 2,
+        "blocks": 3,
+        "few_blocks": 4,
+        "groups": 5,
+        "gather": 6,
+    },
     "masked_outer": {"many": 0, "few": 1, "blocks": 2, "segments": 3},
     "masked_to_dense": {"only": 0},
     "masked_from_dense": {"only": 0},

@@ -205,7 +205,7 @@ def _products() -> dict[str, Callable[[SectorCounter], Any]]:
         for path in MASKED_PATHS[op]:
             blocks = path in BY_BLOCKS
             # So many kept entries that what follows them in a workspace begins within a sector.
-            tokens = 64 if path.startswith("few") else 256
+            tokens = 4 if path == "gather" else 64 if path.startswith("few") else 256
             columns, sparsity, block = (512, 0.5, 64) if blocks else (544, 0.9, None)
             case = masked_case(256, columns, tokens, sparsity, block)
             for dtype in (torch.bfloat16,) if blocks else DTYPES:

@@ -54,8 +54,8 @@ inline const char* check_gpu() {
                     : "needs a GPU of compute capability 8.0 or later; use backend='dense'";
 }
 
-// Whether this build and the current GPU have what hopper.cuh is about, and it is asked for: until a
-// GPU has timed it since it was last changed, it is no one's default.
+// Whether this build and the current GPU have what hopper.cuh is about, and it is asked for: until
+// a GPU has timed it since it was last changed, it is no one's default.
 inline bool takes_hopper_paths() {
 #if defined(DEQCORE_SM90A)
   const char* const asked = getenv("DEQCORE_CUDA_HOPPER");

@@ -1,5 +1,5 @@
 // masked_linear's CUDA kernels: y = x weight^T + bias for a weight of few kept entries, row by row;
-// and which kernels a product goes to. Many tokens of other types than float64 go to strips
+// and which kernels a product goes to. More than 64 tokens of other types than float64 go to strips
 // (masked_linear_strips.cu). No torch.
 //
 // Two launches. The first one turns x round, so that the tokens of a column lie side by side, puts
@@ -49,12 +49,8 @@ struct Layout {
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kTileRows = kWarps * kRows;
 };
-template <typename S>
-constexpr int kPackTokens = 16 / sizeof(Compute<S>);
-using Large = Layout<kPackTokens<double>, 16, 16>;
-template <typename S>
-using Medium = Layout<kPackTokens<S>, 4, 8>;
-template <typename S>
+using Large = Layout<2, 16, 16>;
+using Medium = Layout<2, 4, 8>;
 using Few = Layout<1, 4, 8>;
 
 // Blocks of the first launch, by what they do.
@@ -239,9 +235,9 @@ template <typename S, typename Run>
 auto with_layout(LinearPath path, const Run& run) {
   if constexpr (sizeof(S) == sizeof(double)) {
     if (path == LinearPath::large) return run.template operator()<S, Large>();
+    if (path == LinearPath::medium) return run.template operator()<S, Medium>();
   }
-  if (path == LinearPath::medium) return run.template operator()<S, Medium<S>>();
-  return run.template operator()<S, Few<S>>();
+  return run.template operator()<S, Few>();
 }
 
 template <typename Run>
@@ -250,7 +246,7 @@ auto with_types(Dtype type, LinearPath path, const Run& run) {
 }
 
 bool is_strips(LinearPath path, Dtype type) {
-  return path == LinearPath::large && type != Dtype::f64;
+  return (path == LinearPath::large || path == LinearPath::medium) && type != Dtype::f64;
 }
 
 }  // namespace
@@ -264,15 +260,18 @@ LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type) {
     return args.tokens <= kFewTokens || tiles < kEnoughBlocks ? LinearPath::few_blocks
                                                               : LinearPath::blocks;
   }
+  if (masked_linear_can_gather(args, type)) return LinearPath::gather;
   if (args.tokens <= kFewTokens) return LinearPath::few;
-  const int64_t tiles = blocks_for(args.tokens, 128) * blocks_for(args.weight.rows, 256);
+  const int64_t tiles = blocks_for(args.tokens, 256) * blocks_for(args.weight.rows, 160);
   return tiles >= kEnoughBlocks ? LinearPath::large : LinearPath::medium;
 }
 
 int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type, LinearPath path) {
   if (path == LinearPath::groups) return masked_linear_groups_bytes(args);
-  if (is_strips(path, type)) return masked_linear_strips_bytes(args, type);
+  if (is_strips(path, type))
+    return masked_linear_strips_bytes(args, type, path == LinearPath::large);
   if (path == LinearPath::blocks || path == LinearPath::few_blocks) return 0;
+  if (path == LinearPath::gather) return 0;
   return with_types(type, path, [&]<typename S, typename L>() {
     Pieces pieces(nullptr);
     prepare_in<S, L>(args, pieces);
@@ -285,10 +284,12 @@ const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath p
   if (args.tokens == 0 || args.weight.rows == 0) return nullptr;
   if (const char* const error = check_gpu()) return error;
   if (path == LinearPath::groups) return masked_linear_groups(args, type, workspace, stream);
-  if (is_strips(path, type)) return masked_linear_strips(args, type, workspace, stream);
+  if (is_strips(path, type))
+    return masked_linear_strips(args, type, path == LinearPath::large, workspace, stream);
   if (path == LinearPath::blocks || path == LinearPath::few_blocks) {
     return masked_linear_blocks(args, type, path == LinearPath::few_blocks, stream);
   }
+  if (path == LinearPath::gather) return masked_linear_gather(args, type, stream);
   return with_types(type, path, [&]<typename S, typename L>() {
     return launch_layout<S, L>(args, workspace, static_cast<Stream>(stream));
   });

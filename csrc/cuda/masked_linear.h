@@ -18,10 +18,11 @@ struct MaskedLinearArgs {
   int64_t tokens;
 };
 
-// How many tokens a block takes, and how many rows: a matter of speed. The bits are the same, since
-// each entry of y is summed by one thread in the order of the columns; those of the blocks' paths
-// are others. Blocks of bfloat16 and float16 go to tensor cores; of other types they are entries.
-enum class LinearPath { large, medium, few, blocks, few_blocks, groups };
+// How many tokens a block takes, and how many rows: a matter of speed. The bits of large, medium
+// and few are the same, since each entry of y is summed by one thread in the order of the columns;
+// those of a few tokens (gather) and of the blocks' paths are others. Blocks of bfloat16 and
+// float16 go to tensor cores; of other types they are entries.
+enum class LinearPath { large, medium, few, blocks, few_blocks, groups, gather };
 
 LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type);
 
@@ -32,10 +33,14 @@ int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type, 
 const char* masked_linear(const MaskedLinearArgs& args, Dtype type, LinearPath path,
                           void* workspace, void* stream);
 
-// What the path `large` is, but for float64.
-int64_t masked_linear_strips_bytes(const MaskedLinearArgs& args, Dtype type);
-const char* masked_linear_strips(const MaskedLinearArgs& args, Dtype type, void* workspace,
-                                 void* stream);
+// The path for a token or a few: whether there are so few, and the launcher.
+bool masked_linear_can_gather(const MaskedLinearArgs& args, Dtype type);
+const char* masked_linear_gather(const MaskedLinearArgs& args, Dtype type, void* stream);
+
+// What the paths large and medium are, but for float64.
+int64_t masked_linear_strips_bytes(const MaskedLinearArgs& args, Dtype type, bool large);
+const char* masked_linear_strips(const MaskedLinearArgs& args, Dtype type, bool large,
+                                 void* workspace, void* stream);
 
 // The blocks' paths, which masked_linear takes when told to: whether these arguments allow it, and
 // the launcher.

@@ -2,7 +2,7 @@
 // whose sums a warp holds in registers, and their entries as code. No torch.
 //
 // Two launches. The first one turns x round, so that the tokens of a column lie side by side, and
-// writes each strip's code. In the second a block takes a tile of tokens and kStripWarps strips,
+// writes each strip's code. In the second a block takes a tile of tokens and kWarps strips,
 // while chunks of x pass through shared memory. docs/architecture.md counts what bounds it.
 #include "cuda/masked_linear.h"
 #include "cuda/strip_code.cuh"
@@ -18,22 +18,29 @@ struct Prepared {
   int64_t strips;
 };
 
-// A strip: kRows rows, and kTokens tokens of each lane.
-template <typename S, int kRowsOfAStrip, int kTokensOfALane>
+// A strip: kRows rows, and kTokens tokens of each lane. A block: kWarps strips, and chunks of at
+// most kMostBytes.
+template <typename S, int kRowsOfAStrip, int kTokensOfALane, int kWarpsOfABlock, int kMost>
 struct Strip : LaneTokens<S, kTokensOfALane> {
   static constexpr int kRows = kRowsOfAStrip;
+  static constexpr int kWarps = kWarpsOfABlock;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kMostBytes = kMost;
   static constexpr int kSums = kRows * kTokensOfALane;
-  static constexpr int kStride = kRows + 16 / static_cast<int>(sizeof(S));  // of a stored token
-  static constexpr int64_t kStoreBytes = kStripWarps * kWarp * kStride * sizeof(S);
-  static constexpr int64_t kBatchBytes = kStripWarps * ValueBatch::kWords * 4;
+  static constexpr int kTileRows = kWarps * kRows;
+  static constexpr int kStride = kTileRows + 16 / static_cast<int>(sizeof(S));  // of a stored token
+  static constexpr int64_t kStoreBytes = kWarp * kStride * sizeof(S);
+  static constexpr int64_t kBatchBytes = kWarps * ValueBatch::kWords * 4;
 };
 template <typename S>
-using Wide = Strip<S, 16, 8>;
+using Wide = Strip<S, 8, 8, 20, 96 * 1024>;
 template <typename S>
-using Tall = Strip<S, 32, 4>;
+using Tall = Strip<S, 16, 4, 20, 96 * 1024>;
+template <typename S>
+using Small = Strip<S, 8, 4, 8, 24 * 1024>;  // so that several blocks share a multiprocessor
 
 template <typename S, typename T>
-__global__ void __launch_bounds__(kTurnThreads, 6)
+__global__ void __launch_bounds__(kTurnThreads, 4)
     masked_linear_write_strips(const MaskedLinearArgs args, const Prepared<S> ready,
                                const Turned turned) {
   DEQCORE_SHARED_DOUBLES(shared);
@@ -53,13 +60,14 @@ __global__ void __launch_bounds__(kTurnThreads, 6)
                                      [](int64_t) {});
 }
 
-// A warp's sums, with the bias, to y. They pass through shared memory, so that the lanes write
-// neighbouring rows of a token.
+// A block's sums, with the bias, to y. They pass through shared memory, so that neighbouring
+// threads write neighbouring rows of a token.
 template <typename S, typename T>
-DEQCORE_DEVICE void store_strip(const MaskedLinearArgs& args, int64_t first_row, int64_t tile,
-                                const float (&sums)[T::kSums], S* scratch, bool aligned) {
-  constexpr int kWhole = T::kWhole, kPieces = T::kRows / kWhole;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+DEQCORE_DEVICE void store_tile(const MaskedLinearArgs& args, int64_t first_row, int64_t tile,
+                               const float (&sums)[T::kSums], S* scratch, bool aligned) {
+  constexpr int kWhole = T::kWhole, kPieces = T::kTileRows / kWhole;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
+  const int own = thread / kWarp * T::kRows;  // the warp's first row
   const S* const bias = static_cast<const S*>(args.bias);
 #pragma unroll
   for (int t = 0; t < T::kTokens; ++t) {
@@ -68,17 +76,15 @@ DEQCORE_DEVICE void store_strip(const MaskedLinearArgs& args, int64_t first_row,
       Pack<S, kWhole> out;
 #pragma unroll
       for (int i = 0; i < kWhole; ++i) {
+        const int64_t row = first_row + own + r + i;
         float sum = sums[(r + i) * T::kTokens + t];
-        if (bias != nullptr && first_row + r + i < args.weight.rows) {
-          sum += to_compute(bias[first_row + r + i]);
-        }
+        if (bias != nullptr && row < args.weight.rows) sum += to_compute(bias[row]);
         out.at[i] = from_compute<S>(sum);
       }
-      *reinterpret_cast<Pack<S, kWhole>*>(scratch + lane * T::kStride + r) = out;
+      *reinterpret_cast<Pack<S, kWhole>*>(scratch + lane * T::kStride + own + r) = out;
     }
-    __syncwarp();
-#pragma unroll
-    for (int i = lane; i < kWarp * kPieces; i += kWarp) {
+    __syncthreads();
+    for (int i = thread; i < kWarp * kPieces; i += T::kThreads) {
       const int from = i / kPieces, r = i % kPieces * kWhole;
       const int64_t token = tile * T::kWidth + T::token(from, t);
       const int64_t left = args.weight.rows - first_row - r;
@@ -91,12 +97,12 @@ DEQCORE_DEVICE void store_strip(const MaskedLinearArgs& args, int64_t first_row,
         store<false, kWhole>(to, out, left);
       }
     }
-    __syncwarp();
+    __syncthreads();
   }
 }
 
 template <typename S, typename T>
-__global__ void __launch_bounds__(kStripWarps* kWarp, 1)
+__global__ void __launch_bounds__(T::kThreads, 1)
     masked_linear_by_strips(const MaskedLinearArgs args, const Prepared<S> ready,
                             const bool aligned) {
   DEQCORE_SHARED_DOUBLES(shared);
@@ -109,9 +115,9 @@ __global__ void __launch_bounds__(kStripWarps* kWarp, 1)
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x) / kWarp, 0);
   // Blocks that run together share a tile of tokens, which the L2 cache then keeps.
-  const int64_t row_tiles = blocks_for(ready.strips, kStripWarps);
+  const int64_t row_tiles = blocks_for(ready.strips, T::kWarps);
   const int64_t tile = blockIdx.x / row_tiles;
-  const int64_t strip = blockIdx.x % row_tiles * kStripWarps + warp;
+  const int64_t strip = blockIdx.x % row_tiles * T::kWarps + warp;
   const bool has_rows = strip < ready.strips;
   uint32_t* const batch =
       reinterpret_cast<uint32_t*>(buffers + 2 * chunk_bytes) + warp * ValueBatch::kWords;
@@ -120,14 +126,14 @@ __global__ void __launch_bounds__(kStripWarps* kWarp, 1)
   Part part = *next;
 
   float sums[T::kSums] = {};
-  fetch_columns<T>(ready.turned, ready.padded, width, tile, 0, columns, buffers);
+  fetch_columns<T, T::kThreads>(ready.turned, ready.padded, width, tile, 0, columns, buffers);
 #pragma unroll 1
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     wait_for_copies();
     __syncthreads();  // all see this chunk, and none still reads the one before it
     if (chunk + 1 < chunks) {
-      fetch_columns<T>(ready.turned, ready.padded, width, tile, (chunk + 1) * columns, columns,
-                       buffers + (chunk + 1) % 2 * chunk_bytes);
+      fetch_columns<T, T::kThreads>(ready.turned, ready.padded, width, tile, (chunk + 1) * columns,
+                                    columns, buffers + (chunk + 1) % 2 * chunk_bytes);
     }
     if (!has_rows) continue;
     const char* const own = buffers + chunk % 2 * chunk_bytes + lane * sizeof(typename T::Part);
@@ -144,9 +150,8 @@ __global__ void __launch_bounds__(kStripWarps* kWarp, 1)
     }
   }
   __syncthreads();  // none still reads a chunk
-  if (!has_rows) return;
-  S* const scratch = reinterpret_cast<S*>(buffers) + warp * kWarp * T::kStride;
-  store_strip<S, T>(args, strip * T::kRows, tile, sums, scratch, aligned);
+  store_tile<S, T>(args, blockIdx.x % row_tiles * T::kTileRows, tile, sums,
+                   reinterpret_cast<S*>(buffers), aligned);
 }
 
 template <typename S, typename T>
@@ -156,7 +161,7 @@ Prepared<S> prepare_in(const MaskedLinearArgs& args, Pieces& pieces) {
   ready.padded = padded_tokens(args.tokens, T::kWidth);
   ready.strips = blocks_for(weight.rows, T::kRows);
   Streams& streams = ready.streams;
-  streams.columns = columns_of_chunk<T>(weight.width, T::kBatchBytes);
+  streams.columns = columns_of_chunk<T>(weight.width, T::kMostBytes, T::kBatchBytes);
   streams.column_bytes = T::kColumnBytes;
   streams.chunks = weight.width > 0 ? blocks_for(weight.width, streams.columns) : 1;
   streams.batches =
@@ -176,23 +181,23 @@ const char* launch_strips(const MaskedLinearArgs& args, void* workspace, Stream 
              kStreamBytes, stream, args, ready, turned);
   if (error != nullptr) return error;
 
-  const int64_t blocks = blocks_for(ready.strips, kStripWarps) * (ready.padded / T::kWidth);
+  const int64_t blocks = blocks_for(ready.strips, T::kWarps) * (ready.padded / T::kWidth);
   const int64_t chunks = 2 * int64_t{ready.streams.columns} * T::kColumnBytes + T::kBatchBytes;
   const int64_t bytes = chunks > T::kStoreBytes ? chunks : T::kStoreBytes;
-  // A strip's rows of y begin at a multiple of kRows, so at one of 16 bytes if each row of y does.
+  // A tile's rows of y begin at a multiple of 16 bytes if each row of y does.
   const bool aligned = args.weight.rows * sizeof(S) % 16 == 0 && are_aligned(16, {args.y});
-  return launch(masked_linear_by_strips<S, T>, blocks, kStripWarps * kWarp, bytes, stream, args,
-                ready, aligned);
+  return launch(masked_linear_by_strips<S, T>, blocks, T::kThreads, bytes, stream, args, ready,
+                aligned);
 }
 
 // Calls run.operator()<S, Strip>().
 template <typename Run>
-auto with_strip(const MaskedLinearArgs& args, Dtype type, const Run& run) {
+auto with_strip(const MaskedLinearArgs& args, Dtype type, bool large, const Run& run) {
   const auto with = [&]<typename S>() {
-    // Of columns with one entry in a strip, a taller strip has fewer.
+    if (!large) return run.template operator()<S, Small<S>>();
+    // Where few entries share a column, more rows that share the chunks of x matter more.
     const bool sparse = args.weight.kept * 40 < args.weight.rows * args.weight.width;
-    if (sparse) return run.template operator()<S, Tall<S>>();
-    return run.template operator()<S, Wide<S>>();
+    return sparse ? run.template operator()<S, Tall<S>>() : run.template operator()<S, Wide<S>>();
   };
   if (type == Dtype::f32) return with.template operator()<float>();
   if (type == Dtype::bf16) return with.template operator()<BFloat16>();
@@ -201,17 +206,17 @@ auto with_strip(const MaskedLinearArgs& args, Dtype type, const Run& run) {
 
 }  // namespace
 
-int64_t masked_linear_strips_bytes(const MaskedLinearArgs& args, Dtype type) {
-  return with_strip(args, type, [&]<typename S, typename T>() {
+int64_t masked_linear_strips_bytes(const MaskedLinearArgs& args, Dtype type, bool large) {
+  return with_strip(args, type, large, [&]<typename S, typename T>() {
     Pieces pieces(nullptr);
     prepare_in<S, T>(args, pieces);
     return pieces.used();
   });
 }
 
-const char* masked_linear_strips(const MaskedLinearArgs& args, Dtype type, void* workspace,
-                                 void* stream) {
-  return with_strip(args, type, [&]<typename S, typename T>() {
+const char* masked_linear_strips(const MaskedLinearArgs& args, Dtype type, bool large,
+                                 void* workspace, void* stream) {
+  return with_strip(args, type, large, [&]<typename S, typename T>() {
     return launch_strips<S, T>(args, workspace, static_cast<Stream>(stream));
   });
 }

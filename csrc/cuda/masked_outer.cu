@@ -226,7 +226,8 @@ bool is_strips(OuterPath path, Dtype type) { return path == OuterPath::many && t
 
 OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type) {
   if (masked_outer_has_blocks(args, type)) {
-    return masked_outer_has_segments(args) && takes_hopper_paths() ? OuterPath::segments : OuterPath::blocks;
+    return masked_outer_has_segments(args) && takes_hopper_paths() ? OuterPath::segments
+                                                                   : OuterPath::blocks;
   }
   return args.tokens <= 64 ? OuterPath::few : OuterPath::many;
 }

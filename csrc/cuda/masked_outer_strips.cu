@@ -15,10 +15,13 @@
 namespace deqcore::cuda {
 namespace {
 
-constexpr int kRows = 16;   // of a strip
+constexpr int kRows = 8;    // of a strip
 constexpr int kTokens = 8;  // of a lane
 template <typename S>
 using Tile = LaneTokens<S, kTokens>;
+constexpr int kStripWarps = 20;  // of a block, a strip each
+constexpr int kThreads = kStripWarps * kWarp;
+constexpr int64_t kMostBytes = 96 * 1024;  // of a chunk
 constexpr int kWords = CodeBatch::kWords;
 constexpr int kWarpWords = (kWords + CodeBatch::kEntries * kPartStride + 3) / 4 * 4;
 constexpr int64_t kBatchBytes = kStripWarps * kWarpWords * 4;
@@ -35,13 +38,13 @@ struct Prepared {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kTurnThreads, 6)
+__global__ void __launch_bounds__(kTurnThreads, 4)
     masked_outer_write_strips(const SparseRows entries, const Prepared<S> ready, const Turned left,
                               const Turned right) {
   DEQCORE_SHARED_DOUBLES(shared);
   if (blockIdx.x >= ready.strips) {
     const int64_t square = blockIdx.x - ready.strips;
-    const int64_t of_left = blocks_for(left.columns, kTurnSide) * (left.padded / kTurnSide);
+    const int64_t of_left = turn_blocks(left);
     S* const scratch = reinterpret_cast<S*>(shared);
     if (square < of_left) {
       turn_square(left, square, scratch);
@@ -87,7 +90,7 @@ DEQCORE_DEVICE float add_parts(const float* parts) {
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kStripWarps* kWarp, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     masked_outer_by_strips(const MaskedOuterArgs args, const Prepared<S> ready) {
   DEQCORE_SHARED_DOUBLES(shared);
   const int columns = ready.streams.columns, chunk_bytes = columns * Tile<S>::kColumnBytes;
@@ -111,9 +114,9 @@ __global__ void __launch_bounds__(kStripWarps* kWarp, 1)
   int64_t own = first;
   uint32_t code = codes[own * kWords + lane];
   const auto fetch = [&](int64_t step) {
-    fetch_columns<Tile<S>>(ready.right, ready.padded, width, step / chunks,
-                           (first_chunk + step % chunks) * columns, columns,
-                           buffers + step % 2 * chunk_bytes);
+    fetch_columns<Tile<S>, kThreads>(ready.right, ready.padded, width, step / chunks,
+                                     (first_chunk + step % chunks) * columns, columns,
+                                     buffers + step % 2 * chunk_bytes);
   };
   float left[kRows * kTokens] = {};
   fetch(0);
@@ -162,7 +165,7 @@ Prepared<S> prepare_in(const MaskedOuterArgs& args, Pieces& pieces) {
   ready.padded = padded_tokens(args.tokens, Tile<S>::kWidth);
   ready.strips = blocks_for(entries.rows, kRows);
   Streams& streams = ready.streams;
-  streams.columns = columns_of_chunk<Tile<S>>(entries.width, kBatchBytes);
+  streams.columns = columns_of_chunk<Tile<S>>(entries.width, kMostBytes, kBatchBytes);
   streams.column_bytes = Tile<S>::kColumnBytes;
   streams.chunks = blocks_for(entries.width, streams.columns);
   const int64_t words = stream_words<CodeBatch>(entries, ready.strips, streams.chunks);
@@ -193,7 +196,7 @@ const char* launch_strips(const MaskedOuterArgs& args, void* workspace, Stream s
   const int64_t blocks = blocks_for(ready.strips, kStripWarps) *
                          blocks_for(ready.streams.chunks, ready.chunks_of_a_block);
   const int64_t bytes = 2 * int64_t{ready.streams.columns} * Tile<S>::kColumnBytes + kBatchBytes;
-  return launch(masked_outer_by_strips<S>, blocks, kStripWarps * kWarp, bytes, stream, args, ready);
+  return launch(masked_outer_by_strips<S>, blocks, kThreads, bytes, stream, args, ready);
 }
 
 // Calls run.operator()<S>().

@@ -2,10 +2,11 @@
 // their entries as a stream of code that the warp runs.
 //
 // An entry is one instruction: which row of the strip it belongs to, and whether its column of the
-// other operand must be loaded first. Entries of a strip go by column after column, so that a
+// other operand is another one than before. Entries of a strip go by column after column, so that a
 // column is loaded from shared memory once for all rows of the strip that have an entry in it;
-// within a row their order is that of the columns. They come in batches, each of which ends with
-// kEnd; a chunk of columns has one at least, and the first instruction of its last one is marked.
+// within a row their order is that of the columns. They come in batches, each of which ends with an
+// instruction of its own; a chunk of columns has one at least, and the first code of its last one
+// is marked.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +16,13 @@
 
 namespace deqcore::cuda {
 
-constexpr int kStripWarps = 12;            // of a block that multiplies, a strip each
 constexpr int kSegmentColumns = 4608;      // that are sorted at a time
 constexpr int kSegmentChunks = 128;        // at most
 constexpr uint32_t kLastBatch = 1u << 31;  // in a batch's first code
+constexpr uint32_t kOtherColumn = 128;     // in a code: not that of the entry before
 
-// Code: what to do (a row; plus kRows: load a column first; 2 kRows: end), and from bit 8 on where
-// the column is in its chunk, in bytes.
+// A code: the row (kRows: the end of the batch), marks, and from bit 8 on where the column is in
+// its chunk, in bytes.
 struct Streams {
   void* batches;
   int32_t* starts;  // [strips, chunks]: the first batch of each chunk
@@ -31,12 +32,12 @@ struct Streams {
   int64_t chunks;
 };
 
-// Values beside codes: 64 slots of 8 bytes. Slot 0 has the first two codes, slot i + 1 the value of
-// entry i and the code of entry i + 2, which is read ahead.
+// Values beside codes: 64 slots of 8 bytes. Slot 0 has the first code, slot i + 1 the value of
+// entry i and the code of entry i + 1.
 struct ValueBatch {
   static constexpr int kEntries = 62;
   static constexpr int kWords = 128;
-  DEQCORE_DEVICE static int code(int i) { return i == 0 ? 0 : 2 * i - 1; }
+  DEQCORE_DEVICE static int code(int i) { return i == 0 ? 0 : 2 * i + 1; }
   DEQCORE_DEVICE static int value(int i) { return 2 * i + 2; }
 };
 // Codes alone, and how many entries they are.
@@ -153,14 +154,13 @@ DEQCORE_DEVICE void write_codes(const SparseRows& weight, const Streams& streams
       const int in_batch = index % Batch::kEntries, entries = scratch->entries[chunk];
       const int64_t own = batch + scratch->first_batch[chunk] + index / Batch::kEntries;
       uint32_t* const to = words + own * Batch::kWords;
-      const bool load = above == 0 || in_batch == 0;
-      uint32_t code = (load ? kRows : 0) + r;
+      uint32_t code = above == 0 ? kOtherColumn | r : r;
       code |= static_cast<uint32_t>(at % streams.columns * streams.column_bytes) << 8;
       const bool is_last = own + 1 == batch + scratch->first_batch[chunk + 1];
       if (in_batch == 0 && is_last) code |= kLastBatch;
       to[Batch::code(in_batch)] = code;
       const bool ends = in_batch == Batch::kEntries - 1 || index == entries - 1;
-      if (ends) to[Batch::code(in_batch + 1)] = 2 * kRows;
+      if (ends) to[Batch::code(in_batch + 1)] = kRows;
       put(own, in_batch, i, ends);
     }
   }
@@ -197,7 +197,7 @@ DEQCORE_DEVICE void write_stream(const SparseRows& weight, const Streams& stream
       const int64_t own = batch + scratch->first_batch[i];
       streams.starts[strip * streams.chunks + chunk + i] = static_cast<int32_t>(own);
       if (scratch->entries[i] > 0) continue;
-      words[own * Batch::kWords + Batch::code(0)] = 2 * kRows | kLastBatch;
+      words[own * Batch::kWords + Batch::code(0)] = kRows | kLastBatch;
       put_none(own);
     }
     batch += scratch->first_batch[chunks];
@@ -225,7 +225,7 @@ struct LaneTokens {
 };
 
 // Starts copying a chunk of columns of a tile of tokens into shared memory.
-template <typename L, typename S>
+template <typename L, int kThreads, typename S>
 DEQCORE_DEVICE void fetch_columns(const S* turned, int64_t padded, int64_t width, int64_t tile,
                                   int64_t first, int columns, char* to) {
   constexpr int kPieces = L::kColumnBytes / 16;
@@ -233,18 +233,17 @@ DEQCORE_DEVICE void fetch_columns(const S* turned, int64_t padded, int64_t width
   const char* const from =
       reinterpret_cast<const char*>(turned + first * padded + tile * L::kWidth);
   const int64_t stride = padded * static_cast<int64_t>(sizeof(S));
-  for (int i = static_cast<int>(threadIdx.x); i < left * kPieces; i += kStripWarps * kWarp) {
+  for (int i = static_cast<int>(threadIdx.x); i < left * kPieces; i += kThreads) {
     count_read(16, false);
     copy_async_16(to + i * 16, from + i / kPieces * stride + i % kPieces * 16);
   }
 }
 
-// Columns of a chunk, two of which share a block's memory with `others` bytes.
+// Columns of a chunk of at most `most` bytes, two of which share a block's memory with `others`.
 template <typename L>
-int columns_of_chunk(int64_t width, int64_t others) {
-  constexpr int64_t kMost = 96 * 1024 / L::kColumnBytes;
-  int64_t columns = (most_shared_bytes() - others) / (2 * L::kColumnBytes);
-  if (columns > kMost) columns = kMost;
+int columns_of_chunk(int64_t width, int64_t most, int64_t others) {
+  const int64_t fitting = (most_shared_bytes() - others) / 2;
+  int64_t columns = (fitting < most ? fitting : most) / L::kColumnBytes;
   if (columns > width) columns = width;
   return static_cast<int>(columns > 1 ? columns : 1);
 }

@@ -33,11 +33,11 @@ struct Turned {
   int64_t columns;
 };
 
-constexpr int kTurnSide = 32;  // a block turns a square of this side
+constexpr int kTurnSide = 64;  // a block turns a square of this side
 constexpr int kTurnThreads = 256;
 
-inline int64_t turn_blocks(const Turned& turned) {
-  return blocks_for(turned.columns, kTurnSide) * (turned.padded / kTurnSide);
+DEQCORE_HD int64_t turn_blocks(const Turned& turned) {
+  return blocks_for(turned.columns, kTurnSide) * blocks_for(turned.padded, kTurnSide);
 }
 
 template <typename S>
@@ -45,35 +45,63 @@ constexpr int64_t turn_shared_bytes() {
   return kTurnSide * (kTurnSide + 1) * static_cast<int64_t>(sizeof(S));
 }
 
+template <typename S>
+struct TurnPacks {
+  static constexpr int kWidth = 16 / static_cast<int>(sizeof(S));
+  static constexpr int kOfARow = kTurnSide / kWidth;
+  static constexpr int kOfAThread = kTurnSide * kOfARow / kTurnThreads;
+  Pack<S, kWidth> at[kOfAThread];
+
+  // Packs of neighbouring columns of the square that begins there, all asked for at once.
+  template <bool kAligned>
+  DEQCORE_DEVICE void read(const Turned& turned, int64_t token, int64_t column) {
+    const S* const from = static_cast<const S*>(turned.from);
+#pragma unroll
+    for (int i = 0; i < kOfAThread; ++i) {
+      const int index = i * kTurnThreads + static_cast<int>(threadIdx.x);
+      const int64_t row = token + index / kOfARow, first = column + index % kOfARow * kWidth;
+      at[i] = {};
+      if (row < turned.tokens && first < turned.columns) {
+        at[i] = load<kAligned, kWidth>(from + row * turned.columns + first, turned.columns - first);
+      }
+    }
+  }
+};
+
 // By a block of kTurnThreads, with turn_shared_bytes of scratch.
 template <typename S>
 DEQCORE_DEVICE void turn_square(const Turned& turned, int64_t square, S* scratch) {
-  constexpr int kRowsAtOnce = kTurnThreads / kTurnSide, kStride = kTurnSide + 1;
+  using Packs = TurnPacks<S>;
+  constexpr int kWidth = Packs::kWidth, kStride = kTurnSide + 1;
   // Squares are blocks of a launch, and those fit 32 bits.
   const auto across = static_cast<uint32_t>(blocks_for(turned.columns, kTurnSide));
   const auto index = static_cast<uint32_t>(square);
   const int64_t column = int64_t{index % across} * kTurnSide;
   const int64_t token = int64_t{index / across} * kTurnSide;
-  const int x = static_cast<int>(threadIdx.x) % kTurnSide;
-  const int y = static_cast<int>(threadIdx.x) / kTurnSide;
-  const S* const from = static_cast<const S*>(turned.from);
+  Packs packs;
+  if (turned.columns % kWidth == 0 && reinterpret_cast<uintptr_t>(turned.from) % 16 == 0) {
+    packs.template read<true>(turned, token, column);
+  } else {
+    packs.template read<false>(turned, token, column);
+  }
 #pragma unroll
-  for (int i = y; i < kTurnSide; i += kRowsAtOnce) {
-    S value{};
-    if (token + i < turned.tokens && column + x < turned.columns) {
-      count_read(sizeof(S), false);
-      value = from[(token + i) * turned.columns + column + x];
-    }
-    scratch[i * kStride + x] = value;
+  for (int i = 0; i < Packs::kOfAThread; ++i) {
+    const int at = i * kTurnThreads + static_cast<int>(threadIdx.x);
+    const int t = at / Packs::kOfARow, c = at % Packs::kOfARow * kWidth;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) scratch[(c + k) * kStride + t] = packs.at[i].at[k];
   }
   __syncthreads();
   S* const to = static_cast<S*>(turned.to);
 #pragma unroll
-  for (int i = y; i < kTurnSide; i += kRowsAtOnce) {
-    if (column + i < turned.columns) {
-      count_write(sizeof(S));
-      to[(column + i) * turned.padded + token + x] = scratch[x * kStride + i];
-    }
+  for (int i = 0; i < Packs::kOfAThread; ++i) {
+    const int at = i * kTurnThreads + static_cast<int>(threadIdx.x);
+    const int c = at / Packs::kOfARow, t = at % Packs::kOfARow * kWidth;
+    if (column + c >= turned.columns || token + t >= turned.padded) continue;
+    Pack<S, kWidth> pack;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) pack.at[k] = scratch[c * kStride + t + k];
+    store_whole(to + (column + c) * turned.padded + token + t, pack);
   }
 }
 

@@ -3,8 +3,10 @@
 // code says where to jump. All lanes run the same code. nvcc makes no such jump of a switch, hence
 // PTX; the host path is for the emulation.
 //
-// An instruction: Q<row> loads a column and goes on to P<row>, which works out the jump after it
-// (codes are read one ahead, so that a jump waits for nothing), reads on, and adds to its row.
+// An instruction adds to its row, and beside that prepares the next one: where to jump, and its
+// column of x, if that is another one. What it needs is read one instruction ahead.
+// There are few rows in a strip, because each jump has a table of all of them, which a
+// multiprocessor's cache for constants has to hold.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +20,8 @@ constexpr int kPartStride = kWarp + 1;  // from one entry's parts to the next on
 #if defined(__CUDA_ARCH__)
 
 // clang-format off
-// ROW(type, row, its operands): of 16 rows of 8 tokens, and of 32 rows of 4.
-#define DEQCORE_ROWS_16X8(ROW, TYPE) \
+// ROW(type, row, its operands): of 8 rows of 8 tokens, and of 16 or 8 rows of 4.
+#define DEQCORE_ROWS_8X8(ROW, TYPE) \
   ROW(TYPE, 0, 0, 1, 2, 3, 4, 5, 6, 7) \
   ROW(TYPE, 1, 8, 9, 10, 11, 12, 13, 14, 15) \
   ROW(TYPE, 2, 16, 17, 18, 19, 20, 21, 22, 23) \
@@ -27,16 +29,8 @@ constexpr int kPartStride = kWarp + 1;  // from one entry's parts to the next on
   ROW(TYPE, 4, 32, 33, 34, 35, 36, 37, 38, 39) \
   ROW(TYPE, 5, 40, 41, 42, 43, 44, 45, 46, 47) \
   ROW(TYPE, 6, 48, 49, 50, 51, 52, 53, 54, 55) \
-  ROW(TYPE, 7, 56, 57, 58, 59, 60, 61, 62, 63) \
-  ROW(TYPE, 8, 64, 65, 66, 67, 68, 69, 70, 71) \
-  ROW(TYPE, 9, 72, 73, 74, 75, 76, 77, 78, 79) \
-  ROW(TYPE, 10, 80, 81, 82, 83, 84, 85, 86, 87) \
-  ROW(TYPE, 11, 88, 89, 90, 91, 92, 93, 94, 95) \
-  ROW(TYPE, 12, 96, 97, 98, 99, 100, 101, 102, 103) \
-  ROW(TYPE, 13, 104, 105, 106, 107, 108, 109, 110, 111) \
-  ROW(TYPE, 14, 112, 113, 114, 115, 116, 117, 118, 119) \
-  ROW(TYPE, 15, 120, 121, 122, 123, 124, 125, 126, 127)
-#define DEQCORE_ROWS_32X4(ROW, TYPE) \
+  ROW(TYPE, 7, 56, 57, 58, 59, 60, 61, 62, 63)
+#define DEQCORE_ROWS_16X4(ROW, TYPE) \
   ROW(TYPE, 0, 0, 1, 2, 3) \
   ROW(TYPE, 1, 4, 5, 6, 7) \
   ROW(TYPE, 2, 8, 9, 10, 11) \
@@ -52,81 +46,82 @@ constexpr int kPartStride = kWarp + 1;  // from one entry's parts to the next on
   ROW(TYPE, 12, 48, 49, 50, 51) \
   ROW(TYPE, 13, 52, 53, 54, 55) \
   ROW(TYPE, 14, 56, 57, 58, 59) \
-  ROW(TYPE, 15, 60, 61, 62, 63) \
-  ROW(TYPE, 16, 64, 65, 66, 67) \
-  ROW(TYPE, 17, 68, 69, 70, 71) \
-  ROW(TYPE, 18, 72, 73, 74, 75) \
-  ROW(TYPE, 19, 76, 77, 78, 79) \
-  ROW(TYPE, 20, 80, 81, 82, 83) \
-  ROW(TYPE, 21, 84, 85, 86, 87) \
-  ROW(TYPE, 22, 88, 89, 90, 91) \
-  ROW(TYPE, 23, 92, 93, 94, 95) \
-  ROW(TYPE, 24, 96, 97, 98, 99) \
-  ROW(TYPE, 25, 100, 101, 102, 103) \
-  ROW(TYPE, 26, 104, 105, 106, 107) \
-  ROW(TYPE, 27, 108, 109, 110, 111) \
-  ROW(TYPE, 28, 112, 113, 114, 115) \
-  ROW(TYPE, 29, 116, 117, 118, 119) \
-  ROW(TYPE, 30, 120, 121, 122, 123) \
-  ROW(TYPE, 31, 124, 125, 126, 127)
-#define DEQCORE_16(X) \
-  X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
-#define DEQCORE_32(X) \
-  DEQCORE_16(X) X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23) \
-  X(24) X(25) X(26) X(27) X(28) X(29) X(30) X(31)
-// A column's numbers, x0 to x3 or x7, from shared memory at `at`.
-#define DEQCORE_LOAD_F32_4 "ld.shared.v4.f32 {x0, x1, x2, x3}, [at];\n"
-#define DEQCORE_LOAD_F32_8 DEQCORE_LOAD_F32_4 "ld.shared.v4.f32 {x4, x5, x6, x7}, [at+512];\n"
+  ROW(TYPE, 15, 60, 61, 62, 63)
+#define DEQCORE_ROWS_8X4(ROW, TYPE) \
+  ROW(TYPE, 0, 0, 1, 2, 3) \
+  ROW(TYPE, 1, 4, 5, 6, 7) \
+  ROW(TYPE, 2, 8, 9, 10, 11) \
+  ROW(TYPE, 3, 12, 13, 14, 15) \
+  ROW(TYPE, 4, 16, 17, 18, 19) \
+  ROW(TYPE, 5, 20, 21, 22, 23) \
+  ROW(TYPE, 6, 24, 25, 26, 27) \
+  ROW(TYPE, 7, 28, 29, 30, 31)
+#define DEQCORE_8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define DEQCORE_16(X) DEQCORE_8(X) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
+
+// A column's numbers, x0 to x3 or x7, from shared memory at `at`; IF is a predicate or nothing.
+#define DEQCORE_LOAD_F32_4(IF) IF "ld.shared.v4.f32 {x0, x1, x2, x3}, [at];\n"
+#define DEQCORE_LOAD_F32_8(IF) \
+  DEQCORE_LOAD_F32_4(IF) IF "ld.shared.v4.f32 {x4, x5, x6, x7}, [at+512];\n"
+#define DEQCORE_LOAD_HALF_4(IF) IF "ld.shared.v2.b32 {h0, h1}, [at];\n"
+#define DEQCORE_LOAD_HALF_8(IF) IF "ld.shared.v4.b32 {h0, h1, h2, h3}, [at];\n"
+#define DEQCORE_LOAD_BF16_4 DEQCORE_LOAD_HALF_4
+#define DEQCORE_LOAD_BF16_8 DEQCORE_LOAD_HALF_8
+#define DEQCORE_LOAD_F16_4 DEQCORE_LOAD_HALF_4
+#define DEQCORE_LOAD_F16_8 DEQCORE_LOAD_HALF_8
+// What makes float32 of them.
+#define DEQCORE_WIDEN_F32_4 ""
+#define DEQCORE_WIDEN_F32_8 ""
 #define DEQCORE_BF16_PAIR(h, low, high) \
   "shl.b32 q, " #h ", 16; mov.b32 " #low ", q; " \
   "and.b32 q, " #h ", 0xffff0000; mov.b32 " #high ", q;\n"
 #define DEQCORE_F16_PAIR(h, low, high) \
   "mov.b32 {b0, b1}, " #h "; cvt.f32.f16 " #low ", b0; cvt.f32.f16 " #high ", b1;\n"
-#define DEQCORE_LOAD_HALF_4(PAIR) \
-  "ld.shared.v2.b32 {h0, h1}, [at];\n" PAIR(h0, x0, x1) PAIR(h1, x2, x3)
-#define DEQCORE_LOAD_HALF_8(PAIR) \
-  "ld.shared.v4.b32 {h0, h1, h2, h3}, [at];\n" \
-  PAIR(h0, x0, x1) PAIR(h1, x2, x3) PAIR(h2, x4, x5) PAIR(h3, x6, x7)
-#define DEQCORE_LOAD_BF16_4 DEQCORE_LOAD_HALF_4(DEQCORE_BF16_PAIR)
-#define DEQCORE_LOAD_BF16_8 DEQCORE_LOAD_HALF_8(DEQCORE_BF16_PAIR)
-#define DEQCORE_LOAD_F16_4 DEQCORE_LOAD_HALF_4(DEQCORE_F16_PAIR)
-#define DEQCORE_LOAD_F16_8 DEQCORE_LOAD_HALF_8(DEQCORE_F16_PAIR)
+#define DEQCORE_WIDEN_BF16_4 DEQCORE_BF16_PAIR(h0, x0, x1) DEQCORE_BF16_PAIR(h1, x2, x3)
+#define DEQCORE_WIDEN_BF16_8 \
+  DEQCORE_WIDEN_BF16_4 DEQCORE_BF16_PAIR(h2, x4, x5) DEQCORE_BF16_PAIR(h3, x6, x7)
+#define DEQCORE_WIDEN_F16_4 DEQCORE_F16_PAIR(h0, x0, x1) DEQCORE_F16_PAIR(h1, x2, x3)
+#define DEQCORE_WIDEN_F16_8 \
+  DEQCORE_WIDEN_F16_4 DEQCORE_F16_PAIR(h2, x4, x5) DEQCORE_F16_PAIR(h3, x6, x7)
 
-// The first code of a batch, and the jump there. Operands 128 and 129 are the batch and the lane's
-// place in a chunk; BEFORE is what else is done first.
-#define DEQCORE_P(row) "P" #row "_%=, "
-#define DEQCORE_Q(row) "Q" #row "_%=, "
-#define DEQCORE_START(EACH, BEFORE) \
+// The first code of a batch, its column, and the jump there. BATCH and OWN are operands, the batch
+// and the lane's place in a chunk; FIRST reads the first codes, and sets p to what is read next.
+#define DEQCORE_LABEL(row) "R" #row "_%=, "
+#define DEQCORE_START(EACH, LOAD, OWN, FIRST) \
   "{\n" \
   ".reg .b32 own, code, op, at, p, s, q, h0, h1, h2, h3; .reg .b16 b0, b1;\n" \
-  ".reg .f32 v, u, x0, x1, x2, x3, x4, x5, x6, x7;\n" \
-  "T%=: .branchtargets " EACH(DEQCORE_P) EACH(DEQCORE_Q) "E%=;\n" \
-  "mov.b32 own, %129; add.u32 p, %128, 8;\n" BEFORE \
-  "ld.shared.v2.b32 {q, code}, [%128];\n" \
-  "and.b32 op, q, 255; bfe.u32 at, q, 8, 20; add.u32 at, at, own;\n" DEQCORE_JUMP
+  ".reg .f32 v, u, x0, x1, x2, x3, x4, x5, x6, x7; .reg .pred other;\n" \
+  "T%=: .branchtargets " EACH(DEQCORE_LABEL) "E%=;\n" \
+  "mov.b32 own, " OWN ";\n" FIRST \
+  "and.b32 op, q, 127; bfe.u32 at, q, 8, 20; add.u32 at, at, own;\n" LOAD("") DEQCORE_JUMP
 #define DEQCORE_JUMP "brx.idx.uni op, T%=;\n"
 #define DEQCORE_END "E%=:\n}\n"
 
-// An instruction up to where the next code, already read, is taken apart.
-#define DEQCORE_ENTRY(LOAD, row) \
-  "Q" #row "_%=:\n" LOAD "P" #row "_%=:\n" \
-  "and.b32 op, code, 255; shr.u32 at, code, 8; add.u32 at, at, own;\n"
+// What an instruction begins with: the next code taken apart. It ends with reading the next value,
+// and the code after the next, which nothing waits for before the jump.
+#define DEQCORE_ENTRY(row) \
+  "R" #row "_%=:\n" \
+  "and.b32 op, code, 127; and.b32 q, code, 128; setp.ne.u32 other, q, 0;\n" \
+  "shr.u32 at, code, 8; add.u32 at, at, own;\n"
 #define DEQCORE_FMA(sum, x) "fma.rn.f32 %" #sum ", v, x" #x ", %" #sum ";\n"
 #define DEQCORE_READ_VALUE "ld.shared.v2.b32 {v, code}, [p]; add.u32 p, p, 8;\n"
 #define DEQCORE_LINEAR_4(TYPE, row, a, b, c, d) \
-  DEQCORE_ENTRY(DEQCORE_LOAD_##TYPE##_4, row) DEQCORE_READ_VALUE \
-  DEQCORE_FMA(a, 0) DEQCORE_FMA(b, 1) DEQCORE_FMA(c, 2) DEQCORE_FMA(d, 3) DEQCORE_JUMP
-#define DEQCORE_LINEAR_8(TYPE, row, a, b, c, d, e, f, g, h) \
-  DEQCORE_ENTRY(DEQCORE_LOAD_##TYPE##_8, row) DEQCORE_READ_VALUE \
+  DEQCORE_ENTRY(row) DEQCORE_WIDEN_##TYPE##_4 \
   DEQCORE_FMA(a, 0) DEQCORE_FMA(b, 1) DEQCORE_FMA(c, 2) DEQCORE_FMA(d, 3) \
-  DEQCORE_FMA(e, 4) DEQCORE_FMA(f, 5) DEQCORE_FMA(g, 6) DEQCORE_FMA(h, 7) DEQCORE_JUMP
+  DEQCORE_LOAD_##TYPE##_4("@other ") DEQCORE_READ_VALUE DEQCORE_JUMP
+#define DEQCORE_LINEAR_8(TYPE, row, a, b, c, d, e, f, g, h) \
+  DEQCORE_ENTRY(row) DEQCORE_WIDEN_##TYPE##_8 \
+  DEQCORE_FMA(a, 0) DEQCORE_FMA(b, 1) DEQCORE_FMA(c, 2) DEQCORE_FMA(d, 3) \
+  DEQCORE_FMA(e, 4) DEQCORE_FMA(f, 5) DEQCORE_FMA(g, 6) DEQCORE_FMA(h, 7) \
+  DEQCORE_LOAD_##TYPE##_8("@other ") DEQCORE_READ_VALUE DEQCORE_JUMP
 // Two chains, v and u, whose sum is the lane's part.
 #define DEQCORE_OUTER_8(TYPE, row, a, b, c, d, e, f, g, h) \
-  DEQCORE_ENTRY(DEQCORE_LOAD_##TYPE##_8, row) "ld.shared.b32 code, [p]; add.u32 p, p, 4;\n" \
+  DEQCORE_ENTRY(row) DEQCORE_WIDEN_##TYPE##_8 \
   "mul.rn.f32 v, %" #a ", x0; mul.rn.f32 u, %" #e ", x4;\n" \
   "fma.rn.f32 v, %" #b ", x1, v; fma.rn.f32 u, %" #f ", x5, u;\n" \
   "fma.rn.f32 v, %" #c ", x2, v; fma.rn.f32 u, %" #g ", x6, u;\n" \
   "fma.rn.f32 v, %" #d ", x3, v; fma.rn.f32 u, %" #h ", x7, u;\n" \
+  DEQCORE_LOAD_##TYPE##_8("@other ") "ld.shared.b32 code, [p]; add.u32 p, p, 4;\n" \
   "add.rn.f32 v, v, u; st.shared.f32 [s], v; add.u32 s, s, 132;\n" DEQCORE_JUMP
 
 #define DEQCORE_8_OF(HOW, from, i) \
@@ -135,19 +130,38 @@ constexpr int kPartStride = kWarp + 1;  // from one entry's parts to the next on
 #define DEQCORE_32_OF(HOW, from, i) \
   DEQCORE_8_OF(HOW, from, i), DEQCORE_8_OF(HOW, from, i + 8), \
   DEQCORE_8_OF(HOW, from, i + 16), DEQCORE_8_OF(HOW, from, i + 24)
-#define DEQCORE_128_OF(HOW, from) \
-  DEQCORE_32_OF(HOW, from, 0), DEQCORE_32_OF(HOW, from, 32), \
-  DEQCORE_32_OF(HOW, from, 64), DEQCORE_32_OF(HOW, from, 96)
+#define DEQCORE_64_OF(HOW, from) DEQCORE_32_OF(HOW, from, 0), DEQCORE_32_OF(HOW, from, 32)
 #define DEQCORE_CHANGED(number) "+f"(number)
 #define DEQCORE_READ(number) "f"(number)
 
-#define DEQCORE_RUN_LINEAR(EACH, ROWS, ENTRY, TYPE) \
-  asm volatile(DEQCORE_START(EACH, "") ROWS(ENTRY, TYPE) DEQCORE_END \
-               : DEQCORE_128_OF(DEQCORE_CHANGED, sums) : "r"(from), "r"(own) : "memory")
-#define DEQCORE_RUN_OUTER(TYPE) \
-  asm volatile(DEQCORE_START(DEQCORE_16, "mov.b32 s, %130;\n") \
-               DEQCORE_ROWS_16X8(DEQCORE_OUTER_8, TYPE) DEQCORE_END \
-               : : DEQCORE_128_OF(DEQCORE_READ, left), "r"(from), "r"(own), "r"(to) : "memory")
+#define DEQCORE_RUN_LINEAR(EACH, ROWS, LOAD, BATCH, OWN, SUMS) \
+  asm volatile(DEQCORE_START(EACH, LOAD, OWN, \
+                 "ld.shared.v4.b32 {q, at, v, code}, [" BATCH "]; add.u32 p, " BATCH ", 16;\n") \
+               ROWS DEQCORE_END : SUMS : "r"(from), "r"(own) : "memory")
+// By type, of the shapes.
+#define DEQCORE_LINEAR_8X8(TYPE) \
+  DEQCORE_RUN_LINEAR(DEQCORE_8, DEQCORE_ROWS_8X8(DEQCORE_LINEAR_8, TYPE), DEQCORE_LOAD_##TYPE##_8, \
+                     "%64", "%65", DEQCORE_64_OF(DEQCORE_CHANGED, sums))
+#define DEQCORE_LINEAR_16X4(TYPE) \
+  DEQCORE_RUN_LINEAR(DEQCORE_16, DEQCORE_ROWS_16X4(DEQCORE_LINEAR_4, TYPE), \
+                     DEQCORE_LOAD_##TYPE##_4, "%64", "%65", DEQCORE_64_OF(DEQCORE_CHANGED, sums))
+#define DEQCORE_LINEAR_8X4(TYPE) \
+  DEQCORE_RUN_LINEAR(DEQCORE_8, DEQCORE_ROWS_8X4(DEQCORE_LINEAR_4, TYPE), DEQCORE_LOAD_##TYPE##_4, \
+                     "%32", "%33", DEQCORE_32_OF(DEQCORE_CHANGED, sums, 0))
+#define DEQCORE_OUTER_8X8(TYPE) \
+  asm volatile(DEQCORE_START(DEQCORE_8, DEQCORE_LOAD_##TYPE##_8, "%65", "mov.b32 s, %66;\n" \
+                 "ld.shared.v2.b32 {q, code}, [%64]; add.u32 p, %64, 8;\n") \
+               DEQCORE_ROWS_8X8(DEQCORE_OUTER_8, TYPE) DEQCORE_END \
+               : : DEQCORE_64_OF(DEQCORE_READ, left), "r"(from), "r"(own), "r"(to) : "memory")
+// For the type S.
+#define DEQCORE_FOR_TYPE(WHAT) \
+  if constexpr (__is_same(S, float)) { \
+    WHAT(F32); \
+  } else if constexpr (__is_same(S, BFloat16)) { \
+    WHAT(BF16); \
+  } else { \
+    WHAT(F16); \
+  }
 // clang-format on
 
 DEQCORE_DEVICE uint32_t shared_address(const void* at) {
@@ -163,13 +177,14 @@ DEQCORE_DEVICE void run_codes(const uint32_t* batch, const char* columns, const 
   float x[kTokens] = {};
   for (int i = 0;; ++i) {
     const uint32_t code = batch[Batch::code(i)] & ~kLastBatch;
-    const int what = static_cast<int>(code % 256);
-    if (what == 2 * kRows) return;
-    for (int t = 0; what >= kRows && t < kTokens; ++t) {
+    const int row = static_cast<int>(code % kOtherColumn);
+    if (row == kRows) return;
+    const bool load = i == 0 || (code & kOtherColumn) != 0;
+    for (int t = 0; load && t < kTokens; ++t) {
       const S* const from = reinterpret_cast<const S*>(columns + code / 256);
       x[t] = to_compute(from[L::token(0, t)]);
     }
-    run(i, what % kRows, x);
+    run(i, row, x);
   }
 }
 
@@ -182,22 +197,12 @@ DEQCORE_DEVICE void run_linear(const uint32_t* batch, const char* columns,
                                float (&sums)[kRows * kTokens]) {
 #if defined(__CUDA_ARCH__)
   const uint32_t from = shared_address(batch), own = shared_address(columns);
-  if constexpr (kRows == 16) {
-    if constexpr (__is_same(S, float)) {
-      DEQCORE_RUN_LINEAR(DEQCORE_16, DEQCORE_ROWS_16X8, DEQCORE_LINEAR_8, F32);
-    } else if constexpr (__is_same(S, BFloat16)) {
-      DEQCORE_RUN_LINEAR(DEQCORE_16, DEQCORE_ROWS_16X8, DEQCORE_LINEAR_8, BF16);
-    } else {
-      DEQCORE_RUN_LINEAR(DEQCORE_16, DEQCORE_ROWS_16X8, DEQCORE_LINEAR_8, F16);
-    }
+  if constexpr (kTokens == 8) {
+    DEQCORE_FOR_TYPE(DEQCORE_LINEAR_8X8)
+  } else if constexpr (kRows == 16) {
+    DEQCORE_FOR_TYPE(DEQCORE_LINEAR_16X4)
   } else {
-    if constexpr (__is_same(S, float)) {
-      DEQCORE_RUN_LINEAR(DEQCORE_32, DEQCORE_ROWS_32X4, DEQCORE_LINEAR_4, F32);
-    } else if constexpr (__is_same(S, BFloat16)) {
-      DEQCORE_RUN_LINEAR(DEQCORE_32, DEQCORE_ROWS_32X4, DEQCORE_LINEAR_4, BF16);
-    } else {
-      DEQCORE_RUN_LINEAR(DEQCORE_32, DEQCORE_ROWS_32X4, DEQCORE_LINEAR_4, F16);
-    }
+    DEQCORE_FOR_TYPE(DEQCORE_LINEAR_8X4)
   }
 #elif !defined(__CUDACC__)
   run_codes<ValueBatch, S, kRows, kTokens>(batch, columns, [&](int i, int row, const float* x) {
@@ -210,22 +215,16 @@ DEQCORE_DEVICE void run_linear(const uint32_t* batch, const char* columns,
 }
 
 // A batch of codes: parts[i * kPartStride] = the lane's part of entry i, the sum over its tokens of
-// left[row, token] * x[column, token].
+// left[row, token] * x[column, token]; 8 rows, 8 tokens.
 template <typename S>
 DEQCORE_DEVICE void run_outer(const uint32_t* batch, const char* columns, float* parts,
-                              const float (&left)[128]) {
+                              const float (&left)[64]) {
 #if defined(__CUDA_ARCH__)
   const uint32_t from = shared_address(batch), own = shared_address(columns);
   const uint32_t to = shared_address(parts);
-  if constexpr (__is_same(S, float)) {
-    DEQCORE_RUN_OUTER(F32);
-  } else if constexpr (__is_same(S, BFloat16)) {
-    DEQCORE_RUN_OUTER(BF16);
-  } else {
-    DEQCORE_RUN_OUTER(F16);
-  }
+  DEQCORE_FOR_TYPE(DEQCORE_OUTER_8X8)
 #elif !defined(__CUDACC__)
-  run_codes<CodeBatch, S, 16, 8>(batch, columns, [&](int i, int row, const float* x) {
+  run_codes<CodeBatch, S, 8, 8>(batch, columns, [&](int i, int row, const float* x) {
     const float* const own = left + row * 8;
     float low = own[0] * x[0], high = own[4] * x[4];
     for (int t = 1; t < 4; ++t) {

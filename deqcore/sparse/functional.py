@@ -30,7 +30,8 @@ def masked_linear(
     """F.linear(x, weight, bias) for a weight that is zero outside a pattern, from its kept values.
 
     Gradients reach x, values and bias, and nothing is computed for the entries that are not kept.
-    With ``backend="sparse"`` a token's result does not depend, bit for bit, on the other tokens.
+    With ``backend="sparse"`` a token's result does not depend, bit for bit, on the other tokens,
+    but that a GPU adds up a few tokens (1 to 8) in another order than many.
     Forward-mode differentiation (jvp) and ``torch.func.grad`` fill a dense weight, whatever the
     backend.
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.masked_cases import DTYPES, Case, arguments, check_result, make
-from tools.emulation import MASKED_PATHS, Emulator
+from tools.emulation import MASKED_PATHS, EmulationError, Emulator
 
 ORDERS = st.integers(0, 99)
 LINEAR = ("forward", "input gradient")
@@ -49,7 +49,7 @@ def test_error_is_at_most_twice_the_references(
 @pytest.mark.parametrize(("name", "path"), WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_chunks_of_columns_tiles_of_rows_and_of_tokens(emulator, name, path, dtype):
-    """25 to 768 columns make a chunk, and up to 384 rows and 256 tokens a tile."""
+    """9 to 768 columns make a chunk, and up to 320 rows and 256 tokens a tile."""
     run = partial(emulate, emulator, name, path, 7)
     check_result(name, make(40, 850, 270, 0.9), dtype, run)
     check_result(name, make(530, 30, 5, 0.9), dtype, run)
@@ -113,6 +113,43 @@ def test_a_token_depends_on_nothing_but_itself(emulator, name, dtype, order, tok
     part = Case(case.pattern, case.x[last:], case.values, case.bias, case.grad[last:])
     for path in ("large", "medium", "few"):
         assert torch.equal(emulate(emulator, name, path, order, part), whole[last:]), path
+
+
+MOST_GATHERED = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("dtype", STRIPS, ids=str)
+@settings(max_examples=settings().max_examples)
+@given(
+    rows=st.integers(0, 70),
+    columns=st.integers(0, 300),
+    tokens=st.integers(0, 8),
+    sparsity=st.floats(0, 1),
+    order=ORDERS,
+)
+def test_a_few_tokens_are_gathered_as_exactly(
+    emulator, name, dtype, rows, columns, tokens, sparsity, order
+):
+    case = make(rows, columns, min(tokens, MOST_GATHERED[dtype]), sparsity, seed=rows)
+    check_result(name, case, dtype, partial(emulate, emulator, name, "gather", order))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("dtype", STRIPS, ids=str)
+def test_a_gathered_token_depends_on_nothing_but_itself(emulator, name, dtype):
+    case = inexact(make(50, 300, MOST_GATHERED[dtype], 0.6)).to(dtype)
+    whole = emulate(emulator, name, "gather", 1, case)
+    for tokens in range(1, MOST_GATHERED[dtype]):
+        tensors = (case.x[-tokens:], case.values, case.bias, case.grad[-tokens:])
+        last = emulate(emulator, name, "gather", 2, Case(case.pattern, *tensors))
+        assert torch.equal(last, whole[-tokens:]), tokens
+
+
+def test_more_tokens_than_can_be_gathered_are_refused(emulator):
+    case = make(20, 30, 5, 0.5).to(torch.float32)
+    with pytest.raises(EmulationError, match="too many tokens to gather"):
+        emulate(emulator, "forward", "gather", 1, case)
 
 
 @pytest.mark.parametrize(("name", "path"), BLOCK_WAYS)
@@ -215,14 +252,15 @@ def test_dense_weights_and_back(emulator, rows, columns, sparsity, dtype, order)
 def test_dropped_weights_are_not_multiplied(emulator, path):
     """0 * inf would be NaN in a dense product."""
     size = {"blocks": 16, "few_blocks": 16, "groups": 64}.get(path)
-    case = make(4 * (size or 8), 2 * (size or 24), 10, 0.5, size)
+    tokens, own = (4, 3) if path == "gather" else (10, 4)
+    case = make(4 * (size or 8), 2 * (size or 24), tokens, 0.5, size)
     case = case.to(torch.bfloat16 if size else torch.float32)
     dropped = ~case.pattern.mask()
-    case.x[4, 7] = float("inf")
+    case.x[own, 7] = float("inf")
     y = emulate(emulator, "forward", path, 1, case)
-    assert y[4, dropped[:, 7]].isfinite().all()
-    assert y[torch.arange(10) != 4].isfinite().all()
-    assert not y[4].isfinite().all()
+    assert y[own, dropped[:, 7]].isfinite().all()
+    assert y[torch.arange(tokens) != own].isfinite().all()
+    assert not y[own].isfinite().all()
 
 
 @pytest.mark.parametrize("path", ["many", "few"])

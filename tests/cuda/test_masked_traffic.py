@@ -12,7 +12,7 @@ from tests.support.masked_cases import arguments, make
 from tools.emulation import MASKED_PATHS, TYPES, Emulator
 
 # Path -> tokens of a tile, rows of a tile.
-TILES = {"large": (256, 192), "medium": (128, 32), "few": (32, 32)}
+TILES = {"large": (256, 160), "medium": (128, 64), "few": (32, 32)}
 
 
 def tiles(length: int, tile: int) -> int:
@@ -45,11 +45,19 @@ def test_the_outer_product_reads_a_left_column_for_each_block_and_a_right_one_fo
     rows, columns, tokens, size = 40, 800, 130, 4
     case = make(rows, columns, tokens, 0.5).to(torch.float32)
     padded = tiles(tokens, 256) * 256
-    # Two chunks beside the code and the parts of 12 warps; so few rows: a block has one chunk.
-    chunk = (99 * 1024 - 12 * 4 * 1024) // (2 * 256 * size)
+    # Two chunks beside the code and the parts of 20 warps; so few rows: a block has one chunk.
+    chunk = (99 * 1024 - 20 * 4 * 1024) // (2 * 256 * size)
     read = (rows + columns) * tokens + columns * padded + tiles(columns, chunk) * rows * padded
     written = (rows + columns) * padded
     assert moved(emulator, "values' gradient", "many", case) == (read * size, written * size, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_block_reads_the_few_tokens_that_it_gathers_from(emulator, dtype):
+    case = make(70, 500, 3, 0.9).to(dtype)
+    size = case.x.element_size()
+    expected = (tiles(70, 16) * 3 * 500 * size, 3 * 70 * size, 1)
+    assert moved(emulator, "forward", "gather", case) == expected
 
 
 def test_few_tokens_read_a_left_column_for_each_chunk_and_a_right_one_for_each_tile(emulator):

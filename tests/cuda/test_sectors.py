@@ -35,6 +35,10 @@ KNOWN = {
     ("masked_linear_write_strips", "store", "workspace"): 4,
     ("masked_outer_write_strips", "load", "columns"): 22,
     ("masked_outer_write_strips", "store", "workspace"): 4,
+    # The same, and a row's first and last offset, for a whole warp.
+    ("masked_linear_by_gathering", "load", "offsets"): 4,
+    ("masked_linear_by_gathering", "load", "columns"): 22,
+    ("masked_linear_by_gathering", "load", "values"): 16,
     # Sums in the order of the columns, at the end.
     ("masked_outer_by_strips", "store", "values"): 3,
     # One column that a whole warp reads; sums of eight entries, wherever these lie.

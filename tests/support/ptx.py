@@ -59,6 +59,7 @@ _COMPUTE: dict[str, Callable[..., int]] = {
     "shr.u32": lambda a, b: a >> b,
     "add.u32": lambda a, b: (a + b) & 0xFFFFFFFF,
     "bfe.u32": lambda a, at, length: a >> at & ((1 << length) - 1),
+    "setp.ne.u32": lambda a, b: int(a != b),
     "cvt.f32.f16": _half,
     "fma.rn.f32": _fma,
     "mul.rn.f32": lambda a, b: float_bits(_float(a) * _float(b)),
@@ -87,6 +88,8 @@ class Machine:
         if statement.endswith("%=:"):
             return None
         name, rest = statement.split(None, 1)
+        if name.startswith("@"):
+            return self._step(rest) if self._get(name[1:]) else None
         if name == "T%=:":
             self._table = [
                 label.strip() for label in rest.removeprefix(".branchtargets").split(",")
