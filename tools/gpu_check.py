@@ -42,7 +42,7 @@ USUAL = ("build", "test", "sanitize", "bench", "tune")
 SHOWN, KEPT = 3_000, 1 << 20  # characters of a step's output on the terminal, and in the log
 GATES = ("G1", "G2", "G3", "G4", "G5", "G6", "G7", "S1", "S2", "S4", "S5", "S6", "S7")
 GPU_TESTS = (
-    *("gpu_steps", "gpu_masked", "gpu_solves", "capture", "layer_capture"),
+    *("gpu_steps", "gpu_masked", "gpu_solves", "capture", "layer_capture", "layer_capture_life"),
     *("large_offsets", "never_waits"),
 )
 # A package that is missing must not keep the files that do without it from running.
