@@ -42,10 +42,10 @@ using Small = Strip<S, 8, 4, 8, 24 * 1024>;  // so that several blocks share a m
 template <typename S, typename T>
 __global__ void __launch_bounds__(kTurnThreads, 4)
     masked_linear_write_strips(const MaskedLinearArgs args, const Prepared<S> ready,
-                               const Turned turned) {
+                               const Turned turned, const StripBlocks blocks) {
   DEQCORE_SHARED_DOUBLES(shared);
-  if (blockIdx.x >= ready.strips) {
-    turn_square(turned, blockIdx.x - ready.strips, reinterpret_cast<S*>(shared));
+  if (!blocks.has(blockIdx.x)) {
+    turn_square(turned, blocks.other(blockIdx.x), reinterpret_cast<S*>(shared));
     return;
   }
   const SparseRows& weight = args.weight;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kTurnThreads, 4)
     words[batch * ValueBatch::kWords + ValueBatch::value(i)] =
         to_compute(static_cast<const S*>(args.values)[from]);
   };
-  write_stream<ValueBatch, T::kRows>(weight, ready.streams, blockIdx.x,
+  write_stream<ValueBatch, T::kRows>(weight, ready.streams, blocks.strip(blockIdx.x),
                                      reinterpret_cast<SegmentScratch*>(shared), put,
                                      [](int64_t) {});
 }
@@ -176,9 +176,10 @@ const char* launch_strips(const MaskedLinearArgs& args, void* workspace, Stream 
   Pieces pieces(workspace);
   const Prepared<S> ready = prepare_in<S, T>(args, pieces);
   const Turned turned{args.x, ready.turned, args.tokens, ready.padded, args.weight.width};
+  const int64_t squares = turn_blocks(turned);
   const char* const error =
-      launch(masked_linear_write_strips<S, T>, ready.strips + turn_blocks(turned), kTurnThreads,
-             kStreamBytes, stream, args, ready, turned);
+      launch(masked_linear_write_strips<S, T>, ready.strips + squares, kTurnThreads, kStreamBytes,
+             stream, args, ready, turned, StripBlocks(ready.strips, squares));
   if (error != nullptr) return error;
 
   const int64_t blocks = blocks_for(ready.strips, T::kWarps) * (ready.padded / T::kWidth);

@@ -40,10 +40,10 @@ struct Prepared {
 template <typename S>
 __global__ void __launch_bounds__(kTurnThreads, 4)
     masked_outer_write_strips(const SparseRows entries, const Prepared<S> ready, const Turned left,
-                              const Turned right) {
+                              const Turned right, const StripBlocks blocks) {
   DEQCORE_SHARED_DOUBLES(shared);
-  if (blockIdx.x >= ready.strips) {
-    const int64_t square = blockIdx.x - ready.strips;
+  if (!blocks.has(blockIdx.x)) {
+    const int64_t square = blocks.other(blockIdx.x);
     const int64_t of_left = turn_blocks(left);
     S* const scratch = reinterpret_cast<S*>(shared);
     if (square < of_left) {
@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kTurnThreads, 4)
     if (ends) words[batch * kWords + CodeBatch::kCount] = i + 1;
   };
   write_stream<CodeBatch, kRows>(
-      entries, ready.streams, blockIdx.x, reinterpret_cast<SegmentScratch*>(shared), put,
-      [&](int64_t batch) { words[batch * kWords + CodeBatch::kCount] = 0; });
+      entries, ready.streams, blocks.strip(blockIdx.x), reinterpret_cast<SegmentScratch*>(shared),
+      put, [&](int64_t batch) { words[batch * kWords + CodeBatch::kCount] = 0; });
 }
 
 // A lane's tokens of the rows of a strip, as far as they are there.
@@ -189,9 +189,10 @@ const char* launch_strips(const MaskedOuterArgs& args, void* workspace, Stream s
   const Prepared<S> ready = prepare_in<S>(args, pieces);
   const Turned left{args.left, ready.left, args.tokens, ready.padded, entries.rows};
   const Turned right{args.right, ready.right, args.tokens, ready.padded, entries.width};
+  const int64_t squares = turn_blocks(left) + turn_blocks(right);
   const char* const error =
-      launch(masked_outer_write_strips<S>, ready.strips + turn_blocks(left) + turn_blocks(right),
-             kTurnThreads, kStreamBytes, stream, entries, ready, left, right);
+      launch(masked_outer_write_strips<S>, ready.strips + squares, kTurnThreads, kStreamBytes,
+             stream, entries, ready, left, right, StripBlocks(ready.strips, squares));
   if (error != nullptr) return error;
   const int64_t blocks = blocks_for(ready.strips, kStripWarps) *
                          blocks_for(ready.streams.chunks, ready.chunks_of_a_block);

@@ -208,6 +208,24 @@ DEQCORE_DEVICE void write_stream(const SparseRows& weight, const Streams& stream
   }
 }
 
+// The blocks of a launch that write streams, one for each strip, among others: spread over the
+// first half of them, because they wait for the caches where the others wait for memory.
+struct StripBlocks {
+  int64_t strips;
+  int64_t every;  // which of the first blocks it is
+
+  StripBlocks(int64_t count, int64_t others) : strips(count), every(1 + others / (2 * count)) {}
+  DEQCORE_DEVICE bool has(int64_t block) const {
+    return block % every == 0 && block / every < strips;
+  }
+  DEQCORE_DEVICE int64_t strip(int64_t block) const { return block / every; }
+  // Which of the others it is.
+  DEQCORE_DEVICE int64_t other(int64_t block) const {
+    const int64_t before = block / every + 1;
+    return block - (before < strips ? before : strips);
+  }
+};
+
 // Tokens of a lane: groups of neighbours, one group in each run of kWarp groups.
 template <typename S, int kTokensOfALane>
 struct LaneTokens {
