@@ -36,6 +36,9 @@ class Measure(Protocol):
 
     def residual(self, z: Tensor, f: Tensor) -> Tensor: ...
 
+    def on_host(self, z: Tensor, f: Tensor) -> list[float]:
+        """The residual of each row, in as few operations as can be."""
+
     def size(self, f: Tensor) -> Tensor:
         """Of f, of which the rounding of the residual is a share."""
 
@@ -52,6 +55,10 @@ class RelativeMeasure:
 
     def residual(self, z: Tensor, f: Tensor) -> Tensor:
         return _row_rms(f, z)
+
+    def on_host(self, z: Tensor, f: Tensor) -> list[float]:
+        factor = max(f.shape[1], 1) ** -0.5
+        return [factor * norm for norm in _row_norms(f, z).tolist()]
 
     def size(self, f: Tensor) -> Tensor:
         return _row_rms(f)
@@ -80,15 +87,8 @@ def check_frozen_rows(
     Returns:
         Whether a row did so, bool []; None if none did, and that was free to know.
     """
-    wanted = None
-    if few := _free(z) and len(z) <= FEW_ROWS:
-        wanted = _rows_to_compare(rows, None if evaluations is None else int(evaluations))
-        if not wanted and evaluations is not None:
-            return None
     residual = measure.residual(z, f)
     before = rows.residuals[:, BEST]
-    if few and _all_alike(residual.tolist(), before.tolist(), wanted):
-        return None
     size = measure.size(f)
     rounding = ROUNDING * epsilon * size
     changed = ~((residual - before).abs() <= rounding)
@@ -106,19 +106,26 @@ def check_frozen_rows(
     return broken.any()
 
 
-def _rows_to_compare(rows: Rows, evaluations: int | None) -> list[int] | None:
-    """Rows that had converged before the last evaluation; None: all."""
-    if evaluations is None:
-        return None
+def frozen_rows_are_alike(
+    rows: Rows, z: Tensor, f: Tensor, measure: Measure, evaluations: int | None
+) -> bool:
+    """Whether :func:`check_frozen_rows` would find nothing, where that is quick to know.
+
+    In a solve that takes a millisecond what costs is each operation, as nothing of it is in a cache
+    yet, not the pass over f and z.
+    """
+    if not _free(z) or len(z) > FEW_ROWS:
+        return False
+    now, before = measure.on_host(z, f), rows.residuals.tolist()
+    other = [
+        i for i, residual in enumerate(now)
+        if not abs(residual - before[i][BEST]) <= ALIKE * before[i][BEST]  # NaN is another, too
+    ]  # fmt: skip
+    if not other or evaluations is None:
+        return not other
+    status, counters = rows.status.tolist(), rows.counters.tolist()
     converged = int(Status.CONVERGED)
-    ended = zip(rows.status.tolist(), rows.counters[:, STEPS].tolist(), strict=True)
-    return [i for i, (status, n) in enumerate(ended) if status == converged and n < evaluations]
-
-
-def _all_alike(residual: list[float], before: list[float], wanted: list[int] | None) -> bool:
-    """Whether none has changed by more than the order of a sum; NaN has."""
-    chosen = range(len(residual)) if wanted is None else wanted
-    return all(abs(residual[i] - before[i]) <= ALIKE * before[i] for i in chosen)
+    return not any(status[i] == converged and counters[i][STEPS] < evaluations for i in other)
 
 
 def _comparable(converged: Tensor, before: Tensor, z: Tensor) -> Tensor:
@@ -138,11 +145,13 @@ def _free(tensor: Tensor) -> bool:
 
 def _row_rms(f: Tensor, z: Tensor | None = None) -> Tensor:
     """rms of f - z, or of f, row by row; as exact as a comparison needs."""
-    dtype = torch.float64 if f.dtype == torch.float64 else torch.float32
-    wide = f.to(dtype)
-    if z is not None:
-        wide = wide - z.to(dtype)
-    return torch.linalg.vector_norm(wide, dim=1) / max(f.shape[1], 1) ** 0.5
+    return _row_norms(f, z) / max(f.shape[1], 1) ** 0.5
+
+
+def _row_norms(f: Tensor, z: Tensor | None) -> Tensor:
+    if f.dtype not in (torch.float64, torch.float32):
+        f = f.float()
+    return torch.linalg.vector_norm(f if z is None else f - z, dim=1)
 
 
 def warn_of_forward(rows: Rows, inconsistent: Tensor | None, *, relative: bool, wait: bool) -> None:

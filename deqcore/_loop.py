@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from deqcore._checks import Measure, RelativeMeasure, check_frozen_rows
+from deqcore._checks import Measure, RelativeMeasure, check_frozen_rows, frozen_rows_are_alike
 from deqcore._module_buffers import ModuleBuffers
 from deqcore._packing import Packing, check_layout
 from deqcore._parametrized import graph_free
@@ -71,7 +71,7 @@ class Problem:
         if self.has_aux:
             self.aux, self._needs_aux = pytree.tree_map(_detached, self._latest_aux), False
         with torch.no_grad():
-            solved.check(self, z.detach(), f.detach())
+            solved.check(self, z, f)
         return f
 
     def finish(self, solved: Solved) -> None:
@@ -159,7 +159,7 @@ class Problem:
                 run.state, run.x, z = solver.take_step(run.state, run.x, f, step, run.context)
                 run.seen(z)
                 del z
-            return run.solved(f if check else None)
+            return run.solved(f if check and not watch.all_were_active else None)
 
 
 def _detached(leaf: Any) -> Any:
@@ -201,6 +201,8 @@ class Solved:
         """Compare f with what it was for rows that had ended; see :func:`check_frozen_rows`."""
         if self.measure is None or problem.packing.batch < 2:
             return  # no rows, or none to depend on
+        if frozen_rows_are_alike(self.rows, z, f, self.measure, evaluations):
+            return
         found = check_frozen_rows(self.rows, z, f, self.measure, problem.rounding(), evaluations)
         if found is not None:
             self.inconsistent = found
@@ -367,12 +369,17 @@ class _EndWatch:
     """
 
     def __init__(self, rows: Rows, check_every: int) -> None:
-        self.remaining, self.every = rows.remaining, check_every
-        self.looks = 0
+        self.remaining, self.every, self.rows = rows.remaining, check_every, len(rows.status)
+        self.looks = self.last_count = 0
         self.on_host = self.remaining.device.type == "cpu"
         if not self.on_host and check_every:
             self.copy = torch.empty(2, dtype=torch.int32, pin_memory=True)
             self.events = [torch.cuda.Event(), torch.cuda.Event()]
+
+    @property
+    def all_were_active(self) -> bool:
+        """Whether it is known that no row had ended before the last evaluation."""
+        return self.every == 1 and self.last_count == self.rows
 
     def all_ended(self) -> bool:
         """Called before every evaluation."""
@@ -381,7 +388,9 @@ class _EndWatch:
         if not self.every or look % self.every:
             return False
         if self.on_host:
-            return not self.remaining.item()
+            count = int(self.remaining.item())
+            self.last_count = count or self.last_count
+            return not count
         index = (look // self.every) % 2
         self.copy[index : index + 1].copy_(self.remaining, non_blocking=True)
         # Of the tensor's device, which need not be the current one.

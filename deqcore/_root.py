@@ -113,6 +113,10 @@ class RootMeasure:
     def residual(self, z: Tensor, f: Tensor) -> Tensor:
         return self.test.size(self.problem.g)
 
+    def on_host(self, z: Tensor, f: Tensor) -> list[float]:
+        residuals: list[float] = self.residual(z, f).tolist()
+        return residuals
+
     def size(self, f: Tensor) -> Tensor:
         return self.test.size(f)
 
