@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["UserError", "choose", "did_you_mean"]
+__all__ = ["UserError", "choose", "did_you_mean", "few"]
+
+LONGEST_NAME = 60
 
 
 class UserError(ValueError):
@@ -43,3 +45,10 @@ def did_you_mean(value: str, known: Iterable[str], before: str = "") -> str:
     """
     near = difflib.get_close_matches(value, list(known), n=1)
     return f"; did you mean '{before}{near[0]}'?" if near else ""
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names for a message, long ones cut, and how many more there are."""
+    shown = [f"{name[:LONGEST_NAME]}…" if len(name) > LONGEST_NAME else name for name in names]
+    left = len(names) - most
+    return ", ".join(shown[:most]) + (f" and {left} more" if left > 0 else "")

@@ -17,7 +17,7 @@ from rich.markup import escape
 from lion_models.base.errors import UserError, did_you_mean
 from lion_models.cli.text import dashed
 
-__all__ = ["lion"]
+__all__ = ["lion", "plain_warnings"]
 
 COMMANDS = (
     "train",
@@ -60,7 +60,7 @@ class _Commands(click.RichGroup):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _plain_warnings():
+            with plain_warnings():
                 return super().invoke(ctx)
         except UserError as error:
             _show(f"[bold red]error:[/] {escape(dashed(str(error)))}")
@@ -85,14 +85,13 @@ def _show(message: str) -> None:
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Show warnings for users as messages, with options as the command line spells them."""
+def plain_warnings() -> Iterator[None]:
+    """Show warnings as messages, without the code that gave them, and with options as the command
+    line spells them."""
     usual = warnings.formatwarning
 
-    def plain(message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
-        if issubclass(category, UserWarning):
-            return f"warning: {dashed(str(message))}\n"
-        return usual(message, category, *where, **line)
+    def plain(message: Any, *where: Any, **line: Any) -> str:
+        return f"warning: {dashed(str(message))}\n"
 
     warnings.formatwarning = plain
     try:

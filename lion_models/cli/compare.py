@@ -10,6 +10,7 @@ import rich_click as click
 from rich.console import Console
 
 from lion_models.cli import options
+from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import TrialBars
 from lion_models.cli.text import folder_in, listed, numbers, short_name
 from lion_models.methods import METHODS, SHOWN_METHODS
@@ -51,10 +52,12 @@ def command(
 ) -> None:
     base, names = given.values, listed("--methods", methods, METHODS)
     check_felt(given.names, [run_of(base, method=each) for each in names])
+    runner = TrialRunner(jobs, machine.threads, options.trials_on(machine))
+    if "shots" not in given.names:
+        base |= {"shots": fitted_shots(run_of(base, method=names[0]), runner.bench)}
     shots = "all" if base["shots"] is None else base["shots"]
     folder = folder_in(runs, name, f"compare-{short_name(base['data'])}-{shots}")
     rates = numbers("--lrs", lrs, float)
-    runner = TrialRunner(jobs, machine.threads, options.trials_on(machine))
     compare(folder, base, names, numbers("--seeds", seeds, int), rates, overwrite, runner, jobs)
 
 

@@ -13,7 +13,8 @@ from lion_models.base.errors import UserError, choose
 from lion_models.cli import options
 from lion_models.data import decode_image
 from lion_models.run import Run, load_run
-from lion_models.run.export import FORMATS, export_run
+from lion_models.run.export import FORMATS, TOLERANCE, beside, export_run
+from lion_models.run.feeding import example
 from lion_models.run.predict import gather_images
 
 __all__ = ["command"]
@@ -35,9 +36,15 @@ out = Console()
 )
 @click.option(
     "--steps",
-    default=20,
-    show_default=True,
+    type=int,
+    show_default="as few as keep within --tolerance",
     help="lion: iterations that each implicit layer is unrolled to.",
+)
+@click.option(
+    "--tolerance",
+    default=TOLERANCE,
+    show_default=True,
+    help="Largest difference of a logit that needs no warning.",
 )
 @options.path_option("--output", "The file.", "RUN/model.pt2 or RUN/model.onnx")
 @options.path_option(
@@ -52,7 +59,8 @@ out = Console()
 def command(
     run: Path,
     form: str,
-    steps: int,
+    steps: int | None,
+    tolerance: float,
     output: Path | None,
     images: tuple[Path, ...],
     backbone: str | None,
@@ -75,20 +83,16 @@ def command(
     else:
         own = Run(folder, loaded.config, moved_data=moved_data)
         pixels = own.validation_images(COMPARED_IMAGES)
-    written = export_run(loaded, pixels, output, form, steps)
+    written = export_run(loaded, pixels, output, form, steps, tolerance)
     figures = written.metadata
     size = written.path.stat().st_size
     out.print(f"wrote {written.path}, {size:,} bytes", highlight=False, soft_wrap=True)
+    out.print(f"wrote {beside(written.path)}: classes, preprocessing", soft_wrap=True)
+    unrolled = f", {figures['steps']} plain iterations a layer" if figures["steps"] else ""
     out.print(
         f"largest difference of a logit over {figures['compared_images']} images: "
         f"{figures['difference']:.2g} from the trained model, of which the file's own runtime "
-        f"makes {figures['difference_of_export']:.2g}",
+        f"makes {figures['difference_of_export']:.2g}{unrolled}",
         highlight=False,
     )
-    changed = figures["classes_changed_by_unrolling"]
-    if changed:
-        out.print(
-            f"[bold yellow]warning:[/] {changed} of these images get another class with "
-            f"{steps} plain iterations than at the equilibrium; raise --steps, and if that does "
-            "not help, the trained layer does not contract"
-        )
+    click.echo(f"\nto use it, with numpy, Pillow and the runtime alone:\n\n{example(output, form)}")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lion_models.backbones import TINY_VIT, load_backbone, read_vit, tiny_vit_path
 from lion_models.backbones.config import BackboneConfig
+from lion_models.base.errors import few
 from lion_models.base.options import kinds_of
 from lion_models.cli import options
 from lion_models.run import load_run
@@ -50,7 +51,7 @@ def _run_facts(run: Path) -> dict[str, Any]:
     loaded = load_run(run)
     model, config = loaded.model, loaded.config
     facts: dict[str, Any] = {
-        "classes": ", ".join(loaded.classes),
+        "classes": few(loaded.classes, 40),
         "weights sha256": loaded.weights,
         **config.to_dict(),
     }

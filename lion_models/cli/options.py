@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,8 +80,13 @@ class Given(NamedTuple):
     names: list[str]
 
 
-def option_of(each: Field[Any], kinds: tuple[type, ...], panel: str | None = None) -> Any:
-    """The option of a command that is declared by a field of `Options`."""
+def option_of(
+    each: Field[Any], kinds: tuple[type, ...], panel: str | None = None, *, needed: bool = True
+) -> Any:
+    """The option of a command that is declared by a field of `Options`.
+
+    One without a default has to be given, unless it is not `needed`.
+    """
     said = declared(each)
     kind: Any = next(kind for kind in kinds if kind is not type(None))
     more: dict[str, Any] = {"type": kind}
@@ -92,15 +97,20 @@ def option_of(each: Field[Any], kinds: tuple[type, ...], panel: str | None = Non
     elif said.word:
         more = {"type": _NumberOr(said.word)}
     if each.default is MISSING:
-        more |= {"required": True}
+        more |= {"required": needed}
     else:
         more |= {"default": each.default, "show_default": dashed(said.unset) or True}
     name = f"--{each.name.replace('_', '-')}"
     return click.option(name, help=dashed(said.help), panel=panel, **more)
 
 
-def run_options(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command all options of runs but those `omitted`; it is called with `Given` first."""
+def run_options(
+    *omitted: str, optional: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command all options of runs but those `omitted`; it is called with `Given` first.
+
+    Those of `optional` may be left out although they have no default, and are None then.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         options: dict[str, Any] = {}
@@ -111,7 +121,8 @@ def run_options(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., 
             for each, kinds in kinds_of(group):
                 if each.name not in (*omitted, *options):
                     panel = " and ".join(owners[each.name]) if title in METHODS else title
-                    options[each.name] = option_of(each, kinds, panel)
+                    needed = each.name not in optional
+                    options[each.name] = option_of(each, kinds, panel, needed=needed)
 
         @functools.wraps(function)
         def command(**values: Any) -> None:

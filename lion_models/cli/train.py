@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lion_models.base.errors import UserError
 from lion_models.cli import options
+from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import ProgressBars
 from lion_models.cli.text import folder_in, short_name
 from lion_models.run import Run, RunConfig
@@ -28,7 +29,7 @@ out = Console()
 @click.command("train", help=__doc__)
 @options.METHOD
 @click.option("--name", show_default="DATA-METHOD-sSEED", help="Of the run's folder in --runs.")
-@options.run_options()
+@options.run_options(optional=["data"])
 @options.RUNS
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @options.MOVED_DATA
@@ -50,20 +51,20 @@ def command(
     tensorboard: bool,
     machine: options.Machine,
 ) -> None:
+    data = given.values["data"] or _remembered_data(runs, name, resume)
+    given = given._replace(values=given.values | {"data": data})
     config = run_of(given.values, method=method).resolved()
-    data, seed = config.data.data, config.training.seed
-    folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{seed}")
+    folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{config.training.seed}")
     if moved_data is not None and not resume:
         raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
     if resume and (folder / "config.json").is_file():
         config = _resumed(folder, given, method, moved_data)
     check_felt(given.names, [config])
-    run = Run(
-        folder,
-        config,
-        bench=Workbench(machine.device, machine.workers, machine.image_cache),
-        moved_data=moved_data,
-    )
+    bench = Workbench(machine.device, machine.workers, machine.image_cache)
+    run = Run(folder, config, bench=bench, moved_data=moved_data)
+    if not resume and "shots" not in given.names:
+        config = config.but(shots=fitted_shots(config, bench))
+        run = Run(folder, config, bench=bench)
     with ExitStack() as held, joined_ranks(machine.device) as ranks:
         if ranks.first:
             held.enter_context(run.held(resume=resume, overwrite=overwrite))
@@ -76,6 +77,31 @@ def command(
             )
     if ranks.first:
         _show_result(folder, result)
+        if result.get("diverged"):
+            _say_diverged(config, result)
+            raise SystemExit(1)
+
+
+def _remembered_data(runs: Path, name: str | None, resume: bool) -> str:
+    """The data of the run that is resumed.
+
+    Raises:
+        UserError: none is, or it has no name.
+    """
+    if not resume:
+        raise click.UsageError("Missing option '--data'.")
+    if name is None:
+        raise UserError("--resume: which run? Name it with --name, or its data with --data")
+    return read_config(folder_in(runs, name, "")).data.data
+
+
+def _say_diverged(config: RunConfig, result: dict[str, Any]) -> None:
+    click.echo(
+        f"error: training diverged: its loss ended at {result['last_loss']:.3g}, far above that "
+        f"of guessing; the weights are those of epoch {result['best_epoch']}; lower --lr (it was "
+        f"{config.training.lr:g}) and train again with --overwrite",
+        err=True,
+    )
 
 
 def _resumed(folder: Path, given: options.Given, method: str, moved_data: str | None) -> RunConfig:

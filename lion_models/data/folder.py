@@ -166,6 +166,11 @@ def _open_split(
 
 def _class_names(folder: Path, folders: Sequence[Path]) -> tuple[str, ...]:
     if len(folders) < 2:
+        if folders and folders[0].name.lower() in _PART_FOLDERS and _sub_folders(folders[0]):
+            raise UserError(
+                f"`data`: {folder} holds '{folders[0].name}' alone, and a split has two parts or "
+                f"three; name {folders[0]}, which is then divided, or put the other parts beside it"
+            )
         found = f"one class ('{folders[0].name}')" if folders else "no sub-folder"
         raise UserError(
             f"`data`: {folder} holds {found}; expected at least two class sub-folders, "

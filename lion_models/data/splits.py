@@ -28,6 +28,7 @@ __all__ = [
     "Task",
     "class_counts",
     "earlier_reading",
+    "fitting_shots",
     "make_task",
     "split_rows",
     "split_source",
@@ -36,6 +37,7 @@ __all__ = [
 
 TEST_SHARE = 0.3
 VALIDATION_SHARE = 0.1
+LEAST_IMAGES = 3  # of a class: one for each part
 _TEST_SEED = 2303_09992
 
 
@@ -192,9 +194,16 @@ def split_rows(
                 f"first class has {wanted[0]}; lower `imbalance` to at most {wanted[0]} or raise "
                 "`shots`"
             )
+    advice = "lower `shots`"
+    if shots is not None and imbalance is None and (most := _most_shots(pools, validation_shots)):
+        advice += f" to {most}, the largest that every class has room for"
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for pool, name, count, keep, room in zip(pools, classes, wanted, held, rooms, strict=True):
-        _check_room(pool, name, count, keep, room, shots)
+    # The one that has least is the one to name.
+    order = sorted(range(len(pools)), key=lambda label: rooms[label] - wanted[label])
+    for label in order:
+        figures = wanted[label], held[label], rooms[label]
+        _check_room(pools[label], classes[label], *figures, shots, advice)
+    for pool, count, keep, room in zip(pools, wanted, held, rooms, strict=True):
         parts[0].append(pool.train[:count])
         if pool.validation is not None:
             parts[1].append(pool.validation[:keep])
@@ -204,6 +213,31 @@ def split_rows(
         parts[2].append(pool.test)
     train_rows, validation_rows, test_rows = (torch.cat(part).sort().values for part in parts)
     return Split(train_rows, validation_rows, test_rows)
+
+
+def fitting_shots(source: Source, shots: int, validation_shots: int | None = None) -> int:
+    """`shots`, or as many training images as the smallest class has room for; 0 where it has none.
+
+    Args:
+        source: to be split.
+        shots: what is wanted.
+        validation_shots: see `split_rows`.
+    """
+    labels, official = source.labels, source.official
+    pools = [_pool(labels, official, 0, label, None) for label in range(len(source.classes))]
+    return min(shots, _most_shots(pools, validation_shots))
+
+
+def _most_shots(pools: list[_Pool], validation_shots: int | None) -> int:
+    """The largest `shots` that every class has room for, validation being as large by default."""
+
+    def room(pool: _Pool) -> int:
+        if pool.validation is not None:
+            return len(pool.train)
+        count = len(pool.train)
+        return count // 2 if validation_shots is None else count - validation_shots
+
+    return max(0, min(map(room, pools)))
 
 
 class _Pool(NamedTuple):
@@ -270,8 +304,18 @@ def _validation_counts(
 
 
 def _check_room(
-    pool: _Pool, name: str, wanted: int, held: int, room: int, shots: int | None
+    pool: _Pool, name: str, wanted: int, held: int, room: int, shots: int | None, advice: str
 ) -> None:
+    """Raise UserError where a class has too few images.
+
+    Args:
+        pool: of the class.
+        name: of the class.
+        wanted, held: images for training and for validation.
+        room: for training.
+        shots: what was asked for; None means all.
+        advice: what to do about it.
+    """
     if pool.validation is not None:
         if held > len(pool.validation):
             raise UserError(
@@ -283,14 +327,21 @@ def _check_room(
             return
         raise UserError(
             f"class '{name}' has {len(pool.train)} images in the data set's own training part, "
-            f"{wanted} were asked for; lower `shots` or use `shots` all"
+            f"{wanted} were asked for; {advice}, or use `shots` all"
         )
-    if wanted < 1 or wanted > room:
+    if 1 <= wanted <= room:
+        return
+    if pool.images < LEAST_IMAGES:
+        count = f"{pool.images} image{'s' * (pool.images > 1)}"
         raise UserError(
-            f"class '{name}' has {pool.images} images, of which {pool.tested} are kept for the "
-            f"test; {max(wanted, 1)} for training and {held} for validation are more than the "
-            f"{len(pool.train)} left; lower `shots` or `validation_shots`, or add images"
+            f"class '{name}' has {count}; expected {LEAST_IMAGES} or more, one each for "
+            "training, validation and test; add images or leave the class out"
         )
+    raise UserError(
+        f"class '{name}' has {pool.images} images, of which {pool.tested} are kept for the "
+        f"test; {max(wanted, 1)} for training and {held} for validation are more than the "
+        f"{len(pool.train)} left; {advice}, or `validation_shots`, or add images"
+    )
 
 
 def _generator(seed: int, label: int) -> torch.Generator:

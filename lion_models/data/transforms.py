@@ -35,6 +35,7 @@ _CROPPED = ("fgvc", "fgvc-resized")
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's conversion to grey
+LONGEST = 4  # times the shorter side; what a cropped picture has beyond is never shown
 
 View = Callable[[Tensor], Tensor]
 
@@ -56,6 +57,11 @@ class Geometry:
 
     def __post_init__(self) -> None:
         choose("transform", self.transform, TRANSFORMS)
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether pictures keep their shape, and lose what is outside of the middle square."""
+        return self.transform in _CROPPED
 
     @property
     def training_size(self) -> int:
@@ -110,7 +116,7 @@ class Geometry:
 def _without_ends(image: Image.Image) -> Image.Image:
     """The middle of a very long picture: its ends are never shown, and resized they are huge."""
     width, height = image.size
-    most = 4 * min(width, height)
+    most = LONGEST * min(width, height)
     if max(width, height) <= most:
         return image
     left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)

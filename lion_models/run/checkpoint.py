@@ -14,7 +14,8 @@ from lion_models.backbones import FrozenBackbone, fingerprint, load_backbone
 from lion_models.base.errors import UserError
 from lion_models.base.files import write_bytes
 from lion_models.methods.base import TunedClassifier, load_trained, trained_state
-from lion_models.run.config import RunConfig, build_model
+from lion_models.run.config import CONFIG, RunConfig, build_model
+from lion_models.run.log import METRICS
 
 __all__ = ["CHECKPOINT", "LoadedRun", "load_run", "read_checkpoint", "save_checkpoint"]
 
@@ -109,6 +110,8 @@ def load_run(path: Path, backbone: FrozenBackbone | None = None) -> LoadedRun:
         UserError: no checkpoint, damaged, or trained on another backbone's weights.
     """
     file = path / CHECKPOINT if path.is_dir() else path
+    if not file.exists() and (path / CONFIG).is_file():
+        raise _unfinished(path)
     weights, metadata = read_checkpoint(file)
     backbone = load_backbone(metadata["backbone"]) if backbone is None else backbone
     if backbone.fingerprint != metadata["backbone_sha256"]:
@@ -133,3 +136,14 @@ def load_run(path: Path, backbone: FrozenBackbone | None = None) -> LoadedRun:
     if expected != found:
         raise UserError(unfit.format(sorted(set(expected.items()) ^ set(found.items()))[:4]))
     return LoadedRun(model.eval(), config, classes, fingerprint(weights))
+
+
+def _unfinished(folder: Path) -> UserError:
+    metrics = folder / METRICS
+    done = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+    epochs = json.loads((folder / CONFIG).read_text()).get("epochs", "?")
+    where = folder.resolve()
+    return UserError(
+        f"{folder}: is not finished ({done} of {epochs} epochs) and has no checkpoint yet; train "
+        f"it on with `resume` `name` {where.name} `runs` {where.parent}"
+    )

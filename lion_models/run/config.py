@@ -18,7 +18,9 @@ from lion_models.prompts.config import RobustConfig
 from lion_models.prompts.pruning import Pruning
 from lion_models.run.training import TrainingConfig
 
-__all__ = ["GROUPS", "RunConfig", "build_model", "check_felt", "owners_of", "run_of"]
+__all__ = ["CONFIG", "GROUPS", "RunConfig", "build_model", "check_felt", "owners_of", "run_of"]
+
+CONFIG = "config.json"
 
 # Of every method; those of one method alone are in its own group.
 GROUPS: dict[str, type[Options]] = {

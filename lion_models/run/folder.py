@@ -9,7 +9,7 @@ from pathlib import Path
 from lion_models.base.errors import UserError
 from lion_models.base.files import make_folder, write_json
 from lion_models.run.checkpoint import CHECKPOINT, read_checkpoint
-from lion_models.run.config import RunConfig
+from lion_models.run.config import CONFIG, RunConfig
 from lion_models.run.data_record import DATA_RECORD
 from lion_models.run.log import METRICS, STATE
 from lion_models.run.report import CONFUSION, REPORT
@@ -17,11 +17,10 @@ from lion_models.run.report import CONFUSION, REPORT
 __all__ = ["CURVES", "RESULT", "TEST_LEDGER", "check_same", "is_new", "prepare_folder",
            "read_config"]  # fmt: skip
 
-CONFIG = "config.json"
 RESULT = "result.json"
 TEST_LEDGER = "test.json"
 CURVES = "curves.png"
-OF_EXPORT = ("model.pt2", "model.onnx")
+OF_EXPORT = ("model.pt2", "model.onnx", "model.pt2.json", "model.onnx.json")
 RUN_FILES = frozenset((CONFIG, DATA_RECORD, METRICS, STATE, CHECKPOINT, RESULT, TEST_LEDGER, REPORT,
                        CONFUSION, CURVES, "tensorboard", *OF_EXPORT))  # fmt: skip
 

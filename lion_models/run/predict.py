@@ -12,7 +12,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lion_models.base.errors import UserError, choose
+from lion_models.base.errors import UserError, choose, few
 from lion_models.data import decode_image, find_images, open_source
 from lion_models.data.images import UnreadableError
 from lion_models.data.loader import ImageCache
@@ -185,8 +185,8 @@ def evaluate_on(
     )
     if source.classes != run.classes:
         raise UserError(
-            f"`data` {data}: has classes {', '.join(source.classes)}; the run was "
-            f"trained for {', '.join(run.classes)}"
+            f"`data` {data}: has {len(source.classes)} classes ({few(source.classes)}); the run "
+            f"was trained for {len(run.classes)} ({few(run.classes)})"
         )
     totals: dict[str, float] = {}
     everything = (cache or ImageCache(limit=0)).images(source, torch.arange(len(source)))

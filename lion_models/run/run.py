@@ -53,7 +53,7 @@ from lion_models.run.log import METRICS, STATE, STATE_SECONDS, RunLog, read_stat
 from lion_models.run.ranks import ALONE, Ranks
 from lion_models.run.report import CONFUSION, REPORT, class_report, read_report
 from lion_models.run.seeding import seed_all
-from lion_models.run.trainer import FitState, fit, freeze_images, score
+from lion_models.run.trainer import FitState, diverged, fit, freeze_images, score
 from lion_models.run.workbench import Workbench
 
 __all__ = ["OnEpoch", "Run"]
@@ -341,6 +341,8 @@ class Run:
             "seed": self.config.training.seed,
             "best_epoch": state.best_epoch,
             "epochs": len(state.history),
+            "diverged": diverged(state.history, len(self.source.classes)),
+            "last_loss": state.history[-1]["loss"],
             "validation_accuracy": chosen["validation_accuracy"],
             "validation_loss": chosen["validation_loss"],
             "parameters": count_parameters(self.trained.model).to_dict(),

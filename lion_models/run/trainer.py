@@ -33,9 +33,11 @@ from lion_models.run.ranks import ALONE, Ranks
 from lion_models.run.seeding import seed_all
 from lion_models.run.training import TrainingConfig
 
-__all__ = ["FitState", "fit", "freeze_images", "score", "solver_figures", "stopped_early"]
+__all__ = ["FitState", "diverged", "fit", "freeze_images", "score", "solver_figures",
+           "stopped_early"]  # fmt: skip
 
 GRADIENT_BOUND = 1.0
+DIVERGED = 10.0  # times the loss of guessing
 
 
 @dataclass
@@ -235,6 +237,13 @@ def stopped_early(
     return training.patience is not None and (
         len(state.history) - state.best_epoch >= training.patience
     )
+
+
+def diverged(history: Sequence[dict[str, Any]], classes: int) -> bool:
+    """Whether a fit ended with losses far above those of guessing, or with none."""
+    limit = DIVERGED * max(1.0, math.log(classes))
+    ends = (history[-1]["loss"], history[-1]["validation_loss"])
+    return any(not loss <= limit for loss in ends)  # of NaN, too
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:

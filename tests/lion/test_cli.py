@@ -183,7 +183,7 @@ def test_overwrite_spares_a_folder_that_is_no_run(lion: Lion, tmp_path: Path):
         (["--data", "/no/such/place"], "'/no/such/place' is neither a folder nor one of"),
         (["--data", "digit"], "did you mean 'digits'?"),
         (["--data", "digits", "--method", "vtp-deep"], "did you mean 'vpt-deep'?"),
-        (["--data", "digits", "--shots", "5000"], "class '0' has 178 images, of which 53 are kept"),
+        (["--data", "digits", "--shots", "5000"], "class '8' has 174 images, of which 52 are kept"),
         (["--data", "digits", "--shots", "many"], "expected a whole number or 'all', got 'many'"),
         (["--data", "digits", "--backbone", "tiny-vit,readout=9"], "expected 1 to 4, got 9"),
         (["--data", "digits", "--method", "full", "--checkpoint-backbone"], "'full' trains them"),
