@@ -1,12 +1,12 @@
 // What runs a strip's code (masked_strips.cuh): a small machine in a warp. Its registers are the
-// kernel's, which no index can choose at run time; so each row has instructions of its own, and a
-// code says where to jump. All lanes run the same code. nvcc makes no such jump of a switch, hence
-// PTX; the host path is for the emulation.
+// kernel's, which no index can choose at run time; so each row has instructions of its own, and the
+// bits of a code say, jump by jump, which come next. All lanes run the same code, which PTX can say
+// (bra.uni) and C++ cannot; the host path is for the emulation.
 //
-// An instruction adds to its row, and beside that prepares the next one: where to jump, and its
-// column of x, if that is another one. What it needs is read one instruction ahead.
-// There are few rows in a strip, because each jump has a table of all of them, which a
-// multiprocessor's cache for constants has to hold.
+// An instruction adds to its row, and beside that asks for what the next one needs: its column of x
+// if that is another one, its value, and the code after it. These loads are under way during the
+// jumps. (An indexed jump, brx.idx, waits for all loads before it, and looks its target up in a
+// table; on an H200 that was the slower, the more rows there were.)
 #pragma once
 
 #include <cstdint>
@@ -20,44 +20,83 @@ constexpr int kPartStride = kWarp + 1;  // from one entry's parts to the next on
 #if defined(__CUDA_ARCH__)
 
 // clang-format off
-// ROW(type, row, its operands): of 8 rows of 8 tokens, and of 16 or 8 rows of 4.
+// The way to a row is a tree of jumps, by the bits of its number: FORK(bit, row, next bit, row
+// where the bit is set), LEAF(row, row where bit 0 is set). ROW(type, row, its operands).
+#define DEQCORE_FORK(bit, row, next, other) \
+  "J" #bit "_" #row "_%=: @bit" #bit " bra.uni J" #next "_" #other "_%=;\n"
+#define DEQCORE_LEAF(row, other) "J0_" #row "_%=: @bit0 bra.uni R" #other "_%=;\n"
 #define DEQCORE_ROWS_8X8(ROW, TYPE) \
+  DEQCORE_FORK(2, 0, 1, 4) \
+  DEQCORE_FORK(1, 0, 0, 2) \
+  DEQCORE_LEAF(0, 1) \
   ROW(TYPE, 0, 0, 1, 2, 3, 4, 5, 6, 7) \
   ROW(TYPE, 1, 8, 9, 10, 11, 12, 13, 14, 15) \
+  DEQCORE_LEAF(2, 3) \
   ROW(TYPE, 2, 16, 17, 18, 19, 20, 21, 22, 23) \
   ROW(TYPE, 3, 24, 25, 26, 27, 28, 29, 30, 31) \
+  DEQCORE_FORK(1, 4, 0, 6) \
+  DEQCORE_LEAF(4, 5) \
   ROW(TYPE, 4, 32, 33, 34, 35, 36, 37, 38, 39) \
   ROW(TYPE, 5, 40, 41, 42, 43, 44, 45, 46, 47) \
+  DEQCORE_LEAF(6, 7) \
   ROW(TYPE, 6, 48, 49, 50, 51, 52, 53, 54, 55) \
   ROW(TYPE, 7, 56, 57, 58, 59, 60, 61, 62, 63)
-#define DEQCORE_ROWS_16X4(ROW, TYPE) \
-  ROW(TYPE, 0, 0, 1, 2, 3) \
-  ROW(TYPE, 1, 4, 5, 6, 7) \
-  ROW(TYPE, 2, 8, 9, 10, 11) \
-  ROW(TYPE, 3, 12, 13, 14, 15) \
-  ROW(TYPE, 4, 16, 17, 18, 19) \
-  ROW(TYPE, 5, 20, 21, 22, 23) \
-  ROW(TYPE, 6, 24, 25, 26, 27) \
-  ROW(TYPE, 7, 28, 29, 30, 31) \
-  ROW(TYPE, 8, 32, 33, 34, 35) \
-  ROW(TYPE, 9, 36, 37, 38, 39) \
-  ROW(TYPE, 10, 40, 41, 42, 43) \
-  ROW(TYPE, 11, 44, 45, 46, 47) \
-  ROW(TYPE, 12, 48, 49, 50, 51) \
-  ROW(TYPE, 13, 52, 53, 54, 55) \
-  ROW(TYPE, 14, 56, 57, 58, 59) \
-  ROW(TYPE, 15, 60, 61, 62, 63)
 #define DEQCORE_ROWS_8X4(ROW, TYPE) \
+  DEQCORE_FORK(2, 0, 1, 4) \
+  DEQCORE_FORK(1, 0, 0, 2) \
+  DEQCORE_LEAF(0, 1) \
   ROW(TYPE, 0, 0, 1, 2, 3) \
   ROW(TYPE, 1, 4, 5, 6, 7) \
+  DEQCORE_LEAF(2, 3) \
   ROW(TYPE, 2, 8, 9, 10, 11) \
   ROW(TYPE, 3, 12, 13, 14, 15) \
+  DEQCORE_FORK(1, 4, 0, 6) \
+  DEQCORE_LEAF(4, 5) \
   ROW(TYPE, 4, 16, 17, 18, 19) \
   ROW(TYPE, 5, 20, 21, 22, 23) \
+  DEQCORE_LEAF(6, 7) \
   ROW(TYPE, 6, 24, 25, 26, 27) \
   ROW(TYPE, 7, 28, 29, 30, 31)
-#define DEQCORE_8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#define DEQCORE_16(X) DEQCORE_8(X) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
+#define DEQCORE_ROWS_16X4(ROW, TYPE) \
+  DEQCORE_FORK(3, 0, 2, 8) \
+  DEQCORE_FORK(2, 0, 1, 4) \
+  DEQCORE_FORK(1, 0, 0, 2) \
+  DEQCORE_LEAF(0, 1) \
+  ROW(TYPE, 0, 0, 1, 2, 3) \
+  ROW(TYPE, 1, 4, 5, 6, 7) \
+  DEQCORE_LEAF(2, 3) \
+  ROW(TYPE, 2, 8, 9, 10, 11) \
+  ROW(TYPE, 3, 12, 13, 14, 15) \
+  DEQCORE_FORK(1, 4, 0, 6) \
+  DEQCORE_LEAF(4, 5) \
+  ROW(TYPE, 4, 16, 17, 18, 19) \
+  ROW(TYPE, 5, 20, 21, 22, 23) \
+  DEQCORE_LEAF(6, 7) \
+  ROW(TYPE, 6, 24, 25, 26, 27) \
+  ROW(TYPE, 7, 28, 29, 30, 31) \
+  DEQCORE_FORK(2, 8, 1, 12) \
+  DEQCORE_FORK(1, 8, 0, 10) \
+  DEQCORE_LEAF(8, 9) \
+  ROW(TYPE, 8, 32, 33, 34, 35) \
+  ROW(TYPE, 9, 36, 37, 38, 39) \
+  DEQCORE_LEAF(10, 11) \
+  ROW(TYPE, 10, 40, 41, 42, 43) \
+  ROW(TYPE, 11, 44, 45, 46, 47) \
+  DEQCORE_FORK(1, 12, 0, 14) \
+  DEQCORE_LEAF(12, 13) \
+  ROW(TYPE, 12, 48, 49, 50, 51) \
+  ROW(TYPE, 13, 52, 53, 54, 55) \
+  DEQCORE_LEAF(14, 15) \
+  ROW(TYPE, 14, 56, 57, 58, 59) \
+  ROW(TYPE, 15, 60, 61, 62, 63)
+#define DEQCORE_BIT(name, from, mask) \
+  "and.b32 op, " from ", " #mask "; setp.ne.u32 " #name ", op, 0;\n"
+#define DEQCORE_BITS_8(from) \
+  DEQCORE_BIT(bit0, from, 1) DEQCORE_BIT(bit1, from, 2) DEQCORE_BIT(bit2, from, 4) \
+  DEQCORE_BIT(done, from, 8)
+#define DEQCORE_BITS_16(from) \
+  DEQCORE_BIT(bit0, from, 1) DEQCORE_BIT(bit1, from, 2) DEQCORE_BIT(bit2, from, 4) \
+  DEQCORE_BIT(bit3, from, 8) DEQCORE_BIT(done, from, 16)
 
 // A column's numbers, x0 to x3 or x7, from shared memory at `at`; IF is a predicate or nothing.
 #define DEQCORE_LOAD_F32_4(IF) IF "ld.shared.v4.f32 {x0, x1, x2, x3}, [at];\n"
@@ -84,39 +123,42 @@ constexpr int kPartStride = kWarp + 1;  // from one entry's parts to the next on
 #define DEQCORE_WIDEN_F16_8 \
   DEQCORE_WIDEN_F16_4 DEQCORE_F16_PAIR(h2, x4, x5) DEQCORE_F16_PAIR(h3, x6, x7)
 
-// The first code of a batch, its column, and the jump there. BATCH and OWN are operands, the batch
+// The first code of a batch, its column, and the way to it. BATCH and OWN are operands, the batch
 // and the lane's place in a chunk; FIRST reads the first codes, and sets p to what is read next.
-#define DEQCORE_LABEL(row) "R" #row "_%=, "
-#define DEQCORE_START(EACH, LOAD, OWN, FIRST) \
+#define DEQCORE_START(BITS, LOAD, OWN, FIRST) \
   "{\n" \
   ".reg .b32 own, code, op, at, p, s, q, h0, h1, h2, h3; .reg .b16 b0, b1;\n" \
-  ".reg .f32 v, u, x0, x1, x2, x3, x4, x5, x6, x7; .reg .pred other;\n" \
-  "T%=: .branchtargets " EACH(DEQCORE_LABEL) "E%=;\n" \
+  ".reg .f32 v, u, x0, x1, x2, x3, x4, x5, x6, x7;\n" \
+  ".reg .pred other, done, bit0, bit1, bit2, bit3;\n" \
   "mov.b32 own, " OWN ";\n" FIRST \
-  "and.b32 op, q, 127; bfe.u32 at, q, 8, 20; add.u32 at, at, own;\n" LOAD("") DEQCORE_JUMP
-#define DEQCORE_JUMP "brx.idx.uni op, T%=;\n"
+  "bfe.u32 at, q, 8, 20; add.u32 at, at, own;\n" LOAD("") BITS("q") \
+  "T%=: @done bra.uni E%=;\n"
+#define DEQCORE_JUMP "bra.uni T%=;\n"
 #define DEQCORE_END "E%=:\n}\n"
 
 // What an instruction begins with: the next code taken apart. It ends with reading the next value,
 // and the code after the next, which nothing waits for before the jump.
-#define DEQCORE_ENTRY(row) \
-  "R" #row "_%=:\n" \
-  "and.b32 op, code, 127; and.b32 q, code, 128; setp.ne.u32 other, q, 0;\n" \
+#define DEQCORE_ENTRY(row, BITS) \
+  "R" #row "_%=:\n" BITS("code") DEQCORE_BIT(other, "code", 128) \
   "shr.u32 at, code, 8; add.u32 at, at, own;\n"
 #define DEQCORE_FMA(sum, x) "fma.rn.f32 %" #sum ", v, x" #x ", %" #sum ";\n"
 #define DEQCORE_READ_VALUE "ld.shared.v2.b32 {v, code}, [p]; add.u32 p, p, 8;\n"
-#define DEQCORE_LINEAR_4(TYPE, row, a, b, c, d) \
-  DEQCORE_ENTRY(row) DEQCORE_WIDEN_##TYPE##_4 \
+#define DEQCORE_ADD_4(TYPE, a, b, c, d) \
+  DEQCORE_WIDEN_##TYPE##_4 \
   DEQCORE_FMA(a, 0) DEQCORE_FMA(b, 1) DEQCORE_FMA(c, 2) DEQCORE_FMA(d, 3) \
   DEQCORE_LOAD_##TYPE##_4("@other ") DEQCORE_READ_VALUE DEQCORE_JUMP
+#define DEQCORE_LINEAR_8_4(TYPE, row, a, b, c, d) \
+  DEQCORE_ENTRY(row, DEQCORE_BITS_8) DEQCORE_ADD_4(TYPE, a, b, c, d)
+#define DEQCORE_LINEAR_16_4(TYPE, row, a, b, c, d) \
+  DEQCORE_ENTRY(row, DEQCORE_BITS_16) DEQCORE_ADD_4(TYPE, a, b, c, d)
 #define DEQCORE_LINEAR_8(TYPE, row, a, b, c, d, e, f, g, h) \
-  DEQCORE_ENTRY(row) DEQCORE_WIDEN_##TYPE##_8 \
+  DEQCORE_ENTRY(row, DEQCORE_BITS_8) DEQCORE_WIDEN_##TYPE##_8 \
   DEQCORE_FMA(a, 0) DEQCORE_FMA(b, 1) DEQCORE_FMA(c, 2) DEQCORE_FMA(d, 3) \
   DEQCORE_FMA(e, 4) DEQCORE_FMA(f, 5) DEQCORE_FMA(g, 6) DEQCORE_FMA(h, 7) \
   DEQCORE_LOAD_##TYPE##_8("@other ") DEQCORE_READ_VALUE DEQCORE_JUMP
 // Two chains, v and u, whose sum is the lane's part.
 #define DEQCORE_OUTER_8(TYPE, row, a, b, c, d, e, f, g, h) \
-  DEQCORE_ENTRY(row) DEQCORE_WIDEN_##TYPE##_8 \
+  DEQCORE_ENTRY(row, DEQCORE_BITS_8) DEQCORE_WIDEN_##TYPE##_8 \
   "mul.rn.f32 v, %" #a ", x0; mul.rn.f32 u, %" #e ", x4;\n" \
   "fma.rn.f32 v, %" #b ", x1, v; fma.rn.f32 u, %" #f ", x5, u;\n" \
   "fma.rn.f32 v, %" #c ", x2, v; fma.rn.f32 u, %" #g ", x6, u;\n" \
@@ -134,22 +176,22 @@ constexpr int kPartStride = kWarp + 1;  // from one entry's parts to the next on
 #define DEQCORE_CHANGED(number) "+f"(number)
 #define DEQCORE_READ(number) "f"(number)
 
-#define DEQCORE_RUN_LINEAR(EACH, ROWS, LOAD, BATCH, OWN, SUMS) \
-  asm volatile(DEQCORE_START(EACH, LOAD, OWN, \
+#define DEQCORE_RUN_LINEAR(BITS, ROWS, LOAD, BATCH, OWN, SUMS) \
+  asm volatile(DEQCORE_START(BITS, LOAD, OWN, \
                  "ld.shared.v4.b32 {q, at, v, code}, [" BATCH "]; add.u32 p, " BATCH ", 16;\n") \
                ROWS DEQCORE_END : SUMS : "r"(from), "r"(own) : "memory")
 // By type, of the shapes.
 #define DEQCORE_LINEAR_8X8(TYPE) \
-  DEQCORE_RUN_LINEAR(DEQCORE_8, DEQCORE_ROWS_8X8(DEQCORE_LINEAR_8, TYPE), DEQCORE_LOAD_##TYPE##_8, \
+  DEQCORE_RUN_LINEAR(DEQCORE_BITS_8, DEQCORE_ROWS_8X8(DEQCORE_LINEAR_8, TYPE), DEQCORE_LOAD_##TYPE##_8, \
                      "%64", "%65", DEQCORE_64_OF(DEQCORE_CHANGED, sums))
 #define DEQCORE_LINEAR_16X4(TYPE) \
-  DEQCORE_RUN_LINEAR(DEQCORE_16, DEQCORE_ROWS_16X4(DEQCORE_LINEAR_4, TYPE), \
+  DEQCORE_RUN_LINEAR(DEQCORE_BITS_16, DEQCORE_ROWS_16X4(DEQCORE_LINEAR_16_4, TYPE), \
                      DEQCORE_LOAD_##TYPE##_4, "%64", "%65", DEQCORE_64_OF(DEQCORE_CHANGED, sums))
 #define DEQCORE_LINEAR_8X4(TYPE) \
-  DEQCORE_RUN_LINEAR(DEQCORE_8, DEQCORE_ROWS_8X4(DEQCORE_LINEAR_4, TYPE), DEQCORE_LOAD_##TYPE##_4, \
+  DEQCORE_RUN_LINEAR(DEQCORE_BITS_8, DEQCORE_ROWS_8X4(DEQCORE_LINEAR_8_4, TYPE), DEQCORE_LOAD_##TYPE##_4, \
                      "%32", "%33", DEQCORE_32_OF(DEQCORE_CHANGED, sums, 0))
 #define DEQCORE_OUTER_8X8(TYPE) \
-  asm volatile(DEQCORE_START(DEQCORE_8, DEQCORE_LOAD_##TYPE##_8, "%65", "mov.b32 s, %66;\n" \
+  asm volatile(DEQCORE_START(DEQCORE_BITS_8, DEQCORE_LOAD_##TYPE##_8, "%65", "mov.b32 s, %66;\n" \
                  "ld.shared.v2.b32 {q, code}, [%64]; add.u32 p, %64, 8;\n") \
                DEQCORE_ROWS_8X8(DEQCORE_OUTER_8, TYPE) DEQCORE_END \
                : : DEQCORE_64_OF(DEQCORE_READ, left), "r"(from), "r"(own), "r"(to) : "memory")

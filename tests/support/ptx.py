@@ -26,7 +26,7 @@ def blocks_of(source: Path, compiler: str) -> list[list[str]]:
 def _statements(text: str) -> list[str]:
     found = []
     for part in re.split(r";|\\n", text):
-        label = re.match(r"\s*((?!T)\w+%=):", part)
+        label = re.match(r"\s*(\w+%=):", part)
         if label:
             found.append(label.group(1) + ":")
             part = part[label.end() :]
@@ -73,7 +73,6 @@ class Machine:
     def __init__(self, statements: list[str], operands: list[int], memory: dict[int, int]) -> None:
         self._statements = statements
         self._labels = {s[:-1]: i for i, s in enumerate(statements) if s.endswith("%=:")}
-        self._table: list[str] = []
         self._registers: dict[str, int] = {}
         self.operands = operands
         self.memory = memory
@@ -90,14 +89,9 @@ class Machine:
         name, rest = statement.split(None, 1)
         if name.startswith("@"):
             return self._step(rest) if self._get(name[1:]) else None
-        if name == "T%=:":
-            self._table = [
-                label.strip() for label in rest.removeprefix(".branchtargets").split(",")
-            ]
-            return None
         words = [word.strip(" {}[]") for word in rest.split(",")]
-        if name == "brx.idx.uni":
-            return self._table[self._get(words[0])]
+        if name == "bra.uni":
+            return words[0]
         if name.startswith("ld.shared"):
             self._load(name, words)
         elif name == "st.shared.f32":
