@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from deqcore._loop import Problem, Run, Solved
 from deqcore._parametrized import uncached
+from deqcore._randomness import Draws
 from deqcore._transforms import refuse_mapped, values_are_unknown
+from deqcore.dropout import masks_of_solve, solve_of
 from deqcore.ops._rows import BEST_STEP
 from deqcore.solvers import Solver
 
@@ -51,8 +53,10 @@ def _with_a_gradient(solved: Solved, first: Tensor) -> Tensor:
 
 
 def _differentiable_steps(run: Run, steps: range) -> None:
+    draws_from = run.draws_from()
     for step in steps:
-        run.watch_draws(step)
+        if step == draws_from and step > 1:
+            run.draws = Draws(run.x.device)
         # The first step of an empty batch gives its value a graph, as other adjoints do.
         needed = step == 1 and torch.is_grad_enabled()
         if run.solver.check_every and not needed and not run.rows.remaining.item():
@@ -75,12 +79,13 @@ def _checkpointed_steps(run: Run, steps: range) -> None:
         part = copy.copy(run)
         part.take(pytree.tree_unflatten(list(leaves), spec))
         part.taken = steps.start - 1  # in backward, too
-        with uncached():
+        with uncached(), solve_of(masks):
             _differentiable_steps(part, steps)
         parts[:] = [part]
         out, out_specs[0] = pytree.tree_flatten(part.tensors())
         return tuple(out)
 
+    masks = masks_of_solve()
     out_specs: list[pytree.TreeSpec | None] = [None]
     parts: list[Run] = []
     leaves, spec = pytree.tree_flatten(run.tensors())
@@ -89,3 +94,4 @@ def _checkpointed_steps(run: Run, steps: range) -> None:
     run.take(pytree.tree_unflatten(list(out), out_specs[0]))
     part = parts.pop()
     run.latest, run.taken, run.test, run.context = part.latest, part.taken, part.test, part.context
+    run.draws = part.draws

@@ -18,7 +18,6 @@ from deqcore._packing import Packing, check_layout
 from deqcore._parametrized import graph_free
 from deqcore._randomness import Draws
 from deqcore._transforms import refuse_mapped
-from deqcore.dropout import Masks, solving
 from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
 from deqcore.solvers import Solver
 from deqcore.solvers._buffers import counting_changes
@@ -35,7 +34,6 @@ class Problem:
     Attributes:
         calls: evaluations so far.
         aux: what f returned beside the state at the solution, without a graph, with ``has_aux``.
-        masks: what :class:`deqcore.FixedDropout` has drawn for this solve; None: no solve.
         f_dtypes: whose rounding bounds the residual, known after the first call: those that f
             returned and, under autocast, the one that it computes in, which the sum with a float32
             input hides. ``f_dtypes`` given at the start are kept.
@@ -53,7 +51,6 @@ class Problem:
         self.aux: Any = None
         self._latest_aux: Any = None
         self._needs_aux = has_aux
-        self.masks: Masks | None = None
         self.calls = 0
         self.f_dtypes = f_dtypes
         self.buffers = ModuleBuffers() if packing.coupled else None
@@ -92,18 +89,14 @@ class Problem:
             with counting_changes():
                 z = z.clone()
         version = z._version
-        outer, solving.masks = solving.masks, self.masks
-        try:
-            packed, value = self._packed_value(z)
-        finally:
-            solving.masks = outer
+        packed, value = self._packed_value(z)
         if z._version != version:
             raise RuntimeError(
                 "f changed its argument in place, which is the solver's own iterate; return a new "
                 "tensor (z * 0.5, not z.mul_(0.5)), or start f with z = z.clone()"
             )
         if self.calls == 1:
-            leaves = pytree.tree_leaves(value)
+            leaves = [value] if isinstance(value, Tensor) else pytree.tree_leaves(value)
             self.f_dtypes += tuple(leaf.dtype for leaf in leaves) + _autocast_dtypes(self.packing)
         return packed
 
@@ -113,13 +106,13 @@ class Problem:
 
     def _packed_value(self, z: Tensor) -> tuple[Tensor, Any]:
         """f(z) as a matrix, and as f returned it."""
-        value = self.value_of(self.packing.unpack(z), "f(z)")
+        value = self.f(self.packing.unpack(z), *self.args)
+        if self.has_aux or self.calls == 1:
+            value = self.without_aux(value, "f(z)")
         return self.packing.pack(value), value
 
-    def value_of(self, state: Any, what: str) -> Any:
-        """What f returns for a state, aux put aside; ``what`` as in :meth:`Packing.pack`."""
-        self._latest_aux = None
-        value = self.f(state, *self.args)
+    def without_aux(self, value: Any, what: str) -> Any:
+        """What f returned, checked, aux put aside; ``what`` as in :meth:`Packing.pack`."""
         if self.has_aux:
             if not isinstance(value, tuple) or len(value) != 2:
                 raise ValueError(
@@ -127,10 +120,9 @@ class Problem:
                     f"{type(value).__name__}"
                 )
             value, self._latest_aux = value
-        if self.calls == 1:
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, Tensor):
-                    check_layout(leaf, what)
+        for leaf in [value] if isinstance(value, Tensor) else pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                check_layout(leaf, what)
         return value
 
     def solve(
@@ -144,11 +136,13 @@ class Problem:
         with graph_free():
             run = Run(self, z0, solver, frozen)
             watch = _EndWatch(run.rows, solver.check_every)
+            draws_from = run.draws_from()
             f = None
             for step in range(1, solver.max_steps + 1):
                 if watch.all_ended():
                     break
-                run.watch_draws(step)
+                if step == draws_from and step > 1:
+                    run.draws = Draws(z0.device)
                 f = None  # no iterate but the current one is alive while f runs
                 f = self(run.z)
                 if step == 1:
@@ -217,7 +211,8 @@ class Solved:
         dtype = problem.packing.compute_dtype
         trace = None if self.trace is None else self.trace.to(dtype)
         fields = report_fields(self.rows, dtype, problem.calls, trace)
-        return fields | {"draws_numbers": self.draws_numbers}
+        fields["draws_numbers"] = self.draws_numbers
+        return fields
 
 
 def report_fields(
@@ -273,7 +268,7 @@ class Run:
         self.test_state: Any = None
         self.latest: Tensor | None = None  # f, for a look after the last step
         self.first: Tensor | None = None  # plain step, of a differentiable run
-        self.draws = Draws(z0.device, solver.patience, solver.max_steps)
+        self.draws: Draws | None = None
         self.taken = 0  # steps
         # The current iterate; a tensor of its own, so that z0's memory is seen to be shared.
         self.x = z0.to(packing.compute_dtype).contiguous().view(z0.shape)
@@ -290,10 +285,13 @@ class Run:
         rows: Rows = self.state.rows
         return rows
 
-    def watch_draws(self, step: int) -> None:
-        """Before the evaluation of that number."""
-        if step == self.draws.from_step and self.solver.check_every:  # else nothing is looked at
-            self.draws.begin()
+    def draws_from(self) -> int:
+        """The evaluation before which `draws` begins; 0: none, where nothing may be looked at.
+
+        By then what is drawn once in a solve has been drawn, and most solves are over.
+        """
+        solver = self.solver
+        return min(solver.patience, solver.max_steps) if solver.check_every else 0
 
     def begin(self) -> None:
         """After the first call of f: only then is it known what f returns."""
@@ -347,7 +345,8 @@ class Run:
             empty = self.rows.residuals.new_empty(self.x.shape[0], 0)
             trace = torch.stack(self.traces, 1) if self.traces else empty
         solved = Solved(value, self.rows, trace, self.state)
-        solved.draws_numbers = self.draws.were_made()
+        if self.draws is not None:
+            solved.draws_numbers = self.draws.were_made()
         if not self.taken:
             return solved
         if self.test is None:
@@ -370,7 +369,8 @@ class _EndWatch:
 
     def __init__(self, rows: Rows, check_every: int) -> None:
         self.remaining, self.every, self.rows = rows.remaining, check_every, len(rows.status)
-        self.looks = self.last_count = 0
+        self.looks = 0
+        self.last_count: int | float = 0  # above zero
         self.on_host = self.remaining.device.type == "cpu"
         if not self.on_host and check_every:
             self.copy = torch.empty(2, dtype=torch.int32, pin_memory=True)
@@ -388,8 +388,9 @@ class _EndWatch:
         if not self.every or look % self.every:
             return False
         if self.on_host:
-            count = int(self.remaining.item())
-            self.last_count = count or self.last_count
+            count = self.remaining.item()
+            if count:
+                self.last_count = count
             return not count
         index = (look // self.every) % 2
         self.copy[index : index + 1].copy_(self.remaining, non_blocking=True)

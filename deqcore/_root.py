@@ -179,7 +179,9 @@ class RootProblem(Problem):
 
     def _packed_value(self, z: Tensor) -> tuple[Tensor, Any]:
         state = self.packing.unpack(self._unscaled(z))
-        value = self.value_of(state, "g(z)")
+        value = self.f(state, *self.args)
+        if self.has_aux or self.calls == 1:
+            value = self.without_aux(value, "g(z)")
         self.packing.check(value, "g(z)")  # the sum would broadcast a smaller one
         self.g = self.packing.pack(pytree.tree_map(torch.detach, value), "g(z)")
         value = pytree.tree_map(torch.add, state, value)

@@ -29,7 +29,7 @@ from deqcore.adjoints import Adjoint, Implicit
 from deqcore.adjoints._linear import graph_leaves
 from deqcore.adjoints._system import failure_messages, raise_in_backward
 from deqcore.adjoints.implicit import not_twice
-from deqcore.dropout import Masks
+from deqcore.dropout import solve_of
 from deqcore.solvers import Anderson, Solver
 from deqcore.sparse.dense_weights import SolveWeights
 
@@ -137,10 +137,10 @@ class CapturedSolver:
         leaves, self._args_spec = pytree.tree_flatten(args)
         self._calls = 0  # the buffers hold the last
         self._pending: weakref.ref[Tensor] | None = None  # what the last call's node has saved
-        with _on(self._device), recorder.set_up():
+        # Masks of its own: that they are drawn shows that f is random.
+        with _on(self._device), recorder.set_up(), solve_of({}):
             self._args = [_static_copy(leaf) for leaf in leaves]
             problem = Problem(f, pytree.tree_unflatten(self._args, self._args_spec), packing)
-            problem.masks = Masks()  # drawn while recording, which shows that f is random
             if problem.buffers is not None:
                 problem.buffers.remember()
             self._forward = StaticSolve(problem, solver, weights=SolveWeights())

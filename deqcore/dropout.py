@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,24 +12,30 @@ from torch import Tensor, nn
 
 from deqcore._compile import never_traced
 
-
-class Masks:
-    """The masks of one solve, by module, shape, dtype and device."""
-
-    def __init__(self) -> None:
-        self.drawn: dict[tuple[Any, ...], Tensor] = {}
+# The masks of one solve, by module, shape, dtype and device.
+Masks = dict[tuple[Any, ...], Tensor]
 
 
 class _Solving(threading.local):
-    masks: Masks | None = None  # of the solve whose f is being evaluated
+    masks: Masks | None = None  # of the solve that is going on
 
 
 solving = _Solving()
 
 
 def masks_of_solve() -> Masks:
-    """For a solve that begins now: its own, or those of the solve that it is a part of."""
-    return Masks() if solving.masks is None else solving.masks
+    """Those of the solve that is going on, or of one that begins now."""
+    return {} if solving.masks is None else solving.masks
+
+
+@contextlib.contextmanager
+def solve_of(masks: Masks) -> Iterator[None]:
+    """A solve, or a part of one that is done again in backward."""
+    outer, solving.masks = solving.masks, masks
+    try:
+        yield
+    finally:
+        solving.masks = outer
 
 
 class FixedDropout(nn.Module):
@@ -68,7 +75,7 @@ class FixedDropout(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._last = Masks()
+        self._last: Masks = {}
         self._pass = -1  # the backward pass, if any, in which that solve was made
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,10 +103,9 @@ class FixedDropout(nn.Module):
                 "where nobody knows which solve's mask is meant; checkpoint the whole solve instead"
             )
         key = id(self), x.shape, x.dtype, x.device
-        drawn = self._last.drawn
-        if key not in drawn:
-            drawn[key] = self._draw(x)
-        return drawn[key]
+        if key not in self._last:
+            self._last[key] = self._draw(x)
+        return self._last[key]
 
     def _draw(self, x: Tensor) -> Tensor:
         shape = list(x.shape)

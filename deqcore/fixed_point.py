@@ -16,7 +16,7 @@ from deqcore._root import NORMS, RootProblem, packed_scale
 from deqcore._solution import BackwardRecord, Solution
 from deqcore._transforms import refuse_steps_by_values, values_are_unknown
 from deqcore.adjoints import Adjoint, Implicit, Unrolled
-from deqcore.dropout import masks_of_solve
+from deqcore.dropout import masks_of_solve, solving
 from deqcore.solvers import Anderson, Solver
 
 
@@ -181,15 +181,19 @@ def _solve(
     problem: Problem, z0: Tensor, solver: Solver, adjoint: Adjoint, *, relative: bool
 ) -> tuple[Solved, Tensor, BackwardRecord]:
     pending.tell()
-    problem.masks = masks_of_solve()
     record = BackwardRecord()
-    if values_are_unknown(z0):  # by steps of PyTorch's own operations
+    unknown = values_are_unknown(z0)
+    if unknown:
         refuse_steps_by_values(solver.check_every)
-        value, solved = Unrolled().solve(problem, z0, solver, record)
+        adjoint = Unrolled()  # whose steps are PyTorch's own operations
+    outer = solving.masks
+    solving.masks = masks_of_solve()
+    try:
+        value, solved = adjoint.solve(problem, z0, solver, record)
         problem.finish(solved)
-        return solved, value, record
-    value, solved = adjoint.solve(problem, z0, solver, record)
-    problem.finish(solved)
-    wait = solver.check_every > 0
-    warn_of_forward(solved.rows, solved.inconsistent, relative=relative, wait=wait)
+    finally:
+        solving.masks = outer
+    if not unknown:
+        wait = solver.check_every > 0
+        warn_of_forward(solved.rows, solved.inconsistent, relative=relative, wait=wait)
     return solved, value, record
