@@ -47,6 +47,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kMostWords = 3;  // of 8 bytes, that a lane brings
 constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kMostThreads = 1024;  // of a block
 
 enum class Wait { nothing, block, warp, operation, change, left };
 
@@ -96,8 +97,9 @@ struct Scheduler {
   std::vector<int> ready;
   BulkCopy bulk_copies[kMostBulkCopies];  // asked for and not awaited
   int bulk_count = 0;
-  std::vector<void*> old_threads;  // ThreadSanitizer's
-  Fiber host;                      // what called launch
+  std::vector<void*> old_threads, free_threads;  // ThreadSanitizer's
+  char* stacks = nullptr;
+  Fiber host;  // what called launch
   Fiber* running = nullptr;
   int threads = 0;
   const void* noted = nullptr;  // kernel of the next launch
@@ -208,10 +210,12 @@ void fiber_main() {
 }
 
 void start(Fiber& fiber) {
-  if (fiber.stack == nullptr) {
-    fiber.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (scheduler.stacks == nullptr) {
+    scheduler.stacks =
+        static_cast<char*>(mmap(nullptr, kMostThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
+  fiber.stack = scheduler.stacks + fiber.index * kStackBytes;
 #if defined(EMULATION_ASAN)
   // The fiber before left this stack for good, with frames that never returned.
   __asan_unpoison_memory_region(fiber.stack, kStackBytes);
@@ -231,13 +235,20 @@ void start(Fiber& fiber) {
   makecontext(&fiber.context, &fiber_main, 0);
 #endif
 #if defined(EMULATION_TSAN)
-  fiber.thread = __tsan_create_fiber(0);
+  if (scheduler.free_threads.empty()) {
+    fiber.thread = __tsan_create_fiber(0);
+  } else {
+    fiber.thread = scheduler.free_threads.back();
+    scheduler.free_threads.pop_back();
+  }
   arrive_at(start_object());  // the stack is newly mapped
 #endif
 }
 
 // ThreadSanitizer takes a new thread for the dead one whose number it gets, and would see no race
-// between them, so threads live as long as their launch, up to the number that it can keep.
+// between them, so threads live as long as their launch, up to the number that it can keep. The
+// next launch, which comes after all that they did, takes them again: to make one costs a
+// millisecond.
 void destroy_threads() {
 #if defined(EMULATION_TSAN)
   for (void* const thread : scheduler.old_threads) __tsan_destroy_fiber(thread);
@@ -248,8 +259,6 @@ void destroy_threads() {
 void end(Fiber& fiber) {
 #if defined(EMULATION_TSAN)
   scheduler.old_threads.push_back(fiber.thread);
-  munmap(fiber.stack, kStackBytes);  // used again, it would look like a race between blocks
-  fiber.stack = nullptr;
 #else
   (void)fiber;
 #endif
@@ -407,6 +416,10 @@ void end_block() {
   scheduler.bulk_count = 0;
   scheduler.ready.clear();
   for (int i = 0; i < scheduler.threads; ++i) end(scheduler.fibers[i]);
+#if defined(EMULATION_TSAN)
+  munmap(scheduler.stacks, kMostThreads * kStackBytes);  // again, they would look like a race
+  scheduler.stacks = nullptr;
+#endif
   if (scheduler.old_threads.size() > 4096) destroy_threads();
 }
 
@@ -578,7 +591,8 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
   scheduler.threads = threads;
   scheduler.kernel = &kernel;
   scheduler.random = seed * 2 + 1;
-  if (blocks > INT32_MAX || threads > 1024 || threads % kWarp != 0 || shared_bytes > most_shared) {
+  if (blocks > INT32_MAX || threads > kMostThreads || threads % kWarp != 0 ||
+      shared_bytes > most_shared) {
     return "a launch that no GPU would take";
   }
   if (only_launches) return nullptr;
@@ -610,7 +624,9 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
     if (!scheduler.error.empty()) return scheduler.error.c_str();
   }
   leave_from(end_object());
-  destroy_threads();
+  scheduler.free_threads.insert(scheduler.free_threads.end(), scheduler.old_threads.begin(),
+                                scheduler.old_threads.end());
+  scheduler.old_threads.clear();
   return nullptr;
 }
 
