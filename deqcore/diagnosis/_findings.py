@@ -93,7 +93,8 @@ def _repeatable(facts: Facts) -> Finding:
     what = "draws random numbers" if facts.draws else "keeps a state that changes in each call"
     return Finding("repeatable", False,
         f"Two evaluations at the same z differ by {facts.change:.0e} of f(z): f {what}{who}. No "
-        "solver settles further. Call eval(), or draw once for a whole solve.")  # fmt: skip
+        "solver settles further. Call eval(), or draw once for a whole solve (FixedDropout)."
+    )  # fmt: skip
 
 
 def _rows(packing: Packing, coupled: Sequence[int], asked: bool) -> Finding:

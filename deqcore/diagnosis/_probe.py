@@ -17,6 +17,7 @@ from deqcore._module_buffers import ModuleBuffers
 from deqcore._packing import Packing
 from deqcore._random_numbers import RandomNumbers
 from deqcore.adjoints._system import row_bits
+from deqcore.dropout import FixedDropout
 
 STEP = 0.1  # a row is moved by this share of its size, and of f's
 
@@ -145,6 +146,7 @@ def _suspects(called: list[nn.Module]) -> tuple[str, ...]:
         type(module).__name__
         for module in called
         if module.training
+        and not isinstance(module, FixedDropout)
         and (isinstance(module, kinds) or any(key in type(module).__name__ for key in _SUSPECT))
     ]
     return tuple(dict.fromkeys(names))

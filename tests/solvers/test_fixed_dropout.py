@@ -191,3 +191,14 @@ def test_copies_have_masks_of_their_own_and_no_state():
 def test_a_bad_probability_is_refused(p):
     with pytest.raises(ValueError, match="p: expected a probability"):
         FixedDropout(p)
+
+
+def test_a_diagnosis_tells_it_from_dropout_that_is_drawn_anew():
+    fixed = Cell()
+    both = nn.Sequential(nn.Dropout(0.3), fixed.dropout, fixed.linear).double()
+    z0 = torch.ones(4, 6, dtype=torch.float64)
+    fine = deqcore.diagnose(lambda z: 0.5 * fixed.linear(fixed.dropout(z)), z0)
+    assert "Two evaluations at the same z agree" in str(fine)
+    text = " ".join(str(deqcore.diagnose(both, z0)).split())
+    assert "draws random numbers (Dropout in training mode)" in text
+    assert "FixedDropout" in text
