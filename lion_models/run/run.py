@@ -53,6 +53,7 @@ from lion_models.run.log import METRICS, STATE, STATE_SECONDS, RunLog, read_stat
 from lion_models.run.ranks import ALONE, Ranks
 from lion_models.run.report import CONFUSION, REPORT, class_report, read_report
 from lion_models.run.seeding import seed_all
+from lion_models.run.suited import warn_unsuited
 from lion_models.run.trainer import FitState, diverged, fit, freeze_images, score
 from lion_models.run.workbench import Workbench
 
@@ -296,6 +297,9 @@ class Run:
         """Train and write checkpoint and result; returns the latter."""
         if state is not None or self._moved_data is not None:
             check_unchanged(self.folder, self.source, self.split)
+        if ranks.first and self.source not in self.bench.looked_at:
+            self.bench.looked_at.add(self.source)
+            warn_unsuited(self.source, self.split.train, self.backbone)
         task, model = self.task, self.model
         del self.model  # which is about to be trained
         if state is None and ranks.first:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import torch
 
 from lion_models.backbones import FrozenBackbone, load_backbone
@@ -26,6 +28,7 @@ class Workbench:
 
     Attributes:
         images, features: what is kept of images, and of frozen parts' outputs.
+        looked_at: sources that were judged by what the backbone sees of them.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Workbench:
         self.device = device
         self.images = ImageCache(image_cache, workers)
         self.features = FeatureCache()
+        self.looked_at: WeakSet[Source] = WeakSet()
         self._backbones: dict[str, FrozenBackbone] = {}
         self._sources: dict[tuple[object, ...], Source] = {}
 
