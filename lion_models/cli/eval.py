@@ -20,6 +20,7 @@ from lion_models.base.files import make_folder, write_json
 from lion_models.cli import options
 from lion_models.data.verify import BAD_FILES
 from lion_models.run import LoadedRun, Run, load_run
+from lion_models.run.balance import accuracy_text
 from lion_models.run.predict import evaluate_on
 from lion_models.run.report import CONFUSION, REPORT, class_report, read_report
 from lion_models.run.workbench import Workbench
@@ -85,7 +86,7 @@ def command(
             report or report_to) else {}  # fmt: skip
         where = data
     out.print(
-        f"accuracy {100 * figures['accuracy']:.2f}%, cross-entropy {figures['loss']:.4f} "
+        f"accuracy {accuracy_text(figures, digits=2)}, cross-entropy {figures['loss']:.4f} "
         f"nats over {figures['images']} images of {where}",
         highlight=False,
     )

@@ -15,6 +15,7 @@ from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import ProgressBars
 from lion_models.cli.text import folder_in, short_name
 from lion_models.run import Run, RunConfig
+from lion_models.run.balance import accuracy_text
 from lion_models.run.config import check_felt, run_of
 from lion_models.run.data_record import stored_name
 from lion_models.run.folder import read_config
@@ -117,11 +118,11 @@ def _show_result(folder: Path, result: dict[str, Any]) -> None:
     counts = result["parameters"]
     out.print(
         f"chosen epoch {result['best_epoch']}: validation accuracy "
-        f"{100 * result['validation_accuracy']:.1f}%"
+        f"{accuracy_text(result, 'validation_')}"
     )
     if "test" in result:
         out.print(
-            f"test accuracy {100 * result['test']['accuracy']:.1f}% "
+            f"test accuracy {accuracy_text(result['test'])} "
             f"({result['test']['images']} images, read once)"
         )
     out.print(

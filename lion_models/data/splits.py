@@ -91,6 +91,7 @@ class SealedTest:
         score: Callable[[Tensor, Tensor], dict[str, float]],
         chunk: int = 2000,
         again: bool = False,
+        also: Callable[[], dict[str, float]] = dict,
     ) -> dict[str, Any]:
         """Score the test set with final weights and write the ledger.
 
@@ -102,6 +103,7 @@ class SealedTest:
             chunk: images decoded at a time.
             again: call `score` although the ledger holds a reading of these very weights, for what
                 the ledger does not hold.
+            also: gives figures that are no means, once all images are scored.
 
         Returns:
             The mean of each value of `score`, with `images` and `weights`.
@@ -118,7 +120,7 @@ class SealedTest:
             for key, value in score(images, truth).items():
                 totals[key] = totals.get(key, 0.0) + value
         result: dict[str, Any] = {key: value / len(self) for key, value in totals.items()}
-        result |= {"images": len(self), "weights": weights}
+        result |= {**also(), "images": len(self), "weights": weights}
         write_json(ledger, result)
         return result
 

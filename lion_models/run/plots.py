@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from lion_models.base.files import save_figure
+from lion_models.run.balance import UNEQUAL, accuracy_text
 from lion_models.run.config import RunConfig
 
 __all__ = ["draw_traces", "dress", "new_figure", "plot_confusion", "plot_run", "quiet_grid",
@@ -47,11 +48,13 @@ def plot_run(
     curve(accuracy, "train_accuracy", "train", TRAIN_COLOUR, 100)
     curve(accuracy, "validation_accuracy", "validation", VALIDATION_COLOUR, 100)
     best, value = result["best_epoch"], 100 * result["validation_accuracy"]
-    label = f"chosen epoch {best}: {value:.1f}%"
+    label = f"chosen epoch {best}: {accuracy_text(result, 'validation_')}"
     accuracy.plot(best, value, "o", color=VALIDATION_COLOUR, label=label)
     if "test" in result:
         value = 100 * result["test"]["accuracy"]
-        accuracy.axhline(value, color="#D55E00", linestyle="--", label=f"test {value:.1f}%")
+        accuracy.axhline(
+            value, color="#D55E00", linestyle="--", label=f"test {accuracy_text(result['test'])}"
+        )
     accuracy.set_ylim(top=101)
     dress(accuracy, "Accuracy", "epoch", "accuracy (%)")
 
@@ -102,7 +105,10 @@ def plot_confusion(path: Path, report: dict[str, Any]) -> None:
     axis.set_yticks(ticks, names)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    axis.set_title(f"{report['images']} images, accuracy {100 * report['accuracy']:.1f}%")
+    supports = [row["support"] for row in report["classes"] if row["support"]]
+    unequal = max(supports) > UNEQUAL * min(supports)
+    figures = report if unequal else {"accuracy": report["accuracy"]}
+    axis.set_title(f"{report['images']} images, accuracy {accuracy_text(figures)}")
     if len(names) <= 30:
         shown = [[str(value) if value else "" for value in row] for row in counts]
         write_numbers(axis, shown, [[share > 0.55 for share in row] for row in shares], fontsize=8)

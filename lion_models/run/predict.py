@@ -16,6 +16,7 @@ from lion_models.base.errors import UserError, choose, few
 from lion_models.data import decode_image, find_images, open_source
 from lion_models.data.images import UnreadableError
 from lion_models.data.loader import ImageCache
+from lion_models.run.balance import balanced_figure
 from lion_models.run.checkpoint import LoadedRun
 from lion_models.run.trainer import freeze_images, score
 
@@ -189,6 +190,7 @@ def evaluate_on(
             f"was trained for {len(run.classes)} ({few(run.classes)})"
         )
     totals: dict[str, float] = {}
+    predicted = [] if predicted is None else predicted
     everything = (cache or ImageCache(limit=0)).images(source, torch.arange(len(source)))
     labels = source.labels.to(model.head.weight.device).split(CHUNK)
     for images, truth in zip(everything.split(CHUNK), labels, strict=True):
@@ -196,4 +198,5 @@ def evaluate_on(
         for key, value in sums.items():
             totals[key] = totals.get(key, 0.0) + value
     means = {key: value / len(source) for key, value in totals.items()}
-    return means | {"images": len(source)}, source.labels
+    balanced = balanced_figure(source.labels, torch.cat(predicted))
+    return {**means, **balanced, "images": len(source)}, source.labels

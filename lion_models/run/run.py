@@ -31,6 +31,7 @@ from lion_models.data import (
 from lion_models.data.sources import user_folder
 from lion_models.data.splits import earlier_reading
 from lion_models.methods.base import TunedClassifier, count_parameters
+from lion_models.run.balance import balanced_figure
 from lion_models.run.checkpoint import (
     CHECKPOINT,
     LoadedRun,
@@ -349,6 +350,7 @@ class Run:
             "last_loss": state.history[-1]["loss"],
             "validation_accuracy": chosen["validation_accuracy"],
             "validation_loss": chosen["validation_loss"],
+            **{key: chosen[key] for key in ("validation_balanced_accuracy",) if key in chosen},
             "parameters": count_parameters(self.trained.model).to_dict(),
             "train_images": class_counts(self.task).tolist(),
             "skipped_files": list(self.source.skipped),
@@ -387,7 +389,13 @@ class Run:
         sealed = SealedTest(self.source, self.split.test, self.bench.images)
         # A ledger without a report is of a version that wrote none: the same weights are scored
         # again.
-        test = sealed.measure(self.folder / TEST_LEDGER, run.weights, measure, again=True)
+        test = sealed.measure(
+            self.folder / TEST_LEDGER,
+            run.weights,
+            measure,
+            again=True,
+            also=lambda: balanced_figure(torch.cat(truths), torch.cat(predicted)),
+        )
         report = class_report(run.classes, torch.cat(truths), torch.cat(predicted))
         write_json(self.folder / REPORT, report)
         return test

@@ -84,8 +84,10 @@ def separated(features: Tensor, labels: Tensor) -> float:
     within = values - (sums / counts[:, None])[labels]
     spread = within.T @ within / max(1, len(values) - len(counts))
     spread += (1e-6 + 1e-6 * spread.trace()) * torch.eye(spread.shape[0], dtype=spread.dtype)
-    values, sums = (torch.linalg.solve_triangular(
-        torch.linalg.cholesky(spread), part.T, upper=False).T for part in (values, sums))  # fmt: skip
+    root = torch.linalg.cholesky(spread)
+    values, sums = (
+        torch.linalg.solve_triangular(root, part.T, upper=False).T for part in (values, sums)
+    )
     means = (sums / counts[:, None]).expand(len(values), -1, -1).clone()
     own = torch.arange(len(values)), labels
     means[own] = (sums[labels] - values) / (counts[labels] - 1).clamp(min=1)[:, None]

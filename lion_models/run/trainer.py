@@ -25,6 +25,7 @@ from lion_models.methods.registry import recipe_of
 from lion_models.prompts.config import RobustConfig
 from lion_models.prompts.pruning import Pruning, prune_and_rebuild
 from lion_models.run.averaging import Average
+from lion_models.run.balance import balanced_figure
 from lion_models.run.features import FeatureCache, Inputs, freeze_images
 from lion_models.run.loss import TrainingLoss
 from lion_models.run.optimizer import make_optimizer
@@ -210,9 +211,14 @@ def fit(
         if pruning is not None:
             row["kept"] = count_parameters(model).kept
         with tools.average.applied(model):
-            sums = ranks.add(score(model, validation_fixed, validation.labels[part]))
+            predicted: list[Tensor] = []
+            own = validation.labels[part]
+            sums = ranks.add(score(model, validation_fixed, own, predicted))
             row["validation_accuracy"] = sums["accuracy"] / len(validation)
             row["validation_loss"] = sums["loss"] / len(validation)
+            answers = ranks.gather((own.cpu(), torch.cat([own.cpu()[:0], *predicted])))
+            truth, guessed = (torch.cat(parts) for parts in zip(*answers, strict=True))
+            row |= balanced_figure(truth, guessed, "validation_")
             row["seconds"] = time.perf_counter() - start
             eligible = pruning is None or epoch >= pruning.epoch
             best = state.history[state.best_epoch - 1] if state.best_epoch else None

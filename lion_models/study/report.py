@@ -74,6 +74,7 @@ def comparison_content(study: Study) -> dict[str, Any]:
                 "run": trial.folder.name,
                 "recipe": _recipe(trial),
                 "test_accuracy": result["test"]["accuracy"],
+                **_balanced_figure([result["test"].get("balanced_accuracy")]),
                 "validation_accuracy": result["validation_accuracy"],
                 "trained": counts["trained"],
                 "without_head": counts["without_head"],
@@ -88,6 +89,14 @@ def comparison_content(study: Study) -> dict[str, Any]:
             }
         )
     return {"options": _options(study), "cells": cells, "summary": summarise(cells)}
+
+
+def _balanced_figure(values: Sequence[float | None]) -> dict[str, float]:
+    """Their mean by its name; nothing where classes are not unequal in all of them."""
+    whole = [value for value in values if value is not None]
+    if len(whole) < len(values):
+        return {}
+    return {"test_balanced_accuracy": statistics.fmean(whole)}
 
 
 def _options(study: Study) -> dict[str, Any]:
@@ -114,11 +123,13 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             return statistics.fmean(cell[key] for cell in own)
 
         accuracies = [cell["test_accuracy"] for cell in own]
+        balanced = [cell.get("test_balanced_accuracy") for cell in own]
         rows.append(
             {
                 "method": method,
                 "seeds": len(own),
                 "test_accuracy": mean("test_accuracy"),
+                **_balanced_figure(balanced),
                 "test_spread": statistics.stdev(accuracies) if len(own) > 1 else None,
                 "validation_accuracy": mean("validation_accuracy"),
                 **{key: own[0][key] for key in ("without_head", "trained", "kept",
@@ -134,14 +145,18 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def comparison_table(summary: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Test accuracy, trained weights with and without the head, seconds, solver steps.
 
-    Where a method pruned, a column shows the weights that are kept, without the head. VPT-deep is
-    compared with the weights trained, not with those kept.
+    Where a method pruned, a column shows the weights that are kept, without the head; where classes
+    are unequal, one shows the balanced accuracy. The last but two says how many weights more or
+    less than VPT-deep's are trained, without the head.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
     pruned = any(row["kept_without_head"] != row["without_head"] for row in summary)
+    unequal = any(row.get("test_balanced_accuracy") is not None for row in summary)
+    balanced = ["balanced"] if unequal else []
     kept = ["kept"] if pruned else []  # all columns fit a terminal of 80 characters without it
-    for heading in ("accuracy", "trained", "no head", *kept, "vs VPT-deep", "seconds", "steps"):
+    weights = ("trained", "no head", *kept, "weights vs\nVPT-deep")
+    for heading in ("accuracy", *balanced, *weights, "seconds", "steps"):
         table.add_column(heading, justify="right", no_wrap=True)
     vpt = next((row["without_head"] for row in summary if row["method"] == "vpt-deep"), None)
     for row in summary:
@@ -149,14 +164,19 @@ def comparison_table(summary: Sequence[Mapping[str, Any]], title: str) -> Table:
         table.add_row(
             row["method"],
             f"{100 * row['test_accuracy']:.1f}%{spread}",
+            *([_percent(row.get("test_balanced_accuracy"))] if unequal else []),
             f"{row['trained']:,}",
             f"{row['without_head']:,}",
             *([f"{row['kept_without_head']:,}"] if pruned else []),
-            f"{100 * (row['without_head'] / vpt - 1):+.1f}%" if vpt else "",
+            f"{100 * (row['without_head'] / vpt - 1):+.0f}%" if vpt else "",
             f"{row['seconds']:.1f}",
             f"{row['solver_steps']:.1f}" if row["solver_steps"] else "-",
         )
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
 
 
 @dataclass(frozen=True)
@@ -168,11 +188,13 @@ class Measured:
         without_head: parameters that were trained beside the head. Widths that a condition or a
             setting changes change it; then it is that of the largest model.
         accuracies: by condition, a value for each seed, in the order of the seeds.
+        balanced: the same of balanced accuracies, of conditions where classes are unequal.
     """
 
     method: str
     without_head: int
     accuracies: dict[str, list[float]]
+    balanced: dict[str, list[float]]
 
     @property
     def means(self) -> list[float]:
@@ -210,6 +232,7 @@ def measured_methods(content: Mapping[str, Any]) -> list[Measured]:
             method,
             max(row["parameters"]["without_head"] for row in rows.values()),
             {name: [test["accuracy"] for test in row["tests"]] for name, row in rows.items()},
+            {name: values for name, row in rows.items() if (values := _balanced(row))},
         )
         for method, rows in found.items()
         if len(rows) == conditions
@@ -225,11 +248,19 @@ def _figure(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
+def _balanced(row: Mapping[str, Any]) -> list[float]:
+    values = [test.get("balanced_accuracy") for test in row["tests"]]
+    return [] if None in values else values
+
+
 def _cells(tested: Sequence[Measured]) -> list[list[str]]:
     """A row for each method: name, parameters, each condition, and the mean where there are two."""
     rows = []
     for one in tested:
-        row = [one.method, f"{one.without_head:,}", *map(_figure, one.accuracies.values())]
+        row = [one.method, f"{one.without_head:,}"]
+        for condition, values in one.accuracies.items():
+            balanced = one.balanced.get(condition)
+            row.append(_figure(values) + (f" / {_figure(balanced)}" if balanced else ""))
         rows.append(row + ([_figure(one.means)] if len(one.accuracies) > 1 else []))
     return rows
 
@@ -260,8 +291,9 @@ def measured_markdown(content: Mapping[str, Any]) -> str:
     seeds = len(content["tested"][0]["tests"])
     lines += [
         "",
-        f"Test accuracy (%), mean ± standard deviation of {seeds} seeds; no head: trained "
-        "parameters without the classifier. Chosen on validation images:",
+        f"Test accuracy (%), mean ± standard deviation of {seeds} seeds"
+        f"{_about_balanced(tested)}; no head: trained parameters without the classifier. Chosen on "
+        "validation images:",
         "",
         _row(["method", "condition", "setting"]),
         _row(["---"] * 3),
@@ -270,6 +302,10 @@ def measured_markdown(content: Mapping[str, Any]) -> str:
         name = _condition_name(content, row["condition"])
         lines.append(_row([row["method"], name, describe(row["setting"]) or "-"]))
     return "\n".join(lines) + "\n"
+
+
+def _about_balanced(tested: Sequence[Measured]) -> str:
+    return ", and after / the balanced one" if any(one.balanced for one in tested) else ""
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -286,13 +322,13 @@ def sweep_tables(content: Mapping[str, Any], title: str) -> list[Table]:
     tables = [_validation_table(title, content)]
     tested = measured_methods(content)
     if tested:
-        table = _plain_table("test set (%), with what validation chose")
+        table = _plain_table(f"test set (%), with what validation chose{_about_balanced(tested)}")
         for index, heading in enumerate(_headings(tested)):
             table.add_column(heading, justify="right" if index else "left", no_wrap=True)
         for cells in _cells(tested):
             if len(tested[0].accuracies) > 1:
                 cells[-1] = cells[-1].partition(" ")[0]  # tested.md has the mean's spread
-            table.add_row(*(cell.replace("± ", "±") for cell in cells))
+            table.add_row(*(cell.replace("± ", "±").replace(" / ", "/") for cell in cells))
         tables.append(table)
     return tables
 
