@@ -243,7 +243,7 @@ DEQCORE_DEVICE void store_sums(const MaskedLinearArgs& args, int64_t token, int6
   }
   S* const y = static_cast<S*>(args.y) + row;
   each_eight<S>(sums, [&](int i, int j, const Pack<S, 8>& eight) {
-    if (token + i < args.tokens) store<true, 8>(y + (token + i) * args.weight.rows + j, eight, 8);
+    if (token + i < args.tokens) store_whole(y + (token + i) * args.weight.rows + j, eight);
   });
 }
 
