@@ -12,7 +12,7 @@ from rich.console import Console
 from lion_models.cli import options
 from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import TrialBars
-from lion_models.cli.text import folder_in, listed, numbers, short_name
+from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
 from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.run.config import check_felt, run_of
 from lion_models.study.presets import run_comparison
@@ -85,5 +85,6 @@ def compare(
         )
     shots = f"{base['shots']} images a class" if base["shots"] else "all images"
     seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
-    out.print(comparison_table(result["summary"], f"{base['data']}, {shots}, {seed_text}"))
+    table = comparison_table(result["summary"], f"{base['data']}, {shots}, {seed_text}")
+    out.print(fit_table(table, out))
     out.print(f"wrote {folder}/compare.json and {folder}/compare.png", soft_wrap=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lion_models.base.errors import UserError, choose
+from lion_models.cli.text import fit_table
 from lion_models.data.named.catalogue import CATALOGUE, find_files
 from lion_models.data.named.prepare import prepare
 
@@ -33,7 +34,8 @@ def list_data() -> None:
         here = "yes" if find_files(entry) else "no"
         counts = f"{entry.classes}", f"{entry.images:,}"
         table.add_row(entry.name, *counts, here, entry.licence, entry.what)
-    Console().print(table)
+    wide = Console()
+    wide.print(fit_table(table, wide))
     out.print(
         "'lion data prepare NAME' fetches what is not here. Also: torchvision:NAME, hf:NAME, and "
         "folders (a sub-folder per class, IDX, VTAB-1k, saved Hugging Face data sets)."

@@ -18,6 +18,7 @@ from lion_models.backbones import load_backbone
 from lion_models.base.errors import UserError
 from lion_models.base.files import make_folder, write_json
 from lion_models.cli import options
+from lion_models.cli.text import fit_table
 from lion_models.data.verify import BAD_FILES
 from lion_models.run import LoadedRun, Run, load_run
 from lion_models.run.balance import accuracy_text
@@ -91,7 +92,7 @@ def command(
         highlight=False,
     )
     if report:
-        out.print(_report_table(classes))
+        out.print(fit_table(_report_table(classes), out))
     if report_to is not None:
         from lion_models.run.plots import plot_confusion
 

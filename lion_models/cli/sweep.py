@@ -14,7 +14,7 @@ from rich.console import Console
 from lion_models.base.errors import UserError
 from lion_models.cli import options
 from lion_models.cli.progress import TrialBars
-from lion_models.cli.text import folder_in, listed, numbers, short_name
+from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
 from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.run.config import check_felt
 from lion_models.study.plan import Plan, parse_axis
@@ -97,7 +97,7 @@ def command(
     marked = "what was chosen" if plan.over else "* is chosen"
     where = "" if any(axis.key == "data" for axis in plan.over) else f"{data}, "
     for table in sweep_tables(content, f"{where}{len(plan.seeds)} {plural}; {marked}"):
-        out.print(table)
+        out.print(fit_table(table, out))
     wrote = ["sweep.json", "sweep.png"] + ["tested.md", "tested.png"] * bool(content["tested"])
     out.print(f"wrote {', '.join(wrote)} in {folder}", soft_wrap=True)
     if content["failed"]:

@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Column, Table
+
 from lion_models.base.errors import UserError, choose
 
-__all__ = ["dashed", "distinct", "folder_in", "listed", "numbers", "short_name"]
+__all__ = ["dashed", "distinct", "fit_table", "folder_in", "listed", "numbers", "short_name"]
 
 
 def dashed(message: str) -> str:
@@ -42,6 +46,31 @@ def distinct(option: str, values: list[Any]) -> list[Any]:
     if twice is not None:
         raise UserError(f"{option}: {twice} is there twice; leave one out")
     return values
+
+
+def fit_table(table: Table, console: Console) -> Table:
+    """The table, or where it is too wide for the console, a line for each figure of a row."""
+    around = 3 * len(table.columns) + 1 if table.show_edge else 2 * len(table.columns) - 2
+    if sum(map(_least_width, table.columns)) + around <= console.width:
+        return table
+    narrow = Table(box=None, show_header=False, title=table.title, title_justify="left")
+    narrow.add_column()
+    narrow.add_column(overflow="fold")
+    headings = [str(column.header).replace("\n", " ") for column in table.columns]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        for heading, cell in zip(headings, cells, strict=True):
+            narrow.add_row(heading, cell)
+        narrow.add_row()
+    narrow.caption = table.caption
+    return narrow
+
+
+def _least_width(column: Column) -> int:
+    """Of the longest line where a column does not wrap, else of the longest word."""
+    texts = [str(column.header), *map(str, column.cells)]
+    parts = [part for text in texts for part in (
+        text.splitlines() if column.no_wrap else text.split())]  # fmt: skip
+    return max(map(cell_len, parts), default=0)
 
 
 def short_name(data: str) -> str:

@@ -9,15 +9,16 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lion_models.base.files import save_figure
 from lion_models.run.balance import UNEQUAL, accuracy_text
 from lion_models.run.config import RunConfig
 
-__all__ = ["draw_traces", "dress", "new_figure", "plot_confusion", "plot_run", "quiet_grid",
-           "write_numbers"]  # fmt: skip
+__all__ = ["draw_traces", "dress", "middle_out", "new_figure", "plot_confusion", "plot_run",
+           "quiet_grid", "write_numbers"]  # fmt: skip
 
+MOST_CLASSES, SHOWN_CLASSES = 30, 20  # of a confusion matrix
 TRAIN_COLOUR, VALIDATION_COLOUR = "#999999", "#0072B2"
 SIDE_COLOURS = {"input": "#009E73", "output": "#CC79A7"}
 
@@ -38,7 +39,8 @@ def plot_run(
     figure, [axes] = new_figure(4.6 * panels, 4.2, columns=panels)
     data = config.data
     shots = f"{data.shots} images a class" if data.shots else "all images"
-    figure.suptitle(f"{config.method.name} on {data.data}, {shots}, seed {config.training.seed}")
+    where = middle_out(data.data, 60)
+    figure.suptitle(f"{config.method.name} on {where}, {shots}, seed {config.training.seed}")
     accuracy, loss = axes[:2]
     epochs = [row["epoch"] for row in history]
 
@@ -60,13 +62,24 @@ def plot_run(
 
     curve(loss, "loss", "train", TRAIN_COLOUR)
     curve(loss, "validation_loss", "validation", VALIDATION_COLOUR)
-    loss.set_yscale("log")
-    loss.yaxis.set_major_formatter(ScalarFormatter())
+    _log_scale(loss)
     dress(loss, "Loss", "epoch", "cross-entropy (nats, log scale)")
 
     if traces["after"]:
         draw_traces(axes[2], traces)
     save_figure(path, figure)
+
+
+def _log_scale(axis: Axes) -> None:
+    """A logarithmic y axis with all of its numbers written in one way."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    if high < 100 * low:  # else powers of ten alone are written
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        if high < 2 * low:
+            axis.yaxis.set_major_locator(MaxNLocator(5))
 
 
 def draw_traces(axis: Axes, traces: dict[str, dict[str, list[list[float]]]]) -> None:
@@ -82,12 +95,15 @@ def draw_traces(axis: Axes, traces: dict[str, dict[str, list[list[float]]]]) -> 
             axis.plot(steps, middle, style, color=colour, label=label)
             if moment == "after":
                 axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    axis.set_yscale("log")
+    _log_scale(axis)
     dress(axis, "Equilibrium solves", "solver step", "residual, rms(f(z) - z), 10-90% of images")
 
 
 def plot_confusion(path: Path, report: dict[str, Any]) -> None:
     """Draw the confusion matrix of a report: a row is a true class, coloured by its share.
+
+    Of more than 30 classes, the 20 that are most often mistaken are drawn, and a column for all
+    others.
 
     Args:
         path: PNG to write.
@@ -95,24 +111,51 @@ def plot_confusion(path: Path, report: dict[str, Any]) -> None:
     """
     names = [row["class"] for row in report["classes"]]
     counts = report["confusion"]
+    every = len(names)
+    if every > MOST_CLASSES:
+        names, counts = _most_mistaken(names, counts)
     shares = [[value / max(1, sum(row)) for value in row] for row in counts]
-    side = min(16.0, 2.4 + 0.5 * len(names))
-    figure, [[axis]] = new_figure(side + 0.8, side)
+    names = [middle_out(name) for name in names]
+    side = 2.4 + 0.4 * len(counts) + 0.09 * max(map(len, names))
+    figure, [[axis]] = new_figure(side + 0.8, side + 0.3)
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    ticks = range(len(names))
-    axis.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 3 else 0)
-    axis.set_yticks(ticks, names)
+    axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0)
+    axis.set_yticks(range(len(counts)), names[: len(counts)])
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     supports = [row["support"] for row in report["classes"] if row["support"]]
     unequal = max(supports) > UNEQUAL * min(supports)
     figures = report if unequal else {"accuracy": report["accuracy"]}
-    axis.set_title(f"{report['images']} images, accuracy {accuracy_text(figures)}")
-    if len(names) <= 30:
-        shown = [[str(value) if value else "" for value in row] for row in counts]
-        write_numbers(axis, shown, [[share > 0.55 for share in row] for row in shares], fontsize=8)
+    title = f"{report['images']} images, accuracy {accuracy_text(figures)}"
+    if every > len(counts):
+        title += f"\nthe {len(counts)} of {every} classes that are most often mistaken"
+    axis.set_title(title, fontsize=11)
+    shown = [[str(value) if value else "" for value in row] for row in counts]
+    write_numbers(axis, shown, [[share > 0.55 for share in row] for row in shares], fontsize=8)
     save_figure(path, figure)
+
+
+def _most_mistaken(
+    names: Sequence[str], counts: Sequence[Sequence[int]]
+) -> tuple[list[str], list[list[int]]]:
+    """The classes with most mistakes, as truth or as answer, and the other answers as one."""
+    mistakes = [
+        sum(row) + sum(other[label] for other in counts) - 2 * row[label]
+        for label, row in enumerate(counts)
+    ]
+    worst = sorted(range(len(names)), key=lambda label: (-mistakes[label], label))[:SHOWN_CLASSES]
+    worst.sort()
+    rows = [[counts[truth][answer] for answer in worst] for truth in worst]
+    rows = [[*row, sum(counts[truth]) - sum(row)] for truth, row in zip(worst, rows, strict=True)]
+    return [*(names[label] for label in worst), "all others"], rows
+
+
+def middle_out(name: str, most: int = 24) -> str:
+    """A name without its middle where it is long, so that its beginning and end tell it."""
+    if len(name) <= most:
+        return name
+    return f"{name[: most - most // 3 - 1]}…{name[-(most // 3) :]}"
 
 
 def write_numbers(

@@ -13,7 +13,14 @@ from matplotlib.axes import Axes
 
 from lion_models.base.files import save_figure
 from lion_models.methods.registry import colour_of
-from lion_models.run.plots import draw_traces, dress, new_figure, quiet_grid, write_numbers
+from lion_models.run.plots import (
+    draw_traces,
+    dress,
+    middle_out,
+    new_figure,
+    quiet_grid,
+    write_numbers,
+)
 
 __all__ = ["plot_comparison", "plot_sweep", "plot_tested"]
 
@@ -32,8 +39,12 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     by_method: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         by_method.setdefault(cell["method"], []).append(cell)
-    figure, [[points, curves, last]] = new_figure(4.6 * 3, 4.2, columns=3)
-    figure.suptitle(title)
+    traced = [cell["traces"] for cell in cells if cell["traces"]["after"]]
+    widths = [max(4.6, 1.3 * len(by_method)), 4.6] + [4.6] * bool(traced)
+    ratios = {"width_ratios": widths}
+    figure, [panels] = new_figure(sum(widths), 4.2, columns=len(widths), gridspec_kw=ratios)
+    points, curves = panels[:2]
+    figure.suptitle(middle_out(title, 90))
     labels = []
     for at, (method, own) in enumerate(by_method.items()):
         labels.append(f"{method}\n{own[0]['without_head']:,} weights\n+ head")
@@ -53,7 +64,7 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
         if len(own) > 1:
             low, high = [min(epoch) for epoch in epochs], [max(epoch) for epoch in epochs]
             curves.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
-    points.set_xticks(range(len(labels)), labels)
+    points.set_xticks(range(len(labels)), labels, fontsize=8)
     points.set_xlim(-0.5, len(labels) - 0.3)
     everything = [100 * cell["test_accuracy"] for cell in cells]
     points.set_ylim(max(0.0, min(everything) - 5), min(101.0, max(everything) + 5))
@@ -61,11 +72,8 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     dress(points, about, "", "accuracy (%)", legend=False)
     points.grid(axis="x", visible=False)
     dress(curves, "Validation while training (band: all seeds)", "epoch", "accuracy (%)")
-    traced = [cell["traces"] for cell in cells if cell["traces"]["after"]]
     if traced:
-        draw_traces(last, traced[0])
-    else:
-        last.set_axis_off()
+        draw_traces(panels[2], traced[0])
     save_figure(path, figure)
 
 
@@ -104,7 +112,8 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
             if settings is None:
                 axis.set_axis_off()
                 continue
-            axis.set_title(f"{method}, {condition}" if condition else method, fontsize=11)
+            title = f"{method}, {condition}" if condition else method
+            axis.set_title(middle_out(title, 50), fontsize=11)
             keys = _varying(settings)
             if len(keys) == 2:
                 _heat_map(axis, settings, keys)
@@ -132,7 +141,7 @@ def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float
             axis.set_axis_off()
             continue
         title = titles[position]
-        axis.set_title(title, fontsize=11)
+        axis.set_title(middle_out(title, 34), fontsize=11)
         for row, (method, (_, accuracies)) in enumerate(tested.items()):
             seeds = zip(*accuracies.values(), strict=True)
             values = accuracies.get(title) or [statistics.fmean(seed) for seed in seeds]
@@ -145,7 +154,9 @@ def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float
     panels[0][0].set_yticks(range(len(labels)), labels, fontsize=9)
     panels[0][0].set_ylim(len(labels) - 0.5, -0.5)
     figure.supxlabel("test accuracy (%); a dot is a seed, the bar their mean", fontsize=10)
-    figure.supylabel("method, trained parameters without the head", fontsize=10)
+    figure.suptitle(
+        "method, and its trained parameters without the head", fontsize=10, x=0.01, ha="left"
+    )
     save_figure(path, figure)
 
 
@@ -178,8 +189,8 @@ def _heat_map(axis: Axes, settings: list[dict[str, Any]], keys: list[str]) -> No
     chosen = settings[0]["setting"]
     at = rows.index(chosen[down]) * len(columns) + columns.index(chosen[across])
     axis.texts[at].set_fontweight("bold")
-    axis.set_xticks(range(len(columns)), [str(value) for value in columns])
-    axis.set_yticks(range(len(rows)), [str(value) for value in rows])
+    axis.set_xticks(range(len(columns)), [middle_out(str(value), 20) for value in columns])
+    axis.set_yticks(range(len(rows)), [middle_out(str(value), 20) for value in rows])
     axis.set_xlabel(across)
     axis.set_ylabel(down)
 
@@ -191,7 +202,10 @@ def _dots(
     for position, one in enumerate(shown):
         values = [100 * value for run in one["runs"] if (value := by_run.get(run)) is not None]
         _dots_of_seeds(axis, position, values, "#0072B2")
-    labels = [", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-" for one in shown]
+    labels = [
+        middle_out(", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-", 40)
+        for one in shown
+    ]
     axis.set_yticks(range(len(shown)), labels, fontsize=8)
     for label, one in zip(axis.get_yticklabels(), shown, strict=True):
         label.set_fontweight("bold" if one["chosen"] else "normal")

@@ -149,12 +149,16 @@ def comparison_table(summary: Sequence[Mapping[str, Any]], title: str) -> Table:
     are unequal, one shows the balanced accuracy. The last but two says how many weights more or
     less than VPT-deep's are trained, without the head.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("method", no_wrap=True)
     pruned = any(row["kept_without_head"] != row["without_head"] for row in summary)
     unequal = any(row.get("test_balanced_accuracy") is not None for row in summary)
     balanced = ["balanced"] if unequal else []
-    kept = ["kept"] if pruned else []  # all columns fit a terminal of 80 characters without it
+    kept = ["kept"] if pruned else []
+    # All columns but these two fit a terminal of 80 characters with lines between them.
+    plain: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False,
+                             "padding": (0, 1, 0, 0)}  # fmt: skip
+    looks = plain if balanced or kept else {}
+    table = Table(title=title, title_justify="left", **looks)
+    table.add_column("method", no_wrap=True)
     weights = ("trained", "no head", *kept, "weights vs\nVPT-deep")
     for heading in ("accuracy", *balanced, *weights, "seconds", "steps"):
         table.add_column(heading, justify="right", no_wrap=True)
