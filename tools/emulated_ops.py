@@ -45,19 +45,20 @@ class EmulatedOps:
         seed: int = 0,
         places: Sequence[tuple[Tensor, int]] = (),
         refusal: str | None = None,
-        hopper: bool = False,
+        trial: bool = False,
     ) -> Iterator[None]:
         """For a time: threads in that random order; tensors on these GPUs, -1 for the CPU.
 
-        With ``refusal`` every launch fails, with these words; with ``hopper`` the GPU is one.
+        With ``refusal`` every launch fails, with these words; with ``trial`` paths on trial are
+        taken.
         """
         self._library.emulate_seed(ctypes.c_uint64(seed))
         for tensor, gpu in places:
             self._library.emulate_place(ctypes.c_void_p(tensor.data_ptr()), gpu)
         if refusal is not None:
             self._library.emulate_refusal(refusal.encode())
-        if hopper:
-            self._library.emulate_hopper()
+        if trial:
+            self._library.emulate_trial()
         try:
             yield
         finally:

@@ -61,8 +61,10 @@ MASKED_PATHS = {
         "few_blocks": 4,
         "groups": 5,
         "gather": 6,
+        "tiles": 7,
+        "small_tiles": 8,
     },
-    "masked_outer": {"many": 0, "few": 1, "blocks": 2, "segments": 3},
+    "masked_outer": {"many": 0, "few": 1, "blocks": 2, "segments": 3, "tiles": 4},
     "masked_to_dense": {"only": 0},
     "masked_from_dense": {"only": 0},
 }

@@ -203,6 +203,8 @@ def _products() -> dict[str, Callable[[SectorCounter], Any]]:
     found: dict[str, Callable[[SectorCounter], Any]] = {}
     for op, what in (("masked_linear", "forward"), ("masked_outer", "values' gradient")):
         for path in MASKED_PATHS[op]:
+            if path in ("tiles", "small_tiles"):
+                continue  # what strips are to replace
             blocks = path in BY_BLOCKS
             # So many kept entries that what follows them in a workspace begins within a sector.
             tokens = 4 if path == "gather" else 64 if path.startswith("few") else 256

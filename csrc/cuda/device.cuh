@@ -101,14 +101,18 @@ inline const char* check_gpu() {
                     : "needs a GPU of compute capability 8.0 or later; use backend='dense'";
 }
 
-// Whether this build and the current GPU have what hopper.cuh is about, and it is asked for: until
-// a GPU has timed it since it was last changed, it is no one's default.
+// Whether paths are asked for that no GPU has run since they were last changed: they are no one's
+// default until then.
+inline bool takes_trial_paths() {
+  const char* const asked = getenv("DEQCORE_CUDA_TRIAL");
+  return asked != nullptr && strcmp(asked, "1") == 0;
+}
+
+// Of these the ones of hopper.cuh: whether this build and the current GPU have what they need.
 inline bool takes_hopper_paths() {
 #if defined(DEQCORE_SM90A)
-  const char* const asked = getenv("DEQCORE_CUDA_HOPPER");
-  if (asked == nullptr || strcmp(asked, "1") != 0) return false;
   int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
+  return takes_trial_paths() && cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          major == 9;
 #else
@@ -155,7 +159,8 @@ inline void let_next_launch_start() {}
 inline void wait_for_launch_before() {}
 
 inline const char* check_gpu() { return nullptr; }
-inline bool takes_hopper_paths() { return ::emulation::hopper; }
+inline bool takes_trial_paths() { return ::emulation::trial; }
+inline bool takes_hopper_paths() { return ::emulation::trial; }
 inline int64_t most_shared_bytes() { return ::emulation::kMostShared; }
 inline int64_t multiprocessors() { return 132; }
 

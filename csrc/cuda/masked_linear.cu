@@ -1,6 +1,6 @@
 // masked_linear's CUDA kernels: y = x weight^T + bias for a weight of few kept entries, row by row;
-// and which kernels a product goes to. More than 64 tokens of other types than float64 go to strips
-// (masked_linear_strips.cu). No torch.
+// and which kernels a product goes to. On trial (device.cuh), more than 64 tokens of other types
+// than float64 go to strips (masked_linear_strips.cu). No torch.
 //
 // Two launches. The first one turns x round, so that the tokens of a column lie side by side, puts
 // each entry's value beside its place, and looks up where each chunk of columns ends in each row.
@@ -49,8 +49,12 @@ struct Layout {
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kTileRows = kWarps * kRows;
 };
-using Large = Layout<2, 16, 16>;
-using Medium = Layout<2, 4, 8>;
+template <typename S>
+constexpr int kPackTokens = 16 / sizeof(Compute<S>);
+template <typename S>
+using Large = Layout<kPackTokens<S>, 16, 16>;
+template <typename S>
+using Medium = Layout<kPackTokens<S>, 4, 8>;
 using Few = Layout<1, 4, 8>;
 
 // Blocks of the first launch, by what they do.
@@ -233,9 +237,11 @@ const char* launch_layout(const MaskedLinearArgs& args, void* workspace, Stream 
 // Calls run with the layout of a path: run.operator()<S, Layout>().
 template <typename S, typename Run>
 auto with_layout(LinearPath path, const Run& run) {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    if (path == LinearPath::large) return run.template operator()<S, Large>();
-    if (path == LinearPath::medium) return run.template operator()<S, Medium>();
+  if (path == LinearPath::tiles || path == LinearPath::large) {
+    return run.template operator()<S, Large<S>>();
+  }
+  if (path == LinearPath::small_tiles || path == LinearPath::medium) {
+    return run.template operator()<S, Medium<S>>();
   }
   return run.template operator()<S, Few>();
 }
@@ -260,10 +266,15 @@ LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type) {
     return args.tokens <= kFewTokens || tiles < kEnoughBlocks ? LinearPath::few_blocks
                                                               : LinearPath::blocks;
   }
-  if (masked_linear_can_gather(args, type)) return LinearPath::gather;
+  const bool on_trial = takes_trial_paths();
+  if (on_trial && masked_linear_can_gather(args, type)) return LinearPath::gather;
   if (args.tokens <= kFewTokens) return LinearPath::few;
-  const int64_t tiles = blocks_for(args.tokens, 256) * blocks_for(args.weight.rows, 160);
-  return tiles >= kEnoughBlocks ? LinearPath::large : LinearPath::medium;
+  if (!on_trial) {
+    const int64_t tiles = blocks_for(args.tokens, 128) * blocks_for(args.weight.rows, 256);
+    return tiles >= kEnoughBlocks ? LinearPath::tiles : LinearPath::small_tiles;
+  }
+  const int64_t strips = blocks_for(args.tokens, 256) * blocks_for(args.weight.rows, 160);
+  return strips >= kEnoughBlocks ? LinearPath::large : LinearPath::medium;
 }
 
 int64_t masked_linear_workspace_bytes(const MaskedLinearArgs& args, Dtype type, LinearPath path) {

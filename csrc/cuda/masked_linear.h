@@ -18,11 +18,22 @@ struct MaskedLinearArgs {
   int64_t tokens;
 };
 
-// How many tokens a block takes, and how many rows: a matter of speed. The bits of large, medium
-// and few are the same, since each entry of y is summed by one thread in the order of the columns;
-// those of a few tokens (gather) and of the blocks' paths are others. Blocks of bfloat16 and
-// float16 go to tensor cores; of other types they are entries.
-enum class LinearPath { large, medium, few, blocks, few_blocks, groups, gather };
+// How a product is laid out: entries in strips of rows (large, medium) or in tiles, where the tokens
+// are many; few; or gathered. The bits of all but gather are the same, since each entry of y is
+// summed by one thread in the order of the columns. Blocks of bfloat16 and float16 go to tensor
+// cores, in groups of rows on Hopper; of other types they are entries. Strips, gather and groups
+// are on trial (device.cuh).
+enum class LinearPath {
+  large,
+  medium,
+  few,
+  blocks,
+  few_blocks,
+  groups,
+  gather,
+  tiles,
+  small_tiles,
+};
 
 LinearPath masked_linear_path(const MaskedLinearArgs& args, Dtype type);
 

@@ -1,5 +1,5 @@
 // masked_outer's CUDA kernels: the gradient of the kept values alone (SDDMM), row by row; and which
-// kernels it goes to. Many tokens of other types than float64 go to strips
+// kernels it goes to. On trial (device.cuh), many tokens of other types than float64 go to strips
 // (masked_outer_strips.cu). No torch.
 //
 // Two launches. The first one turns both operands round, so that the tokens of a column lie side by
@@ -209,9 +209,8 @@ const char* launch_tokens(const MaskedOuterArgs& args, void* workspace, Stream s
 // Calls run.operator()<S, kTokens>() for a type and a path.
 template <typename S, typename Run>
 auto with_tokens(OuterPath path, const Run& run) {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    if (path == OuterPath::many) return run.template operator()<S, 2>();
-  }
+  constexpr int kMany = 16 / sizeof(Compute<S>);
+  if (path != OuterPath::few) return run.template operator()<S, kMany>();
   return run.template operator()<S, 1>();
 }
 
@@ -229,7 +228,8 @@ OuterPath masked_outer_path(const MaskedOuterArgs& args, Dtype type) {
     return masked_outer_has_segments(args) && takes_hopper_paths() ? OuterPath::segments
                                                                    : OuterPath::blocks;
   }
-  return args.tokens <= 64 ? OuterPath::few : OuterPath::many;
+  if (args.tokens <= 64) return OuterPath::few;
+  return takes_trial_paths() ? OuterPath::many : OuterPath::tiles;
 }
 
 int64_t masked_outer_workspace_bytes(const MaskedOuterArgs& args, Dtype type, OuterPath path) {

@@ -35,7 +35,7 @@ EXPORTED void emulate_refusal(const char* words) {
   emulation::refusal = words == nullptr ? nullptr : emulation::last_refusal.c_str();
 }
 
-EXPORTED void emulate_hopper() { emulation::hopper = true; }
+EXPORTED void emulate_trial() { emulation::trial = true; }
 
 // Forgets all that the functions above have said.
 EXPORTED void emulate_as_usual() {
@@ -43,5 +43,5 @@ EXPORTED void emulate_as_usual() {
   emulation::launches.clear();
   emulate_refusal(nullptr);
   emulate_seed(0);
-  emulation::hopper = false;
+  emulation::trial = false;
 }

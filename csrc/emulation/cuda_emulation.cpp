@@ -40,7 +40,7 @@ std::vector<Launch> launches;
 bool only_launches = false;
 uint64_t seed = 0;
 const char* refusal = nullptr;
-bool hopper = false;
+bool trial = false;
 
 namespace {
 

@@ -56,7 +56,7 @@ extern uint64_t seed;
 // What every launch answers in place of running its kernel; null: it runs.
 extern const char* refusal;
 
-extern bool hopper;  // whether the emulated GPU is one
+extern bool trial;  // whether the paths on trial are taken, Hopper's too
 
 // Runs a kernel; null, or what it did wrong (valid until the next launch).
 // `most_shared`: bytes of shared memory that a block may have, by default what sm_80 gives.

@@ -130,7 +130,7 @@ def _turned(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [1, 130, 300])
 def test_blocks_of_64_are_as_exact_on_hopper(ops, tokens, dtype, name) -> None:
     case = make(128, 192, tokens, 0.5, 64)
-    with ops.emulating(hopper=True, seed=tokens):
+    with ops.emulating(trial=True, seed=tokens):
         check_result(name, case, dtype, partial(run_op, name, ops=ops))
 
 

@@ -17,6 +17,8 @@ ORDERS = st.integers(0, 99)
 LINEAR = ("forward", "input gradient")
 WAYS = [(name, path) for name in LINEAR for path in ("large", "medium", "few")]
 WAYS += [("values' gradient", path) for path in ("many", "few")]
+DEFAULT_WAYS = [(name, path) for name in LINEAR for path in ("tiles", "small_tiles")]
+DEFAULT_WAYS += [("values' gradient", "tiles")]
 BLOCK_WAYS = [(name, path) for name in LINEAR for path in ("blocks", "few_blocks")]
 BLOCK_WAYS += [("values' gradient", "blocks")]
 STRIPS = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,7 +31,7 @@ def emulate(emulator: Emulator, name: str, path: str, order: int, case: Case) ->
     return emulator.masked(op, path, order)(*args)
 
 
-@pytest.mark.parametrize(("name", "path"), WAYS)
+@pytest.mark.parametrize(("name", "path"), WAYS + DEFAULT_WAYS)
 @settings(max_examples=settings().max_examples)
 @given(
     rows=st.integers(0, 70),
@@ -46,7 +48,7 @@ def test_error_is_at_most_twice_the_references(
     check_result(name, case, dtype, partial(emulate, emulator, name, path, order))
 
 
-@pytest.mark.parametrize(("name", "path"), WAYS)
+@pytest.mark.parametrize(("name", "path"), WAYS + DEFAULT_WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_chunks_of_columns_tiles_of_rows_and_of_tokens(emulator, name, path, dtype):
     """9 to 768 columns make a chunk, and up to 320 rows and 256 tokens a tile."""
@@ -111,7 +113,7 @@ def test_a_token_depends_on_nothing_but_itself(emulator, name, dtype, order, tok
     whole = emulate(emulator, name, "large", 1, case)
     last = 140 - tokens
     part = Case(case.pattern, case.x[last:], case.values, case.bias, case.grad[last:])
-    for path in ("large", "medium", "few"):
+    for path in ("large", "medium", "few", "tiles", "small_tiles"):
         assert torch.equal(emulate(emulator, name, path, order, part), whole[last:]), path
 
 
