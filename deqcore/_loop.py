@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from deqcore._checks import Measure, RelativeMeasure, check_frozen_rows, frozen_rows_are_alike
+from deqcore._forked import go_on_with_one_thread
 from deqcore._module_buffers import ModuleBuffers
 from deqcore._packing import Packing, check_layout
 from deqcore._parametrized import graph_free
@@ -261,6 +262,7 @@ class Run:
         frozen: Tensor | None,
         differentiable: bool = False,
     ) -> None:
+        go_on_with_one_thread()
         packing = problem.packing
         self.problem, self.solver, self.packing = problem, solver, packing
         self.differentiable = differentiable

@@ -41,7 +41,11 @@ class ModuleBuffers:
             try:
                 yield
             finally:
-                self.restore()
+                try:
+                    self.restore()
+                except BaseException:  # an interrupt came between two buffers
+                    self.restore()
+                    raise
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,7 +16,10 @@ from deqcore.ops import masked_dense
 Structure = int | str | None
 BLOCKS = (16, 32, 64)
 _STRUCTURES: tuple[Structure, ...] = (None, *BLOCKS, "2:4")
-_HEADER = 16  # bytes of a packed pattern before its bits: rows, columns, kept, structure as int32
+# Bytes of a packed pattern before its bits: rows, columns, kept and a code as int32. The code's
+# lowest byte is the structure; the others are a checksum of all else, zero in what version 0.1.0
+# wrote.
+_HEADER = 16
 
 
 class SparsityPattern:
@@ -129,19 +133,27 @@ class SparsityPattern:
         rows, columns, kept, code = (int(n) for n in data[:_HEADER].view(np.int32))
         cells = rows * columns
         bits = data[_HEADER:]
-        mask = np.unpackbits(bits, count=cells) if bits.size == (cells + 7) // 8 else None
-        if mask is None or not 0 <= code < len(_STRUCTURES) or int(mask.sum()) != kept:
+        whole = min(rows, columns) >= 0 and bits.size == (cells + 7) // 8
+        structure, written = code & 255, (code & 0xFFFFFFFF) >> 8
+        whole &= structure < len(_STRUCTURES)
+        whole = whole and written in (0, _checksum(rows, columns, kept, structure, bits))
+        mask = np.unpackbits(bits, count=cells) if whole else None
+        if mask is None or int(mask.sum()) != kept:
             raise ValueError(
                 f"packed: damaged: a {rows} x {columns} pattern of {kept} entries in {data.size} "
                 "bytes; save it again with SparsityPattern.to_packed()"
             )
         bools = torch.from_numpy(mask.astype(bool).reshape(rows, columns)).to(packed.device)
-        return cls.from_mask(bools, structure=_STRUCTURES[code])
+        return cls.from_mask(bools, structure=_STRUCTURES[structure])
 
     def to_packed(self) -> Tensor:
-        """The pattern as a uint8 tensor on the CPU: a header and one bit for each entry."""
-        code = _STRUCTURES.index(self.structure)
-        header = np.array([*self.shape, self.kept, code], dtype=np.int32).view(np.uint8)
+        """The pattern as a uint8 tensor on the CPU: a header and one bit for each entry.
+
+        The header has a checksum, so that :meth:`from_packed` notices what was damaged.
+        """
+        facts = (*self.shape, self.kept, _STRUCTURES.index(self.structure))
+        code = facts[3] | _checksum(*facts, self._bits) << 8
+        header = np.array([*facts[:3], code], dtype=np.uint32).view(np.uint8)
         return torch.from_numpy(np.concatenate([header, self._bits]))
 
     @property
@@ -253,6 +265,12 @@ class SparsityPattern:
     _digest: bytes
     _choices: dict[Any, tuple[bool, bool]]  # of sparse.choice, as is
     _sparse: dict[Any, bool]
+
+
+def _checksum(rows: int, columns: int, kept: int, structure: int, bits: np.ndarray) -> int:
+    """24 bits of CRC-32, never 0."""
+    header = np.array([rows, columns, kept, structure], dtype=np.int32).tobytes()
+    return zlib.crc32(bits.tobytes(), zlib.crc32(header)) >> 8 or 1
 
 
 def _words(bits: np.ndarray, indices: Tensor) -> Tensor | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lion_models.base.errors import UserError
+from lion_models.base.torch_files import DamagedError, load_torch
 
 __all__ = ["load_weights", "not_fetched", "read_state"]
 
@@ -25,8 +26,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what the damage happens to cause
+        state = load_torch(path)
+    except (DamagedError, SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"`backbone`: {path} is damaged, or not a file of plain weights ({error}); "
             "fetch it again, or save its state dict as safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ __all__ = ["CHECKPOINT", "LoadedRun", "load_run", "read_checkpoint", "save_check
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = "lion_models 1"
+_KEYS = {"format", "method", "config", "backbone", "backbone_sha256", "classes", "normalisation",
+         "sha256"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def save_checkpoint(
         "normalisation": json.dumps(backbone.normalisation),
     }
     tensors = {name: value.cpu().contiguous() for name, value in weights.items()}
+    metadata["sha256"] = _digest(tensors, metadata)
     write_bytes(path, _in_order(save(tensors, metadata)))
 
 
@@ -69,6 +73,12 @@ def _in_order(content: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def _digest(weights: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of all but the backbone's name: where that lies may change, and it has its own."""
+    facts = {k: v for k, v in sorted(metadata.items()) if k not in ("backbone", "sha256")}
+    return hashlib.sha256((json.dumps(facts) + fingerprint(weights)).encode()).hexdigest()
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,6 +105,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(
             f"{path}: a safetensors file, but not a checkpoint of 'lion train' "
             f"(format {metadata.get('format')!r}, expected {FORMAT!r})"
+        )
+    # Version 0.1.0 wrote no checksum; where its name is damaged, it is one that no version wrote.
+    unknown = not metadata.keys() <= _KEYS
+    if unknown or metadata.get("sha256", "") not in ("", _digest(weights, metadata)):
+        raise UserError(
+            f"{path}: damaged: its weights or settings are not those that were written; copy it "
+            "again or repeat the run"
         )
     return weights, metadata
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from lion_models.base.errors import UserError
 from lion_models.base.files import append_line, replacing, write_bytes
 from lion_models.base.optional import require
+from lion_models.base.torch_files import DamagedError, load_torch
 from lion_models.run.trainer import FitState
 
 __all__ = ["METRICS", "STATE", "STATE_SECONDS", "RunLog", "read_state"]
@@ -98,8 +98,8 @@ def read_state(path: Path) -> FitState | None:
     if not path.exists():
         return None
     try:
-        return FitState(**torch.load(path, weights_only=True, map_location="cpu"))
-    except (RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        return FitState(**load_torch(path))
+    except (DamagedError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); start again with `overwrite`") from error
 
 
