@@ -29,7 +29,7 @@ from lion_models.base.files import save_figure, write_json
 
 ROUNDS = 10_000
 POINTS = 200
-WARM_UP = 500  # rounds, after which everything that is kept has been made
+WARM_UP = 1000  # rounds, after which everything that is kept has been made
 BATCH, DIM = 8, 64
 
 
@@ -109,6 +109,10 @@ def measure(count: int = ROUNDS, points: int = POINTS, bar: bool = True) -> dict
     return figures
 
 
+def warm_up(figures: dict[str, list[int]]) -> int:
+    return min(WARM_UP, figures["round"][-1] // 4)
+
+
 def growth(figures: dict[str, list[int]], what: str, after: int) -> float:
     """By least squares, for each round after so many."""
     pairs = [(n, y) for n, y in zip(figures["round"], figures[what], strict=True) if n > after]
@@ -130,13 +134,14 @@ def draw(figures: dict[str, list[int]], path: Path) -> None:
         (axes[1], "python", "Python's own (tracemalloc), kB", "#D55E00", 1e3),
     ):
         values = [value / unit for value in figures[what]]
-        slope = growth(figures, what, WARM_UP)
+        after = warm_up(figures)
+        slope = growth(figures, what, after)
         axis.plot(figures["round"], values, color=colour, linewidth=1.8)
         axis.set_ylim(0, 1.25 * max(values))
         axis.set_ylabel(label)
         axis.grid(color="#E4E4E4")
         axis.spines[["top", "right"]].set_visible(False)
-        text = f"{slope:+.1f} bytes a solve after {WARM_UP}"
+        text = f"{slope:+.1f} bytes a solve after {after}"
         axis.text(0.99, 0.08, text, transform=axis.transAxes, ha="right", color=colour)
     axes[1].set_xlabel("solves")
     save_figure(path, figure)
@@ -149,10 +154,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = measure(options.rounds)
-    slopes = {what: growth(figures, what, WARM_UP) for what in ("resident", "python", "objects")}
+    after = warm_up(figures)
+    slopes = {what: growth(figures, what, after) for what in ("resident", "python", "objects")}
     for what, slope in slopes.items():
         unit = "" if what == "objects" else " bytes"
-        print(f"{what:9} {figures[what][-1]:,}{unit}, {slope:+.3f} a solve after {WARM_UP}")
+        print(f"{what:9} {figures[what][-1]:,}{unit}, {slope:+.3f} a solve after {after}")
     if options.out is not None:
         about = {"torch": torch.__version__, "machine": platform.machine(), "batch": BATCH,
                  "dim": DIM, "growth_a_solve": slopes}  # fmt: skip

@@ -117,6 +117,15 @@ def test_modules_in_eval_mode_are_repeatable_and_row_wise(mode):
     assert diagnosis.coupled_rows == ((0, 1, 2, 3) if mode else ())
 
 
+def test_a_dropout_that_is_fixed_for_a_solve_is_repeatable():
+    torch.manual_seed(1)
+    dropout = deqcore.FixedDropout(0.5)
+    diagnosis = deqcore.diagnose(lambda z: 0.25 * dropout(z) + 1, torch.rand(4, 6))
+    assert diagnosis.ok, str(diagnosis)
+    ordinary = deqcore.diagnose(with_module(nn.Dropout(0.5)), torch.rand(4, 6), max_steps=10)
+    assert "take deqcore.FixedDropout" in ordinary["repeatable"].text
+
+
 def test_rows_that_do_not_depend_on_others_are_not_named():
     def f(z):
         z = 0.5 * z

@@ -18,6 +18,7 @@ from deqcore._random_numbers import RandomNumbers
 from deqcore.diagnosis._findings import Finding, best_damping, find, recommend
 from deqcore.diagnosis._probe import Facts, Probe
 from deqcore.diagnosis._traces import Trace, traced
+from deqcore.dropout import masks_of_solve, solve_of
 from deqcore.regularizers import ritz_values
 from deqcore.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solver
 
@@ -165,7 +166,7 @@ def diagnose(
         raise ValueError("rtol, atol: expected one of them above 0, got 0 for both")
     numbers = RandomNumbers(pytree.tree_leaves(z0)[0])
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), solve_of(masks_of_solve()):  # one f for all solvers
             z0, args = pytree.tree_map(_usable, (z0, args))
             return _Session(f, args, packing, numbers, wanted).run(z0, max_steps, krylov)
     finally:

@@ -49,7 +49,7 @@ def best_damping(values: Tensor) -> float | None:
         return None
     found = min(DAMPINGS, key=lambda damping: rate(values, damping))
     damped = rate(values, found)
-    if damped >= 1 or damped == 0 == plain:
+    if damped > 0.999 or damped == 0 == plain:
         return None
     worth = plain >= 1 or math.log(plain) > WORTH * math.log(max(damped, 1e-16))
     return found if worth else None
@@ -91,10 +91,11 @@ def _repeatable(facts: Facts) -> Finding:
         return Finding("repeatable", True, "Two evaluations at the same z agree.")
     who = f" ({', '.join(facts.suspects)} in training mode)" if facts.suspects else ""
     what = "draws random numbers" if facts.draws else "keeps a state that changes in each call"
+    dropout = any("Dropout" in name for name in facts.suspects)
+    cure = "take deqcore.FixedDropout" if dropout else "draw once for a whole solve (FixedDropout)"
     return Finding("repeatable", False,
         f"Two evaluations at the same z differ by {facts.change:.0e} of f(z): f {what}{who}. No "
-        "solver settles further. Call eval(), or draw once for a whole solve (FixedDropout)."
-    )  # fmt: skip
+        f"solver settles further. Call eval(), or {cure}.")  # fmt: skip
 
 
 def _rows(packing: Packing, coupled: Sequence[int], asked: bool) -> Finding:

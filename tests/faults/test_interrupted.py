@@ -14,6 +14,7 @@ from torch import nn
 
 import deqcore
 from deqcore import Anderson, Broyden, Implicit, NewtonKrylov, Phantom, Picard, Unrolled
+from deqcore.dropout import solving
 from tests.support.problems import equal, generator
 
 PACKAGE = str(Path(deqcore.__file__).parent)
@@ -90,6 +91,7 @@ def ambient():
         len(hooks._global_forward_hooks),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
         torch.is_autocast_enabled("cpu"),
+        solving.masks,
         torch.get_rng_state().tolist(),  # the last
     )
 

@@ -130,7 +130,7 @@ def test_checkpoint_holds_what_was_trained_and_nothing_else(trained: Path):
     assert metadata["classes"] == '["dark", "light", "middle"]'
     assert len(metadata["backbone_sha256"]) == 64
     assert set(metadata) == {"format", "method", "config", "backbone", "backbone_sha256", "classes",
-                             "normalisation"}  # fmt: skip
+                             "normalisation", "sha256"}  # fmt: skip
 
 
 def test_loaded_run_predicts_like_the_trained_one(
