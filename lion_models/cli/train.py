@@ -134,4 +134,4 @@ def _show_result(folder: Path, result: dict[str, Any]) -> None:
             f"pruned to {counts['kept']:,} parameters ({counts['kept_without_head']:,} without "
             f"the head, of which {counts['nonzero_without_head']:,} are not zero)"
         )
-    out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/curves.png", soft_wrap=True)
+    out.print(f"wrote {folder}/checkpoint.safetensors and {folder}/report.html", soft_wrap=True)

@@ -12,7 +12,7 @@ from lion_models.run.checkpoint import CHECKPOINT, read_checkpoint
 from lion_models.run.config import CONFIG, RunConfig
 from lion_models.run.data_record import DATA_RECORD
 from lion_models.run.log import METRICS, STATE
-from lion_models.run.report import CONFUSION, REPORT
+from lion_models.run.report import CONFUSION, PAGE, REPORT
 
 __all__ = ["CURVES", "RESULT", "TEST_LEDGER", "check_same", "is_new", "prepare_folder",
            "read_config"]  # fmt: skip
@@ -22,7 +22,7 @@ TEST_LEDGER = "test.json"
 CURVES = "curves.png"
 OF_EXPORT = ("model.pt2", "model.onnx", "model.pt2.json", "model.onnx.json")
 RUN_FILES = frozenset((CONFIG, DATA_RECORD, METRICS, STATE, CHECKPOINT, RESULT, TEST_LEDGER, REPORT,
-                       CONFUSION, CURVES, "tensorboard", *OF_EXPORT))  # fmt: skip
+                       CONFUSION, PAGE, CURVES, "tensorboard", *OF_EXPORT))  # fmt: skip
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lion_models.base.errors import UserError
 
-__all__ = ["CONFUSION", "REPORT", "class_report", "read_report"]
+__all__ = ["CONFUSION", "PAGE", "REPORT", "class_report", "read_report"]
 
 REPORT = "report.json"
 CONFUSION = "confusion.png"
+PAGE = "report.html"
 
 
 def class_report(classes: tuple[str, ...], truth: Tensor, predicted: Tensor) -> dict[str, Any]:

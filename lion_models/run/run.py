@@ -51,8 +51,10 @@ from lion_models.run.folder import (
     read_config,
 )
 from lion_models.run.log import METRICS, STATE, STATE_SECONDS, RunLog, read_state
+from lion_models.run.page import write_page
 from lion_models.run.ranks import ALONE, Ranks
-from lion_models.run.report import CONFUSION, REPORT, class_report, read_report
+from lion_models.run.reliability import calibration, surest_mistakes, thumbnail, top_accuracy
+from lion_models.run.report import CONFUSION, PAGE, REPORT, class_report, read_report
 from lion_models.run.seeding import seed_all
 from lion_models.run.suited import warn_unsuited
 from lion_models.run.trainer import FitState, diverged, fit, freeze_images, score
@@ -379,11 +381,12 @@ class Run:
         run = self.trained
         predicted: list[Tensor] = []
         truths: list[Tensor] = []
+        chances: list[Tensor] = []
 
         def measure(images: Tensor, labels: Tensor) -> dict[str, float]:
             truths.append(labels)
             fixed = freeze_images(run.model, images)
-            return score(run.model, fixed, labels.to(self.bench.device), predicted)
+            return score(run.model, fixed, labels.to(self.bench.device), predicted, chances)
 
         check_unchanged(self.folder, self.source, self.split)
         sealed = SealedTest(self.source, self.split.test, self.bench.images)
@@ -396,13 +399,37 @@ class Run:
             again=True,
             also=lambda: balanced_figure(torch.cat(truths), torch.cat(predicted)),
         )
-        report = class_report(run.classes, torch.cat(truths), torch.cat(predicted))
+        truth = torch.cat(truths)
+        report = class_report(run.classes, truth, torch.cat(predicted))
+        report |= self._trust(truth, torch.cat(chances))
         write_json(self.folder / REPORT, report)
         return test
 
+    def _trust(self, truth: Tensor, chances: Tensor) -> dict[str, Any]:
+        """What report.json says of the probabilities, with the surest mistakes as pictures."""
+        confidence, predicted = chances.max(1)
+        classes, names = self.source.classes, self.source.row_names()
+        mistakes = []
+        for at in surest_mistakes(truth, chances):
+            row = self.split.test[at : at + 1]
+            mistakes.append(
+                {
+                    "file": str(names[int(row)]) if names else f"row {int(row)}",
+                    "true": classes[truth[at]],
+                    "predicted": classes[predicted[at]],
+                    "confidence": confidence[at].item(),
+                    "picture": thumbnail(self.source.load(row)[0]),
+                }
+            )
+        return {
+            "top5_accuracy": top_accuracy(truth, chances),
+            "calibration": calibration(truth, chances),
+            "mistakes": mistakes,
+        }
+
     def _lacks_pictures(self) -> bool:
         """Whether pictures are missing that could be drawn: none where nothing can be written."""
-        missing = not all((self.folder / name).exists() for name in (CURVES, CONFUSION))
+        missing = not all((self.folder / name).exists() for name in (CURVES, CONFUSION, PAGE))
         return missing and os.access(self.folder, os.W_OK)
 
     def _plot(self, result: dict[str, Any]) -> None:
@@ -411,5 +438,9 @@ class Run:
 
         history = [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
         plot_run(self.folder / CURVES, self.config, history, result)
+        report: dict[str, Any] = {}
         if (self.folder / REPORT).exists():
-            plot_confusion(self.folder / CONFUSION, read_report(self.folder / REPORT))
+            report = read_report(self.folder / REPORT)
+            plot_confusion(self.folder / CONFUSION, report)
+        pictures = {"Curves": self.folder / CURVES, "Confusion": self.folder / CONFUSION}
+        write_page(self.folder / PAGE, self.config, result, report, pictures)

@@ -104,6 +104,7 @@ def score(
     fixed: Tensor,
     labels: Tensor,
     predicted: list[Tensor] | None = None,
+    chances: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """Sums over a set of inputs: correct answers, cross-entropy, and solver steps per layer.
 
@@ -112,6 +113,7 @@ def score(
         fixed: outputs of the model's frozen part, (n, ...).
         labels: int64 (n,).
         predicted: gets the predicted labels, int64 (b,) a batch.
+        chances: gets the probabilities, (b, C) a batch.
     """
     model.eval()
     sums: dict[str, float] = {"accuracy": 0.0, "loss": 0.0}
@@ -123,6 +125,8 @@ def score(
         logits = model.tuned(batch)
         if predicted is not None:
             predicted.append(logits.argmax(1).cpu())
+        if chances is not None:
+            chances.append(logits.float().softmax(1).cpu())
         sums["accuracy"] += float((logits.argmax(1) == truth).sum())
         sums["loss"] += float(F.cross_entropy(logits, truth, reduction="sum"))
         for side, figures in solver_figures(model).items():
