@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from lion_models.base.errors import UserError, did_you_mean
+from lion_models.cli.console import err, fit_streams
 from lion_models.cli.text import dashed
 
 __all__ = ["lion", "plain_warnings"]
@@ -37,6 +37,10 @@ class _Commands(click.RichGroup):
 
     The help of all commands is the first docstring of their files, which needs no import of torch.
     """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        fit_streams()
+        return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -63,25 +67,25 @@ class _Commands(click.RichGroup):
             with plain_warnings():
                 return super().invoke(ctx)
         except UserError as error:
-            _show(f"[bold red]error:[/] {escape(dashed(str(error)))}")
+            _fail(dashed(str(error)))
             ctx.exit(2)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith(("lion_models", "deqcore")):
                 raise
             package = error.name.partition(".")[0]
-            install = escape("pip install 'deqcore[lion]'")
-            _show(f"[bold red]error:[/] lion needs the package '{package}'; run: {install}")
+            _fail(f"lion needs the package '{package}'; run: pip install 'deqcore[lion]'")
             ctx.exit(2)
         except KeyboardInterrupt:
-            _show(
+            err.print(
                 "interrupted; the same command continues: train with --resume, "
-                "compare, sweep and demo by themselves"
+                "compare, sweep and demo by themselves",
+                highlight=False,
             )
             ctx.exit(130)
 
 
-def _show(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(message, highlight=False)
+def _fail(message: str) -> None:
+    err.print(Text("error:", "bold red"), message, highlight=False)
 
 
 @contextmanager

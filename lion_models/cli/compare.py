@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from rich.console import Console
 
 from lion_models.cli import options
+from lion_models.cli.console import out
 from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import TrialBars
 from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
@@ -20,8 +20,6 @@ from lion_models.study.report import comparison_table
 from lion_models.study.runner import TrialRunner
 
 __all__ = ["command", "compare"]
-
-out = Console()
 
 
 @click.command("compare", help=__doc__)

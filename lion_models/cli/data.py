@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import rich_click as click
-from rich.console import Console
 from rich.table import Table
 
 from lion_models.base.errors import UserError, choose
+from lion_models.cli import console
+from lion_models.cli.console import Plain
 from lion_models.cli.text import fit_table
 from lion_models.data.named.catalogue import CATALOGUE, find_files
 from lion_models.data.named.prepare import prepare
 
 __all__ = ["command"]
 
-out = Console(soft_wrap=True)
+out = Plain(soft_wrap=True)
 
 
 @click.group("data", help=__doc__)
@@ -34,8 +35,7 @@ def list_data() -> None:
         here = "yes" if find_files(entry) else "no"
         counts = f"{entry.classes}", f"{entry.images:,}"
         table.add_row(entry.name, *counts, here, entry.licence, entry.what)
-    wide = Console()
-    wide.print(fit_table(table, wide))
+    console.out.print(fit_table(table, console.out))
     out.print(
         "'lion data prepare NAME' fetches what is not here. Also: torchvision:NAME, hf:NAME, and "
         "folders (a sub-folder per class, IDX, VTAB-1k, saved Hugging Face data sets)."

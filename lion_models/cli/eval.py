@@ -9,8 +9,6 @@ from typing import Any
 
 import rich_click as click
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from lion_models.backbones import load_backbone
 from lion_models.base.errors import UserError
 from lion_models.base.files import make_folder, write_json
 from lion_models.cli import options
+from lion_models.cli.console import out
 from lion_models.cli.text import fit_table
 from lion_models.data.verify import BAD_FILES
 from lion_models.run import LoadedRun, Run, load_run
@@ -27,8 +26,6 @@ from lion_models.run.report import CONFUSION, REPORT, class_report, read_report
 from lion_models.run.workbench import Workbench
 
 __all__ = ["command"]
-
-out = Console()
 
 
 @click.command("eval", help=__doc__)
@@ -125,5 +122,5 @@ def _report_table(report: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report["classes"]:
         shares = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        table.add_row(escape(row["class"]), *shares, str(row["support"]))
+        table.add_row(row["class"], *shares, str(row["support"]))
     return table

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import rich_click as click
 import torch
-from rich.console import Console
 
 from lion_models.backbones import load_backbone
 from lion_models.base.errors import UserError, choose
 from lion_models.cli import options
+from lion_models.cli.console import out
 from lion_models.data import decode_image
 from lion_models.run import Run, load_run
 from lion_models.run.export import FORMATS, TOLERANCE, beside, export_run
@@ -20,8 +20,6 @@ from lion_models.run.predict import gather_images
 __all__ = ["command"]
 
 COMPARED_IMAGES = 64
-
-out = Console()
 
 
 @click.command("export", help=__doc__)

@@ -8,8 +8,6 @@ from typing import Any
 
 import rich_click as click
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lion_models.backbones import TINY_VIT, load_backbone, read_vit, tiny_vit_path
@@ -17,12 +15,11 @@ from lion_models.backbones.config import BackboneConfig
 from lion_models.base.errors import few
 from lion_models.base.options import kinds_of
 from lion_models.cli import options
+from lion_models.cli.console import out
 from lion_models.run import load_run
 from lion_models.run.memory import kept_bytes
 
 __all__ = ["command"]
-
-out = Console()
 
 
 @click.command("info", help=__doc__)
@@ -36,7 +33,7 @@ def command(run: Path | None, backbone: str) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key, escape(str(value)))
+        table.add_row(key, str(value))
     out.print(table)
 
 

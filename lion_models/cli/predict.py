@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import rich_click as click
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -16,6 +14,8 @@ from lion_models.backbones import load_backbone
 from lion_models.base.errors import UserError, choose
 from lion_models.base.files import replacing
 from lion_models.cli import options
+from lion_models.cli.console import out
+from lion_models.cli.text import dashed
 from lion_models.run import load_run
 from lion_models.run.predict import (
     UNREADABLE,
@@ -26,8 +26,6 @@ from lion_models.run.predict import (
 )
 
 __all__ = ["command"]
-
-out = Console()
 
 
 @click.command("predict", help=__doc__)
@@ -85,15 +83,18 @@ def command(
             count = write_predictions(file, form, loaded.classes, readable())
         out.print(f"wrote {count} predictions to {output}", soft_wrap=True)
     elif form == "table":
-        table = Table("file", "class", "probability")
+        table = Table()
+        table.add_column("file", overflow="fold")
+        table.add_column("class", overflow="fold")
+        table.add_column("probability")
         for one in readable():
             name, chance = loaded.classes[one.best], one.probabilities[one.best]
-            table.add_row(escape(str(one.path)), escape(name), f"{chance:.3f}")
+            table.add_row(str(one.path), name, f"{chance:.3f}")
         out.print(table)
     else:
         write_predictions(sys.stdout, form, loaded.classes, readable())
     for error in skipped:
-        click.echo(f"skipped: {error}", err=True)
+        click.echo(dashed(f"skipped: {error}"), err=True)
     if skipped:
         click.echo(f"skipped {len(skipped)} of {len(images)} files", err=True)
 

@@ -101,6 +101,6 @@ class TrialBars:
             bar.update(max(0, now - seen[event.index]))
             seen[event.index] = max(now, seen[event.index])
             if event.kind == "failed":
-                bar.write(f"{trials[event.index].folder.name}: {dashed(event.message)}")
+                bar.write(dashed(f"{trials[event.index].folder.name}: {event.message}"))
 
         return hear

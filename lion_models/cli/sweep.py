@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import rich_click as click
-from rich.console import Console
 
 from lion_models.base.errors import UserError
 from lion_models.cli import options
+from lion_models.cli.console import out
 from lion_models.cli.progress import TrialBars
 from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
 from lion_models.methods import METHODS, SHOWN_METHODS
@@ -23,8 +23,6 @@ from lion_models.study.report import sweep_tables
 from lion_models.study.runner import TrialRunner
 
 __all__ = ["command"]
-
-out = Console()
 
 
 @click.command("sweep", help=__doc__)

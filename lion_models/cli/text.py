@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lion_models.base.errors import UserError, choose
+from lion_models.base.names import shown
 
 __all__ = ["dashed", "distinct", "fit_table", "folder_in", "listed", "numbers", "short_name"]
 
 
 def dashed(message: str) -> str:
-    """A message with the options that it names, `robust_on`, as the command line spells them."""
-    return re.sub(r"`([a-z]\w*)`", lambda name: f"--{name[1].replace('_', '-')}", message)
+    """A message fit for a terminal, its options, `robust_on`, as the command line spells them."""
+    return re.sub(r"`([a-z]\w*)`", lambda name: f"--{name[1].replace('_', '-')}", shown(message))
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

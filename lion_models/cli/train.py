@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from rich.console import Console
 
 from lion_models.base.errors import UserError
 from lion_models.cli import options
+from lion_models.cli.console import out
 from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import ProgressBars
 from lion_models.cli.text import folder_in, short_name
@@ -23,8 +23,6 @@ from lion_models.run.ranks import joined_ranks
 from lion_models.run.workbench import Workbench
 
 __all__ = ["command"]
-
-out = Console()
 
 
 @click.command("train", help=__doc__)

@@ -189,7 +189,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _store_of(root: Path) -> Path:
-    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
     return cache_root() / "verified" / f"{digest}.json"
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from lion_models.base.files import save_figure
 from lion_models.run.balance import UNEQUAL, accuracy_text
 from lion_models.run.config import RunConfig
+from lion_models.run.lettering import drawn, lettering
 
 __all__ = ["draw_traces", "dress", "middle_out", "new_figure", "plot_confusion", "plot_run",
            "quiet_grid", "write_numbers"]  # fmt: skip
@@ -23,6 +24,7 @@ TRAIN_COLOUR, VALIDATION_COLOUR = "#999999", "#0072B2"
 SIDE_COLOURS = {"input": "#009E73", "output": "#CC79A7"}
 
 
+@drawn
 def plot_run(
     path: Path, config: RunConfig, history: Sequence[dict[str, Any]], result: dict[str, Any]
 ) -> None:
@@ -39,7 +41,7 @@ def plot_run(
     figure, [axes] = new_figure(4.6 * panels, 4.2, columns=panels)
     data = config.data
     shots = f"{data.shots} images a class" if data.shots else "all images"
-    where = middle_out(data.data, 60)
+    where = lettering(middle_out(data.data, 60))
     figure.suptitle(f"{config.method.name} on {where}, {shots}, seed {config.training.seed}")
     accuracy, loss = axes[:2]
     epochs = [row["epoch"] for row in history]
@@ -99,6 +101,7 @@ def draw_traces(axis: Axes, traces: dict[str, dict[str, list[list[float]]]]) -> 
     dress(axis, "Equilibrium solves", "solver step", "residual, rms(f(z) - z), 10-90% of images")
 
 
+@drawn
 def plot_confusion(path: Path, report: dict[str, Any]) -> None:
     """Draw the confusion matrix of a report: a row is a true class, coloured by its share.
 
@@ -109,7 +112,7 @@ def plot_confusion(path: Path, report: dict[str, Any]) -> None:
         path: PNG to write.
         report: content of report.json.
     """
-    names = [row["class"] for row in report["classes"]]
+    names = [lettering(row["class"]) for row in report["classes"]]
     counts = report["confusion"]
     every = len(names)
     if every > MOST_CLASSES:

@@ -12,6 +12,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from lion_models.base.names import written
 from lion_models.base.errors import UserError, choose, few
 from lion_models.data import decode_image, find_images, open_source
 from lion_models.data.images import UnreadableError
@@ -116,10 +117,10 @@ class Prediction:
     def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
         """`file`, `class`, `probability`, and `probabilities` by class name."""
         return {
-            "file": str(self.path),
-            "class": classes[self.best],
+            "file": written(str(self.path)),
+            "class": written(classes[self.best]),
             "probability": self.probabilities[self.best],
-            "probabilities": dict(zip(classes, self.probabilities, strict=True)),
+            "probabilities": dict(zip(map(written, classes), self.probabilities, strict=True)),
         }
 
 
@@ -140,11 +141,13 @@ def write_predictions(
     count = 0
     writer = csv.writer(file, lineterminator="\n")
     if form == "csv":
-        writer.writerow(["file", "class", "probability", *(f"p_{name}" for name in classes)])
+        writer.writerow(
+            ["file", "class", "probability", *(f"p_{written(name)}" for name in classes)]
+        )
     for count, one in enumerate(predictions, start=1):
         if form == "csv":
             values = (f"{value:.6f}" for value in (one.probabilities[one.best], *one.probabilities))
-            writer.writerow([one.path, classes[one.best], *values])
+            writer.writerow([written(str(one.path)), written(classes[one.best]), *values])
         else:
             file.write("[\n" if count == 1 else ",\n")
             file.write(json.dumps(one.to_dict(classes)))

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from lion_models.base.files import save_figure
 from lion_models.methods.registry import colour_of
+from lion_models.run.lettering import drawn, lettering
 from lion_models.run.plots import (
     draw_traces,
     dress,
@@ -27,6 +28,7 @@ __all__ = ["plot_comparison", "plot_sweep", "plot_tested"]
 SHOWN_SETTINGS = 15
 
 
+@drawn
 def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> None:
     """Draw accuracy per method, accuracy against trained weights, and validation curves.
 
@@ -44,7 +46,7 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     ratios = {"width_ratios": widths}
     figure, [panels] = new_figure(sum(widths), 4.2, columns=len(widths), gridspec_kw=ratios)
     points, curves = panels[:2]
-    figure.suptitle(middle_out(title, 90))
+    figure.suptitle(lettering(middle_out(title, 90)))
     labels = []
     for at, (method, own) in enumerate(by_method.items()):
         labels.append(f"{method}\n{own[0]['without_head']:,} weights\n+ head")
@@ -77,6 +79,7 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     save_figure(path, figure)
 
 
+@drawn
 def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     """Draw validation accuracy over the grid, a panel for each condition and method.
 
@@ -103,7 +106,7 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     varied = "data" in content["settings"][0]["condition"]
     where = "" if varied else f" on {content['options']['data']}"
     about = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; bold is chosen"
-    figure.suptitle(f"Validation accuracy (%){where}, {about}")
+    figure.suptitle(f"Validation accuracy (%){lettering(where)}, {about}")
     by_run = {cell["run"]: cell.get("validation_accuracy") for cell in content["cells"]}
     for row, condition in enumerate(conditions):
         for column, method in enumerate(methods):
@@ -113,7 +116,7 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
                 axis.set_axis_off()
                 continue
             title = f"{method}, {condition}" if condition else method
-            axis.set_title(middle_out(title, 50), fontsize=11)
+            axis.set_title(lettering(middle_out(title, 50)), fontsize=11)
             keys = _varying(settings)
             if len(keys) == 2:
                 _heat_map(axis, settings, keys)
@@ -122,6 +125,7 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     save_figure(path, figure)
 
 
+@drawn
 def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float]]]]) -> None:
     """Draw test accuracy of each method, a panel for each condition and one for their mean.
 
@@ -141,7 +145,7 @@ def plot_tested(path: Path, tested: Mapping[str, tuple[int, dict[str, list[float
             axis.set_axis_off()
             continue
         title = titles[position]
-        axis.set_title(middle_out(title, 34), fontsize=11)
+        axis.set_title(lettering(middle_out(title, 34)), fontsize=11)
         for row, (method, (_, accuracies)) in enumerate(tested.items()):
             seeds = zip(*accuracies.values(), strict=True)
             values = accuracies.get(title) or [statistics.fmean(seed) for seed in seeds]
@@ -189,8 +193,8 @@ def _heat_map(axis: Axes, settings: list[dict[str, Any]], keys: list[str]) -> No
     chosen = settings[0]["setting"]
     at = rows.index(chosen[down]) * len(columns) + columns.index(chosen[across])
     axis.texts[at].set_fontweight("bold")
-    axis.set_xticks(range(len(columns)), [middle_out(str(value), 20) for value in columns])
-    axis.set_yticks(range(len(rows)), [middle_out(str(value), 20) for value in rows])
+    axis.set_xticks(range(len(columns)), [lettering(middle_out(str(value), 20)) for value in columns])
+    axis.set_yticks(range(len(rows)), [lettering(middle_out(str(value), 20)) for value in rows])
     axis.set_xlabel(across)
     axis.set_ylabel(down)
 
@@ -203,7 +207,7 @@ def _dots(
         values = [100 * value for run in one["runs"] if (value := by_run.get(run)) is not None]
         _dots_of_seeds(axis, position, values, "#0072B2")
     labels = [
-        middle_out(", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-", 40)
+        lettering(middle_out(", ".join(f"{key} {one['setting'][key]}" for key in keys) or "-", 40))
         for one in shown
     ]
     axis.set_yticks(range(len(shown)), labels, fontsize=8)

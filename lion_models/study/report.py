@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from lion_models.base.names import written
 from lion_models.methods import METHODS
 from lion_models.run.log import METRICS
 from lion_models.study.plan import short_value
@@ -313,7 +314,7 @@ def _about_balanced(tested: Sequence[Measured]) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(written(cell).replace('|', '&#124;') for cell in cells)} |"
 
 
 def sweep_tables(content: Mapping[str, Any], title: str) -> list[Table]:
