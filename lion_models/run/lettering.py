@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,8 @@ def drawn(plot: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(plot)
     def draw(*args: P.args, **options: P.kwargs) -> None:
-        families = dict.fromkeys(_fonts_for(_missing(f"{args}{options}")).values())
+        names = json.dumps([args, options], ensure_ascii=False, default=str)
+        families = dict.fromkeys(_fonts_for(_missing(names)).values())
         fonts = [*matplotlib.rcParams["font.family"], *families]
         try:
             with matplotlib.rc_context({"font.family": fonts}):
