@@ -7,8 +7,10 @@ lone surrogates), control characters, `$` and `[`. It is kept as it is; what sho
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterable
 
-__all__ = ["shown", "written"]
+__all__ = ["difference", "look_alike", "shown", "written"]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Control characters but line ends and tabs, and marks that turn the direction of what follows.
@@ -30,3 +32,29 @@ def _escape(match: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte, see surrogateescape
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def look_alike(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Those of `names` that differ from one of `others` only in case, spaces or Unicode form."""
+    known: dict[str, list[str]] = {}
+    for other in others:
+        known.setdefault(_folded(other), []).append(other)
+    return {
+        name: near[0]
+        for name in names
+        if (near := [other for other in known.get(_folded(name), []) if other != name])
+    }
+
+
+def difference(one: str, other: str) -> str:
+    """What two names that look alike differ in."""
+    forms = [unicodedata.normalize("NFC", name) for name in (one, other)]
+    found = [] if (one, other) == tuple(forms) else ["Unicode form"]
+    spaces = [" ".join(form.split()) for form in forms]
+    found += [] if forms == spaces else ["spaces"]
+    found += [] if spaces[0] == spaces[1] else ["case"]
+    return " and ".join(found)
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())

@@ -47,6 +47,7 @@ __all__ = ["command"]
 )
 @options.BACKBONE_PLACE
 @options.MOVED_DATA
+@options.CHANGED_DATA
 @options.machine_options("threads", "workers", "device")
 def command(
     run: Path,
@@ -56,6 +57,7 @@ def command(
     bad_files: str | None,
     backbone: str | None,
     moved_data: str | None,
+    changed_data: bool,
     machine: options.Machine,
 ) -> None:
     bench = Workbench(machine.device, machine.workers, image_cache=0)  # every image is read once
@@ -67,12 +69,14 @@ def command(
             raise UserError(f"--report-to: a run's own report is written to {run}; add --data")
         if backbone is not None or bad_files is not None:
             raise UserError("--backbone and --bad-files: go with --data; add it")
-        figures = Run.open(run, bench=bench, moved_data=moved_data).measure()["test"]
+        own = Run.open(run, bench=bench, moved_data=moved_data, changed_data=changed_data)
+        figures = own.measure()["test"]
         classes = read_report(run / REPORT) if report else {}
         where = "the run's test set"
     else:
-        if moved_data is not None:
-            raise UserError("--moved-data: is about the run's own data; leave it or --data out")
+        if moved_data is not None or changed_data:
+            name = "--changed-data" if changed_data else "--moved-data"
+            raise UserError(f"{name}: is about the run's own data; leave it or --data out")
         if report_to is not None:  # before an hour of images
             make_folder(report_to)
         loaded = load_run(run, None if backbone is None else load_backbone(backbone))

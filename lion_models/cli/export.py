@@ -11,7 +11,7 @@ from lion_models.backbones import load_backbone
 from lion_models.base.errors import UserError, choose
 from lion_models.cli import options
 from lion_models.cli.console import out
-from lion_models.data import decode_image
+from lion_models.data.images import decode_file
 from lion_models.run import Run, load_run
 from lion_models.run.export import FORMATS, TOLERANCE, beside, export_run
 from lion_models.run.feeding import example
@@ -75,8 +75,7 @@ def command(
         if moved_data is not None:
             raise UserError("--moved-data: --images are compared on instead; leave one out")
         paths = gather_images(images)[:COMPARED_IMAGES]
-        shape = loaded.model.backbone.channels, loaded.model.backbone.image_size
-        decoded = [decode_image(path, *shape, loaded.config.data.transform) for path in paths]
+        decoded = [decode_file(path, loaded.geometry) for path in paths]
         pixels = torch.stack(decoded * (1 if len(decoded) > 1 else 2))
     else:
         own = Run(folder, loaded.config, moved_data=moved_data)

@@ -23,9 +23,9 @@ from lion_models.methods import METHODS
 from lion_models.run.config import GROUPS, RunConfig, all_options, owners_of
 from lion_models.study.trial import TrialOptions
 
-__all__ = ["BACKBONE_PLACE", "JOBS", "METHOD", "MOVED_DATA", "OVERWRITE", "RUNS", "Given",
-           "Machine", "Names", "machine_options", "methods_option", "option_of", "path_argument",
-           "path_option", "run_options", "trials_on", "written"]  # fmt: skip
+__all__ = ["BACKBONE_PLACE", "CHANGED_DATA", "JOBS", "METHOD", "MOVED_DATA", "OVERWRITE", "RUNS",
+           "Given", "Machine", "Names", "machine_options", "methods_option", "option_of",
+           "path_argument", "path_option", "run_options", "trials_on", "written"]  # fmt: skip
 
 TITLES = {"data": "Data", "backbone": "Backbone", "training": "Training",
           "robust": "Robust training (CDR)"}  # fmt: skip
@@ -201,6 +201,11 @@ MOVED_DATA = click.option(
     "--moved-data",
     show_default="where it lay in training",
     help="Where the run's own data lies now, as --data would name it.",
+)
+CHANGED_DATA = click.option(
+    "--changed-data",
+    is_flag=True,
+    help="Go on although images of the run's data have other contents than in training.",
 )
 BACKBONE_PLACE = click.option(
     "--backbone", show_default="the name that the run stored", help="Where its file lies now."

@@ -77,7 +77,10 @@ def _least_width(column: Column) -> int:
 def short_name(data: str) -> str:
     """The data's part of a run's name: the last part of a path, no colon."""
     # Not resolved: a link has the name that the user gave it.
-    return Path(os.path.abspath(data)).name.replace(":", "-") or "data"
+    name = Path(os.path.abspath(data)).name
+    if Path(data).is_file():
+        name = Path(name).stem
+    return name.replace(":", "-") or "data"
 
 
 def folder_in(runs: Path, name: str | None, default: str) -> Path:

@@ -32,6 +32,7 @@ __all__ = ["command"]
 @options.RUNS
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @options.MOVED_DATA
+@options.CHANGED_DATA
 @options.OVERWRITE
 @click.option(
     "--test/--no-test", default=True, show_default=True, help="Read the test set at the end."
@@ -45,6 +46,7 @@ def command(
     runs: Path,
     resume: bool,
     moved_data: str | None,
+    changed_data: bool,
     overwrite: bool,
     test: bool,
     tensorboard: bool,
@@ -56,11 +58,13 @@ def command(
     folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{config.training.seed}")
     if moved_data is not None and not resume:
         raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
+    if changed_data and not resume:
+        raise UserError("--changed-data: goes with --resume; a new run takes its data as it is")
     if resume and (folder / "config.json").is_file():
         config = _resumed(folder, given, method, moved_data)
     check_felt(given.names, [config])
     bench = Workbench(machine.device, machine.workers, machine.image_cache)
-    run = Run(folder, config, bench=bench, moved_data=moved_data)
+    run = Run(folder, config, bench=bench, moved_data=moved_data, changed_data=changed_data)
     if not resume and "shots" not in given.names:
         config = config.but(shots=fitted_shots(config, bench))
         run = Run(folder, config, bench=bench)

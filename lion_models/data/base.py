@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lion_models.base.errors import UserError
 from lion_models.data.images import decode_file
+from lion_models.data.levels import Levels
 from lion_models.data.transforms import Geometry
 
 __all__ = [
@@ -65,6 +67,10 @@ class Source(ABC):
         lies: names of files, for instance. Empty where there is nothing of the kind."""
         return ()
 
+    def digests(self) -> Sequence[str]:
+        """What tells the contents of each row from others; empty where that is not known."""
+        return ()
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -101,6 +107,10 @@ class ArraySource(Source):
                 f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
             )
 
+    def digests(self) -> Sequence[str]:
+        arrays = self.images.contiguous().numpy()
+        return [hashlib.blake2b(array, digest_size=8).hexdigest() for array in arrays]
+
     def load(self, rows: Tensor, training: bool = False) -> Tensor:
         images = self.images[rows]
         return images if self.geometry is None else self.geometry.arrays(images, training)
@@ -128,9 +138,20 @@ class DecodingSource(Source):
 
 @dataclass(eq=False)
 class FolderSource(DecodingSource):
-    """Image files, decoded on demand."""
+    """Image files, decoded on demand.
+
+    Attributes:
+        paths: of the files.
+        checksums: of their contents; see `digests`.
+        own_levels: the rule that their values call for, whatever the geometry has.
+    """
 
     paths: tuple[Path, ...]
+    checksums: tuple[str, ...] = ()
+    own_levels: Levels | None = None
+
+    def digests(self) -> Sequence[str]:
+        return self.checksums
 
     def decode(self, row: int, training: bool) -> Tensor:
         return decode_file(self.paths[row], self.geometry, training)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lion_models.base.options import Options, option
+from lion_models.data.levels import parse_range
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY
 
@@ -17,7 +18,8 @@ class DataConfig(Options):
 
     data: str = option(
         help="A name of 'lion data list', torchvision:NAME, hf:NAME, or a folder: a sub-folder of "
-        "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set."
+        "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set; or a zip "
+        "file of one, or a CSV file of paths and labels."
     )
     shots: int | None = option(
         20, "Training images per class, or 'all' (70/10/20 split).", low=1, word="all"
@@ -39,9 +41,20 @@ class DataConfig(Options):
     transform: str = option(
         "square", "How pictures are fitted to the backbone's square.", choices=TRANSFORMS
     )
+    value_range: str | None = option(
+        None,
+        "Values of pictures with more than 8 bits that are black and white, as 0:4095.",
+        unset="one rule for the data set",
+        silent=True,
+    )
     bad_files: str = option("fail", "Missing and damaged image files.", choices=BAD_FILES)
     verify: str = option(
         "full",
         "Decode every image file once before the start, or read its beginning only.",
         choices=VERIFY,
     )
+
+    def check(self) -> None:
+        """The range has to be one."""
+        if self.value_range is not None:
+            parse_range(self.value_range)

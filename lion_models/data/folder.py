@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from lion_models.base.errors import UserError
+from lion_models.base.names import difference, look_alike
 from lion_models.data.base import TEST, TRAIN, VALIDATION, FolderSource
-from lion_models.data.images import IMAGE_SUFFIXES, unreadable
+from lion_models.data.files import (
+    find_images,
+    is_image,
+    list_folder,
+    walk,
+    warn_of_left_out,
+)
+from lion_models.data.formats import image_suffixes, unread_suffixes
+from lion_models.data.levels import joint_levels
 from lion_models.data.transforms import Geometry
-from lion_models.data.verify import FileChecks, find_damaged, judge_damaged
+from lion_models.data.verify import FileChecks, check_files, judge_damaged, warn_of_constant
 
-__all__ = ["SPLITS", "file_source", "find_images", "open_folder"]
+__all__ = ["SPLITS", "FoldersWarning", "file_source", "find_images", "open_folder"]
 
 # What parts of a data set are called; Hugging Face has `dev` too.
 SPLITS = {
@@ -29,52 +38,8 @@ SPLITS = {
 _PART_FOLDERS = SPLITS | {"training": TRAIN, "testing": TEST}
 
 
-# What macOS's archives and Synology's servers put beside pictures; it holds copies of them.
-_LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`, by suffix, sorted.
-
-    Hidden files and folders are left out, and so are `__MACOSX` and `@eaDir`. Links to folders are
-    followed, but no folder is listed twice. A link that leads nowhere is listed: its file is
-    missing.
-
-    Raises:
-        UserError: a folder cannot be read.
-    """
-    found: list[Path] = []
-    # A link back to a folder around this one would list it again, under other names.
-    seen = {str(parent) for parent in folder.resolve().parents}
-    starts = [str(folder)]  # links wait until the folders themselves have been listed
-    while starts:
-        for here, names, files in os.walk(starts.pop(0), onerror=_refuse_unreadable):
-            place = os.path.realpath(here)
-            if place in seen:
-                names.clear()
-                continue
-            seen.add(place)
-            names[:] = sorted(name for name in names if not _is_clutter(name))
-            inside = [os.path.join(here, name) for name in names]
-            starts += [path for path in inside if os.path.islink(path)]
-            found += [Path(here, name) for name in files if _is_image(os.path.join(here, name))]
-    return sorted(found)
-
-
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise unreadable(Path(error.filename), error) from error
-
-
-def _is_image(path: str) -> bool:
-    """By its name; pipes and the like are none, what is listed and not there may have been one."""
-    name, suffix = os.path.basename(path), os.path.splitext(path)[1]
-    if suffix.lower() not in IMAGE_SUFFIXES or _is_clutter(name):
-        return False
-    return os.path.isfile(path) or not os.path.exists(path)
-
-
-def _is_clutter(name: str) -> bool:
-    return name.startswith(".") or name in _LEFT_BEHIND
+class FoldersWarning(UserWarning):
+    """Pictures beside class folders or in folders inside of them, and classes that look alike."""
 
 
 def open_folder(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSource:
@@ -91,17 +56,14 @@ def open_folder(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderS
     parts = _find_parts(folder, folders)
     if parts:
         return _open_split(folder, parts, geometry, checks)
-    classes = _class_names(folder, folders)
-    paths, labels = _collect(folders, classes)
+    classes = _class_names(folder, folders, checks.classes)
+    _warn_of_loose(folder)
+    paths, labels = _collect(folder, folders, classes)
     return file_source(str(folder), classes, labels, paths, folder, geometry, checks)
 
 
 def _sub_folders(folder: Path) -> list[Path]:
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        _refuse_unreadable(error)
-    return [entry for entry in entries if entry.is_dir() and not _is_clutter(entry.name)]
+    return [entry for entry in list_folder(folder) if entry.is_dir()]
 
 
 def _find_parts(folder: Path, folders: Sequence[Path]) -> dict[Path, int]:
@@ -132,7 +94,7 @@ def _find_parts(folder: Path, folders: Sequence[Path]) -> dict[Path, int]:
                 f"`data`: {part} holds no class folder; expected the same ones in {names}; sort "
                 f"its images into them, move it out of {folder}, {classes}"
             )
-        stray = [entry for entry in sorted(part.iterdir()) if _is_image(str(entry))]
+        stray = [entry for entry in list_folder(part) if is_image(str(entry))]
         if stray:
             raise UserError(
                 f"`data`: {stray[0]} lies beside class folders; expected images inside of them "
@@ -145,7 +107,7 @@ def _open_split(
     folder: Path, parts: Mapping[Path, int], geometry: Geometry, checks: FileChecks
 ) -> FolderSource:
     train = next(part for part, role in parts.items() if role == TRAIN)
-    classes = _class_names(train, _sub_folders(train))
+    classes = _class_names(train, _sub_folders(train), checks.classes)
     paths: list[Path] = []
     labels: list[int] = []
     official: list[int] = []
@@ -153,45 +115,110 @@ def _open_split(
         folders = _sub_folders(part)
         extra = [entry for entry in folders if entry.name not in classes]
         if extra:
+            near = look_alike([extra[0].name], classes).get(extra[0].name, "")
+            what = difference(extra[0].name, near)
+            hint = f"; it differs from '{near}' in {what}" if near else ""
             raise UserError(
                 f"`data`: {extra[0]} is a class that {train} does not have; expected the same "
-                "class folders in every part"
+                f"class folders in every part{hint}"
             )
-        more_paths, more_labels = _collect(folders, classes)
+        more_paths, more_labels = _collect(folder, folders, classes)
         paths += more_paths
         labels += more_labels
         official += [role] * len(more_paths)
     return file_source(str(folder), classes, labels, paths, folder, geometry, checks, official)
 
 
-def _class_names(folder: Path, folders: Sequence[Path]) -> tuple[str, ...]:
-    if len(folders) < 2:
+def _class_names(
+    folder: Path, folders: Sequence[Path], known: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Names of the classes; those that are `known` need be one alone."""
+    if len(folders) < (2 if known is None else 1):
         if folders and folders[0].name.lower() in _PART_FOLDERS and _sub_folders(folders[0]):
             raise UserError(
                 f"`data`: {folder} holds '{folders[0].name}' alone, and a split has two parts or "
                 f"three; name {folders[0]}, which is then divided, or put the other parts beside it"
             )
         found = f"one class ('{folders[0].name}')" if folders else "no sub-folder"
+        inside = [entry.name for entry in _sub_folders(folders[0])] if folders else []
+        hint = f"; if {inside[0]} and the like are the classes, name {folders[0]}" if inside else ""
+        lists = [entry for entry in list_folder(folder) if entry.suffix.lower() == ".csv"]
+        hint = f"; if {lists[0].name} has their classes, name that file" if lists else hint
         raise UserError(
             f"`data`: {folder} holds {found}; expected at least two class sub-folders, "
-            "such as cats/ and dogs/, with images in each"
+            f"such as cats/ and dogs/, with images in each{hint}"
         )
-    return tuple(entry.name for entry in folders)
+    names = tuple(entry.name for entry in folders)
+    warn_of_look_alikes(names, folder)
+    return names
 
 
-def _collect(folders: Sequence[Path], classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+def warn_of_look_alikes(classes: Sequence[str], where: Path) -> None:
+    """Warn of classes that a reader may take for one."""
+    alike = look_alike(classes, classes)
+    if alike:
+        one, other = next(iter(alike.items()))
+        warnings.warn(
+            f"`data`: {len(alike)} classes of {where} differ only in how they are written: "
+            f"{one!r} and {other!r} in {difference(one, other)}; each is a class of its own",
+            FoldersWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_loose(folder: Path) -> None:
+    """Warn of pictures beside class folders."""
+    unread = unread_suffixes()
+    loose = [
+        entry
+        for entry in list_folder(folder)
+        if is_image(str(entry)) or entry.suffix.lower() in unread
+    ]
+    if loose:
+        shown = ", ".join(entry.name for entry in loose[:3]) + ", ..." * (len(loose) > 3)
+        warnings.warn(
+            f"`data`: {len(loose)} pictures beside the class folders of {folder} have no class and "
+            f"are left out: {shown}; move them into class folders",
+            FoldersWarning,
+            stacklevel=4,
+        )
+
+
+def _collect(
+    root: Path, folders: Sequence[Path], classes: tuple[str, ...]
+) -> tuple[list[Path], list[int]]:
     """The images of each class folder, with their labels."""
     paths: list[Path] = []
     labels: list[int] = []
+    others: list[Path] = []
+    nested: list[tuple[Path, list[str]]] = []
     for class_folder in folders:
-        found = find_images(class_folder)
-        if not found:
+        found = walk(class_folder)
+        if not found.images:
+            warn_of_left_out(found.others, f"`data`: {class_folder}")
             raise UserError(
                 f"`data`: class folder {class_folder} holds no image; put images "
-                f"({', '.join(sorted(IMAGE_SUFFIXES))}) into it or remove it"
+                f"({', '.join(sorted(image_suffixes()))}) into it or remove it"
             )
-        paths += found
-        labels += [classes.index(class_folder.name)] * len(found)
+        paths += found.images
+        others += found.others
+        labels += [classes.index(class_folder.name)] * len(found.images)
+        inside = (path.relative_to(class_folder).parts for path in found.images)
+        holders = list(dict.fromkeys(parts[0] for parts in inside if len(parts) > 1))
+        nested += [(class_folder, holders)] if holders else []
+    warn_of_left_out(others, f"`data`: {root}")
+    if nested:
+        shown = "; ".join(
+            f"'{entry.name}' from {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+            for entry, names in nested[:3]
+        )
+        more = f" and {len(nested) - 3} more classes" if len(nested) > 3 else ""
+        warnings.warn(
+            f"`data`: classes of {root} take pictures of folders inside of them, all of one class: "
+            f"{shown}{more}; if those are the classes, name the folder around them",
+            FoldersWarning,
+            stacklevel=4,
+        )
     return paths, labels
 
 
@@ -219,7 +246,7 @@ def file_source(
     Raises:
         UserError: a file is damaged and `checks` says fail, or a class has no usable file left.
     """
-    damaged = find_damaged(paths, root, checks.verify)
+    damaged, digests, extents = check_files(paths, root, checks.verify)
     problems = tuple(damaged[path] for path in paths if path in damaged)
     judge_damaged(problems, checks.bad_files, name)
     keep = [row for row, path in enumerate(paths) if path not in damaged]
@@ -234,7 +261,18 @@ def file_source(
     parts = None
     if official is not None:
         parts = torch.tensor([official[row] for row in keep], dtype=torch.int8)
+    own_levels = joint_levels(extents.values())
+    levels = own_levels if checks.find_levels else geometry.levels
+    warn_of_constant(extents, levels, root)
     kept = tuple(paths[row] for row in keep)
     return FolderSource(
-        name, classes, kept_labels, geometry, kept, official=parts, skipped=problems
+        name,
+        classes,
+        kept_labels,
+        replace(geometry, levels=levels),
+        kept,
+        tuple(digests[path] for path in kept),
+        own_levels,
+        official=parts,
+        skipped=problems,
     )

@@ -23,7 +23,8 @@ from lion_models.base.folders import data_root
 from lion_models.base.optional import require
 from lion_models.data.base import TEST, TRAIN, DecodingSource
 from lion_models.data.folder import SPLITS
-from lion_models.data.images import to_tensor
+from lion_models.data.formats import open_picture
+from lion_models.data.images import to_tensor, upright
 from lion_models.data.transforms import Geometry
 
 __all__ = [
@@ -58,7 +59,7 @@ class PictureSource(DecodingSource):
             part += 1
         try:
             return _as_picture(self.parts[part][row][self.key])
-        except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # a decoder may raise anything for damaged bytes
             raise UserError(
                 f"`data` {self.name}: image {row} of part {part + 1} cannot be decoded ({error}); "
                 "remove the row from the data set or fetch it again"
@@ -71,9 +72,7 @@ def _as_picture(value: Any) -> Image.Image:
         return value
     if isinstance(value, Mapping):
         content = value.get("bytes")
-        picture = Image.open(io.BytesIO(content) if content else value["path"])
-        picture.load()
-        return picture
+        return upright(open_picture(io.BytesIO(content) if content else Path(value["path"])))
     if isinstance(value, Tensor):
         value = value.movedim(0, -1).squeeze(-1).numpy()
     return Image.fromarray(np.asarray(value, dtype=np.uint8))

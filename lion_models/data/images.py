@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lion_models.base.errors import UserError
+from lion_models.data.formats import HEIC_EXTRA, is_heic, open_picture
+from lion_models.data.levels import Extent, Levels, extent_of, grey_values, is_wide
 from lion_models.data.transforms import Geometry
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "UnreadableError",
     "check_header",
     "check_whole",
@@ -29,26 +29,14 @@ __all__ = [
     "glance",
     "to_tensor",
     "unreadable",
+    "upright",
 ]
 
 # Pillow's warnings name no file, and a file that does not decode is an error here. Added behind
 # the filters that an application has set.
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-)
-
-# What Pillow raises for damaged files, by their format.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    struct.error,
-    zlib.error,
-)
+GDAL_NODATA = 42113  # a TIFF's tag: the value that stands for none
 # EINVAL is what a seek to a place before the file's beginning gives.
 _ERRNO_OF_DAMAGE = (None, errno.EINVAL)
 
@@ -87,8 +75,7 @@ def decode_image(path: Path, channels: int, size: int, transform: str = "square"
 def decode_file(path: Path, geometry: Geometry, training: bool = False) -> Tensor:
     """`decode_image` with its options in one; `training` keeps the margin of random crops."""
     with _opened(path) as image:
-        image.load()
-        return to_tensor(ImageOps.exif_transpose(image), geometry, training)
+        return to_tensor(upright(image), geometry, training)
 
 
 def glance(path: Path) -> tuple[tuple[float, float, float], int]:
@@ -101,16 +88,31 @@ def glance(path: Path) -> tuple[tuple[float, float, float], int]:
         return (red, green, blue), side
 
 
-def check_header(path: Path) -> None:
-    """Raise UserError unless the file begins as an image does; cheap enough for whole folders."""
-    with _opened(path):
-        pass
+def check_header(path: Path) -> Extent | None:
+    """Raise UserError unless the file begins as an image does; cheap enough for whole folders.
+
+    Returns:
+        The extent of a picture with more than 8 bits, which has to be decoded for it.
+    """
+    with _opened(path) as image:
+        return extent_of(upright(image)) if is_wide(image) else None
 
 
-def check_whole(path: Path) -> None:
+def check_whole(path: Path) -> Extent:
     """Raise UserError unless the whole file can be decoded; costs as much as decoding it."""
     with _opened(path) as image:
-        image.load()
+        return extent_of(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture, decoded, as its EXIF says that it is to be looked at."""
+    image.load()
+    with suppress(Exception):  # no such tag, or a damaged one
+        image.info["nodata"] = float(str(getattr(image, "tag_v2", {}).get(GDAL_NODATA)).strip("\0"))
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing; the picture itself is whole
+        return image
 
 
 @contextmanager
@@ -119,27 +121,30 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         if not path.is_file():
             link = f" (a link to '{os.readlink(path)}')" if path.is_symlink() else ""
             raise UserError(f"{path}: no such file{link}; expected an image")
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             yield image
     except UnidentifiedImageError as error:
+        if is_heic(path):
+            raise UserError(f"{path}: a HEIC picture; to read it, run: {HEIC_EXTRA}") from error
         raise UserError(
             f"{path}: not an image ({path.stat().st_size} bytes of something else); "
-            "expected PNG, JPEG or another format that Pillow reads; remove or replace it"
+            "expected PNG, JPEG or another raster format; remove or replace it"
         ) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise UserError(f"{path}: larger than {limit} megapixels; make it smaller") from error
     except UserError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # a decoder may raise anything for damaged bytes
         if isinstance(error, OSError) and error.errno not in _ERRNO_OF_DAMAGE:
             raise unreadable(path, error) from error
-        raise UserError(f"{path}: damaged image ({error}); remove or replace it") from error
+        why = str(error) or type(error).__name__
+        raise UserError(f"{path}: damaged image ({why}); remove or replace it") from error
 
 
 def to_tensor(image: Image.Image, geometry: Geometry, training: bool = False) -> Tensor:
     """A Pillow image of any mode to uint8 (C, S, S), or (C, R, R) for training."""
-    image = _eight_bits(image)
+    image = _eight_bits(image, geometry.levels)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -149,20 +154,30 @@ def to_tensor(image: Image.Image, geometry: Geometry, training: bool = False) ->
     return pixels.unsqueeze(0) if geometry.channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, levels: Levels | None) -> Image.Image:
     """Scale 16-bit, 32-bit and float grey to 8 bits; Pillow's own conversion clips them."""
-    if not image.mode.startswith(("I", "F")):
+    if not is_wide(image):
         return image
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-    else:
-        # A 16-bit file may open in the 32-bit mode "I"; its range stays that of 16 bits.
-        top = 65535.0
-    grey = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
+    values = grey_values(image)
+    low, high = _range_of(image.mode, values, levels)
+    shades = np.nan_to_num((values - low) / (high - low), nan=0.0, posinf=1.0, neginf=0.0)
+    grey = Image.fromarray(np.clip(shades * 255 + 0.5, 0, 255).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is None:
         return grey
     # One value of 16 bits is transparent; the others that share its 8 bits are not.
     alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, alpha))
+
+
+def _range_of(mode: str, values: NDArray[np.float64], levels: Levels | None) -> tuple[float, float]:
+    """The values that become black and white."""
+    chosen = None if levels is None else levels.floats if mode == "F" else levels.integers
+    if chosen is not None:
+        low, high = chosen
+        return low, high if high > low else low + 1
+    if mode != "F":
+        # A 16-bit file may open in the 32-bit mode "I"; its range stays that of 16 bits.
+        return 0.0, 65535.0
+    largest = values.max(initial=0.0, where=np.isfinite(values))
+    return 0.0, 1.0 if largest <= 1.0 else 255.0

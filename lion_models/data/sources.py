@@ -7,8 +7,10 @@ wrong path, an empty class or too few images is reported before any work starts.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from lion_models.base.errors import UserError, did_you_mean
+from lion_models.data.archive import unpacked
 from lion_models.data.base import ArraySource, FolderSource, Source
 from lion_models.data.folder import find_images, open_folder
 from lion_models.data.hub import (
@@ -18,6 +20,8 @@ from lion_models.data.hub import (
     open_torchvision,
 )
 from lion_models.data.idx import is_idx_folder, open_idx
+from lion_models.data.label_list import LIST_SUFFIXES, open_label_list
+from lion_models.data.levels import Levels
 from lion_models.data.named.catalogue import CATALOGUE, files_of
 from lion_models.data.named.emoji import open_emoji
 from lion_models.data.named.packaged import open_table
@@ -51,6 +55,8 @@ def open_source(
     transform: str = "square",
     bad_files: str = "fail",
     verify: str = "full",
+    levels: Levels | Literal["auto"] | None = "auto",
+    classes: tuple[str, ...] | None = None,
 ) -> Source:
     """Open the data that `data` names.
 
@@ -58,19 +64,24 @@ def open_source(
         name: a data set by name (`lion data list`), `NAME:FOLDER` for one whose files lie in a
             folder of the user's, `torchvision:CIFAR10`, `hf:NAME` or `hf:NAME:CONFIGURATION`, or
             the path of a folder: one sub-folder of images per class, IDX files, the lists of
-            VTAB-1k, or what Hugging Face `save_to_disk` wrote.
+            VTAB-1k, or what Hugging Face `save_to_disk` wrote; of a zip file of such a folder; or
+            of a CSV file with a line `path,label` for each image.
         channels: 1 or 3, the backbone's.
         size: the backbone's input height and width in pixels.
         transform: how pictures are fitted to the square; see `Geometry`.
         bad_files: `fail` on a missing or damaged file, or `skip` it with a warning.
         verify: `full` decodes every file once before anything starts, `header` reads its beginning.
+        levels: which values of pictures with more than 8 bits are black and white; `auto` finds one
+            rule for all files of a folder, None is the rule of `Geometry`.
+        classes: of a trained model, of which the data may hold one alone.
 
     Raises:
         UserError: the name is neither known nor a folder, a package is missing, or the folder does
             not hold two classes with images.
     """
-    geometry = Geometry(channels, size, transform)
-    checks = FileChecks(bad_files, verify)
+    given = None if levels == "auto" else levels
+    geometry = Geometry(channels, size, transform, given)
+    checks = FileChecks(bad_files, verify, levels == "auto", classes)
     path = Path(name).expanduser()
     kind, _, rest = name.partition(":")
     if kind in CATALOGUE and (rest or name == kind):
@@ -82,10 +93,17 @@ def open_source(
         return open_hugging_face(rest, geometry)
     if path.is_dir():
         return _open_path(path, geometry, checks)
+    if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+        return open_label_list(path, geometry, checks)
+    if path.is_file() and path.suffix.lower() == ".zip":
+        source = _open_path(unpacked(path), geometry, checks)
+        source.name = name
+        return source
     if path.exists():
         raise UserError(
             f"`data`: '{name}' is a file; expected a folder with one sub-folder of "
-            "images per class (for single files use 'lion predict')"
+            "images per class, a zip file of one, or a CSV file of paths and labels (for single "
+            "files use 'lion predict')"
         )
     raise UserError(
         f"`data`: '{name}' is neither a folder nor one of {', '.join(sorted(CATALOGUE))}, "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lion_models.base.errors import choose
 from lion_models.data.augment import jitter
+from lion_models.data.levels import Levels
 
 __all__ = [
     "TRANSFORMS",
@@ -49,11 +50,14 @@ class Geometry:
         size: S, height and width in pixels.
         transform: `square` and `vtab` resize to the square whatever the shape; `fgvc` and
             `fgvc-resized` keep the shape, resize the shorter side to 8/7 S and take the middle.
+        levels: which values of pictures with more than 8 bits are black and white; None takes 65535
+            for whole numbers, and for floats 1 where none is larger, else 255.
     """
 
     channels: int
     size: int
     transform: str = "square"
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         choose("transform", self.transform, TRANSFORMS)

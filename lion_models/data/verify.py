@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import PIL
 from tqdm.contrib.concurrent import thread_map
@@ -17,15 +18,19 @@ from lion_models.base.errors import UserError, choose
 from lion_models.base.files import write_cache
 from lion_models.base.folders import cache_root
 from lion_models.data.images import UnreadableError, check_header, check_whole, unreadable
+from lion_models.data.levels import Extent, Levels
 
 __all__ = [
     "BAD_FILES",
     "VERIFY",
     "BadFilesWarning",
+    "Checked",
+    "ConstantWarning",
     "CopiesWarning",
     "FileChecks",
-    "find_damaged",
+    "check_files",
     "judge_damaged",
+    "warn_of_constant",
 ]
 
 BAD_FILES = ("fail", "skip")
@@ -33,16 +38,48 @@ VERIFY = ("full", "header")
 SHOWN = 20
 COPIES_SHOWN = 5
 
+CONSTANT_LEVELS = 4  # of 255: what spans less shows nothing
+EDGE = 4096  # bytes at both ends of a file, which tell it from others where it is not read whole
+
 Stamp = tuple[int, int]  # size in bytes, modification time in ns
-Whole = tuple[Stamp, str]  # and a digest of the bytes that decoded
+
+
+class Whole(NamedTuple):
+    """A file that decoded: its stamp, a digest of its bytes, and the extent of its values."""
+
+    stamp: Stamp
+    digest: str
+    extent: Extent
+
+
+class Checked(NamedTuple):
+    """What is known of files, by path.
+
+    Attributes:
+        damaged: why a file cannot be used; the others can.
+        digests: of each usable file's bytes, or with `header` of its size and both its ends.
+        extents: of the usable files; with `header` of those alone that have more than 8 bits.
+    """
+
+    damaged: dict[Path, str]
+    digests: dict[Path, str]
+    extents: dict[Path, Extent]
 
 
 @dataclass(frozen=True)
 class FileChecks:
-    """What is done about damaged files; see `open_source`."""
+    """How files of a data set are looked through; see `open_source`.
+
+    Attributes:
+        bad_files, verify: what is done about damaged files.
+        find_levels: one rule for all files of more than 8 bits; else the geometry has it.
+        classes: names of which the data may hold any, as one may be enough.
+    """
 
     bad_files: str = "fail"
     verify: str = "full"
+    find_levels: bool = True
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         choose("bad_files", self.bad_files, BAD_FILES)
@@ -53,12 +90,16 @@ class BadFilesWarning(UserWarning):
     """Files that were left out because `bad_files="skip"` was asked for; lists every one."""
 
 
+class ConstantWarning(UserWarning):
+    """Pictures of which all values are nearly the same."""
+
+
 class CopiesWarning(UserWarning):
     """Files of a data set that hold the same bytes as others of it."""
 
 
-def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dict[Path, str]:
-    """Which files cannot be used, and why.
+def check_files(paths: Sequence[Path], root: Path, verify: str = "full") -> Checked:
+    """Which files cannot be used, and what the others are.
 
     Args:
         paths: files below `root`.
@@ -68,15 +109,11 @@ def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dic
             reads beginnings only, so that data which is cut off or damaged inside is found when
             the image is used.
 
-    Returns:
-        A message for each file that is missing or damaged.
-
     Raises:
         UnreadableError: a file may not or cannot be read, whatever is done about damaged ones.
     """
     if verify == "header":
-        found = _each(paths, check_header, "reading image headers")
-        return {path: text for path, text in found.items() if text is not None}
+        return _check_headers(paths)
     store = _store_of(root)
     known = _read_store(store)
     names = {path: os.path.abspath(path) for path in paths}
@@ -84,21 +121,62 @@ def find_damaged(paths: Sequence[Path], root: Path, verify: str = "full") -> dic
     whole = {
         path: known[name]
         for path, name in names.items()
-        if name in known and known[name][0] == stamps[path]
+        if name in known and known[name].stamp == stamps[path]
     }
     fresh = [path for path in paths if path not in whole]
 
     def check(path: Path) -> None:
-        check_whole(path)
-        whole[path] = (stamps[path], _digest(path))
+        whole[path] = Whole(stamps[path], extent=check_whole(path), digest=_digest(path))
 
     judged = _each(fresh, check, "checking image files")
     if fresh:
-        kept = {names[path]: (*stamp, digest) for path, (stamp, digest) in whole.items()}
+        kept = {
+            names[path]: (*each.stamp, each.digest, *each.extent) for path, each in whole.items()
+        }
         content = json.dumps({"pillow": PIL.__version__, "files": kept})
         write_cache(store, content.encode(), "the files are decoded again next time")
-    _warn_of_copies({path: whole[path][1] for path in paths if path in whole}, root)
-    return {path: text for path, text in judged.items() if text is not None}
+    usable = [path for path in paths if path in whole]
+    digests = {path: whole[path].digest for path in usable}
+    _warn_of_copies(digests, root)
+    damaged = {path: text for path, text in judged.items() if text is not None}
+    return Checked(damaged, digests, {path: whole[path].extent for path in usable})
+
+
+def _check_headers(paths: Sequence[Path]) -> Checked:
+    digests: dict[Path, str] = {}
+    extents: dict[Path, Extent] = {}
+
+    def check(path: Path) -> None:
+        extent = check_header(path)
+        if extent is not None:
+            extents[path] = extent
+        digests[path] = _digest_of_ends(path)
+
+    found = _each(paths, check, "reading image headers")
+    return Checked({path: why for path, why in found.items() if why}, digests, extents)
+
+
+def warn_of_constant(extents: Mapping[Path, Extent], levels: Levels | None, root: Path) -> None:
+    """Warn of pictures that show nothing, as all their values are nearly the same."""
+    ranges = {"bytes": (0.0, 255.0)} | ({} if levels is None else levels._asdict())
+    flat = [
+        path
+        for path, extent in extents.items()
+        for low, high in [ranges.get(extent.kind) or (0.0, 255.0)]
+        if not (extent.high - extent.low) * 255 >= CONSTANT_LEVELS * (high - low)
+    ]
+    if not flat:
+        return
+    shown = ", ".join(os.path.relpath(path, root) for path in flat[:COPIES_SHOWN])
+    more = f" and {len(flat) - COPIES_SHOWN} more" if len(flat) > COPIES_SHOWN else ""
+    wide = any(extents[path].kind != "bytes" for path in flat)
+    advice = "; `value_range` says which values are black and white" if wide else ""
+    warnings.warn(
+        f"`data`: {len(flat)} of {len(extents)} pictures of {root} are nearly constant, and "
+        f"show nothing: {shown}{more}{advice}",
+        ConstantWarning,
+        stacklevel=4,
+    )
 
 
 def _warn_of_copies(digests: Mapping[Path, str], root: Path) -> None:
@@ -180,6 +258,19 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _digest_of_ends(path: Path) -> str:
+    """A digest of a file's size and of its first and last bytes."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(EDGE)
+            file.seek(max(len(start), size - EDGE))
+            content = b"%d:" % size + start + file.read(EDGE)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def _stamp(path: Path) -> Stamp:
     try:
         status = path.stat()
@@ -200,8 +291,8 @@ def _read_store(store: Path) -> dict[str, Whole]:
         if stored["pillow"] != PIL.__version__:
             return {}
         return {
-            str(name): ((int(size), int(time)), str(digest))
-            for name, (size, time, digest) in stored["files"].items()
+            str(name): Whole((int(size), int(time)), str(digest), Extent(kind, low, high))
+            for name, (size, time, digest, kind, low, high) in stored["files"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

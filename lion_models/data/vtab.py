@@ -12,6 +12,7 @@ from pathlib import Path
 from lion_models.base.errors import UserError
 from lion_models.data.base import TEST, TRAIN, VALIDATION, FolderSource
 from lion_models.data.folder import file_source
+from lion_models.data.text import read_text
 from lion_models.data.transforms import Geometry
 from lion_models.data.verify import FileChecks
 
@@ -76,7 +77,7 @@ def open_vtab(folder: Path, geometry: Geometry, checks: FileChecks) -> FolderSou
 
 def _read_list(path: Path) -> list[tuple[str, int]]:
     entries = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         image, *rest = line.strip().rsplit(maxsplit=1)

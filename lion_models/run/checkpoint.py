@@ -14,6 +14,8 @@ from torch import Tensor
 from lion_models.backbones import FrozenBackbone, fingerprint, load_backbone
 from lion_models.base.errors import UserError
 from lion_models.base.files import write_bytes
+from lion_models.data.levels import Levels
+from lion_models.data.transforms import Geometry
 from lion_models.methods.base import TunedClassifier, load_trained, trained_state
 from lion_models.run.config import CONFIG, RunConfig, build_model
 from lion_models.run.log import METRICS
@@ -35,12 +37,20 @@ class LoadedRun:
         config: what it was trained with.
         classes: names, in the order of the logits.
         weights: fingerprint of the trained weights.
+        levels: how its data's pictures of more than 8 bits were read; see `Geometry`.
     """
 
     model: TunedClassifier
     config: RunConfig
     classes: tuple[str, ...]
     weights: str
+    levels: Levels | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        """How pictures become its input."""
+        backbone, transform = self.model.backbone, self.config.data.transform
+        return Geometry(backbone.channels, backbone.image_size, transform, self.levels)
 
 
 def save_checkpoint(
@@ -49,6 +59,7 @@ def save_checkpoint(
     config: RunConfig,
     backbone: FrozenBackbone,
     classes: tuple[str, ...],
+    levels: Levels | None = None,
 ) -> None:
     """Write trained weights and what is needed to use them, to a temporary file, then rename it."""
     metadata = {
@@ -60,6 +71,8 @@ def save_checkpoint(
         "classes": json.dumps(classes),
         "normalisation": json.dumps(backbone.normalisation),
     }
+    if levels is not None:
+        metadata["levels"] = json.dumps(levels.to_dict())
     tensors = {name: value.cpu().contiguous() for name, value in weights.items()}
     metadata["sha256"] = _digest(tensors, metadata)
     write_bytes(path, _in_order(save(tensors, metadata)))
@@ -157,7 +170,8 @@ def load_run(path: Path, backbone: FrozenBackbone | None = None) -> LoadedRun:
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != found:
         raise UserError(unfit.format(sorted(set(expected.items()) ^ set(found.items()))[:4]))
-    return LoadedRun(model.eval(), config, classes, fingerprint(weights))
+    levels = Levels.from_dict(json.loads(metadata["levels"])) if "levels" in metadata else None
+    return LoadedRun(model.eval(), config, classes, fingerprint(weights), levels)
 
 
 def _unfinished(folder: Path) -> UserError:

@@ -18,7 +18,8 @@ from lion_models.prompts.config import RobustConfig
 from lion_models.prompts.pruning import Pruning
 from lion_models.run.training import TrainingConfig
 
-__all__ = ["CONFIG", "GROUPS", "RunConfig", "build_model", "check_felt", "owners_of", "run_of"]
+__all__ = ["CONFIG", "GROUPS", "RunConfig", "build_model", "check_felt", "owners_of", "run_of",
+           "to_write"]  # fmt: skip
 
 CONFIG = "config.json"
 
@@ -73,16 +74,18 @@ class RunConfig:
         return config
 
     def options(self) -> dict[str, Any]:
-        """Every option by its own name, as config.json has them."""
+        """Every option by its own name."""
         groups = (getattr(self, each.name) for each in fields(self))
         flat = {each.name: getattr(g, each.name) for g in groups for each in fields(g)}
         return {"data": flat.pop("data"), "method": self.method.name} | flat
 
-    to_dict = options
+    def to_dict(self) -> dict[str, Any]:
+        """The options as config.json has them."""
+        return to_write(self.options())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of `options`; those of other methods are left out.
+        """The inverse of `to_dict`; those of other methods are left out.
 
         Raises:
             UserError: an unknown name, or a value that is not allowed.
@@ -131,6 +134,13 @@ def all_options(**given: Any) -> dict[str, Any]:
     kinds = [*GROUPS.values(), *METHODS.values()]
     defaults = {each.name: each.default for kind in kinds for each in fields(kind)}
     return {**defaults, **given}
+
+
+def to_write(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that are silent at their defaults."""
+    groups = [*GROUPS.values(), *METHODS.values()]
+    silent = {e.name: e.default for group in groups for e in fields(group) if declared(e).silent}
+    return {k: v for k, v in options.items() if k not in silent or v != silent[k]}
 
 
 def option_kinds() -> dict[str, tuple[type, ...]]:

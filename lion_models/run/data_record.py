@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lion_models.base.errors import UserError
 from lion_models.base.files import write_json
 from lion_models.data import Source, Split
+from lion_models.data.levels import Levels
 from lion_models.data.sources import user_folder
+from lion_models.data.transforms import Geometry
+from lion_models.run.checkpoint import CHECKPOINT
+from lion_models.run.log import STATE
 
-__all__ = ["DATA_RECORD", "check_unchanged", "data_place", "record_data", "stored_name"]
+__all__ = ["DATA_RECORD", "check_unchanged", "data_place", "levels_of", "record_data",
+           "recorded_levels", "stored_name"]  # fmt: skip
 
 DATA_RECORD = "data.json"
 
@@ -30,18 +36,53 @@ def record_data(folder: Path, data: str, source: Source, split: Split) -> None:
     """
     _, place = user_folder(data)
     where = {} if place is None else {"folder": str(place)}
-    write_json(folder / DATA_RECORD, _describe(source, split) | where)
+    levels = levels_of(source)
+    seen = {"contents": _contents(source), "levels": levels and levels.to_dict()}
+    write_json(folder / DATA_RECORD, _describe(source, split) | seen | where)
 
 
-def check_unchanged(folder: Path, source: Source, split: Split) -> None:
+def levels_of(source: Source) -> Levels | None:
+    """The rule by which a source reads pictures of more than 8 bits; None where it has none."""
+    geometry: Geometry | None = getattr(source, "geometry", None)
+    return None if geometry is None else geometry.levels
+
+
+def recorded_levels(folder: Path) -> Levels | Literal["auto"] | None:
+    """How `open_source` is to read a run's pictures of more than 8 bits.
+
+    Args:
+        folder: the run's. What it was trained with holds; a run that has begun and wrote down none
+            is of a version that decided by each picture.
+    """
+    record = _recorded(folder)
+    if not record:
+        begun = any((folder / name).exists() for name in (CHECKPOINT, STATE))
+        return None if begun else "auto"
+    levels = record.get("levels")
+    return None if levels is None else Levels.from_dict(levels)
+
+
+def check_unchanged(
+    folder: Path, source: Source, split: Split, accept_contents: bool = False
+) -> bool:
     """Raise UserError where a run's data is not what it was when the run was trained.
+
+    Args:
+        folder: the run's.
+        source, split: its data now.
+        accept_contents: files of the same names may have other contents.
+
+    Returns:
+        Whether they have, and that was accepted.
 
     A class is shuffled whole, so one file more or less draws other test images from it, and some
     of those would have been trained on. Runs of versions that recorded nothing are let through.
     """
     then, now = _recorded(folder), _describe(source, split)
-    if not then or then["sha256"] == now["sha256"]:
-        return
+    if not then:
+        return False
+    if then["sha256"] == now["sha256"]:
+        return _have_changed(folder, source, then.get("contents", {}), accept_contents)
     before, after = then["images"], now["images"]
     differing = [name for name in before | after if before.get(name, 0) != after.get(name, 0)]
     what = "each class has as many images as then, but they are others or in other parts"
@@ -55,6 +96,39 @@ def check_unchanged(folder: Path, source: Source, split: Split) -> None:
         "images would be drawn anew, from images that it was trained on, too; put the files back "
         "as they were, or train again with `overwrite` or another `name`"
     )
+
+
+def _have_changed(
+    folder: Path, source: Source, then: dict[str, str], accept_contents: bool
+) -> bool:
+    """Whether images have other contents under the same names, which has to be accepted."""
+    now = _contents(source) if then else {}
+    changed = [name for name in now if then.get(name) != now[name]]
+    if not changed:
+        return False
+    others = f" (and of {len(changed) - 1} other classes)" if len(changed) > 1 else ""
+    what = (
+        f"`data`: images of class '{changed[0]}'{others} of {source.name} have other contents than "
+        f"when {folder} was trained on it, under the same names"
+    )
+    if not accept_contents:
+        raise UserError(
+            f"{what}; put the files back as they were, train again with `overwrite` or another "
+            "`name`, or go on with what is there now: `changed_data`"
+        )
+    warnings.warn(f"{what}; what is there now is used", stacklevel=3)
+    return True
+
+
+def _contents(source: Source) -> dict[str, str]:
+    """A digest of the images of each class; empty where the source does not know any."""
+    digests = source.digests()
+    if not digests:
+        return {}
+    joined = [hashlib.sha256() for _ in source.classes]
+    for label, digest in zip(source.labels.tolist(), digests, strict=True):
+        joined[label].update(digest.encode())
+    return {name: each.hexdigest()[:16] for name, each in zip(source.classes, joined, strict=True)}
 
 
 def data_place(folder: Path, data: str, moved: str | None = None) -> str:

@@ -83,8 +83,8 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: boo
 
 def check_same(folder: Path, config: RunConfig) -> None:
     """Raise UserError where a folder's run has other options than `config`."""
-    stored = read_config(folder).resolved().to_dict()
-    differing = [key for key, value in config.to_dict().items() if stored.get(key) != value]
+    stored = read_config(folder).resolved().options()
+    differing = [key for key, value in config.options().items() if stored.get(key) != value]
     if differing:
         shown = ", ".join(f"{key}={stored.get(key)!r}" for key in differing)
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lion_models.base.names import written
 from lion_models.base.errors import UserError, choose, few
-from lion_models.data import decode_image, find_images, open_source
-from lion_models.data.images import UnreadableError
+from lion_models.base.names import difference, look_alike, written
+from lion_models.data import open_source
+from lion_models.data.files import walk, warn_of_left_out
+from lion_models.data.images import UnreadableError, decode_file
 from lion_models.data.loader import ImageCache
 from lion_models.run.balance import balanced_figure
 from lion_models.run.checkpoint import LoadedRun
@@ -43,10 +45,11 @@ def gather_images(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = find_images(path)
-            if not inside:
+            inside = walk(path)
+            warn_of_left_out(inside.others, str(path))
+            if not inside.images:
                 raise UserError(f"{path}: no image in this folder")
-            found += inside
+            found += inside.images
         elif path.is_file():
             found.append(path)
         else:
@@ -71,13 +74,13 @@ def predict(
     choose("unreadable", unreadable, UNREADABLE)
     backbone = run.model.backbone
     device = run.model.head.weight.device
-    shape, chunk = (backbone.channels, backbone.image_size), backbone.evaluation_batch
+    geometry, chunk = run.geometry, backbone.evaluation_batch
     for start in range(0, len(images), chunk):
         pixels: list[Tensor] = []
         errors: dict[Path, str] = {}
         for path in images[start : start + chunk]:
             try:
-                pixels.append(decode_image(path, *shape, run.config.data.transform))
+                pixels.append(decode_file(path, geometry))
             except UnreadableError:
                 raise
             except UserError as error:
@@ -163,7 +166,7 @@ def evaluate_on(
     bad_files: str | None = None,
     cache: ImageCache | None = None,
 ) -> tuple[dict[str, float], Tensor]:
-    """Mean accuracy and cross-entropy on every image of another data set with the same classes.
+    """Mean accuracy and cross-entropy on every image of another data set, of the run's classes.
 
     Args:
         run: the classifier.
@@ -176,30 +179,63 @@ def evaluate_on(
         The figures, and the true labels.
 
     Raises:
-        UserError: the data's classes are not the run's.
+        UserError: the data has a class that the run was not trained for.
     """
-    model = run.model
-    backbone, transform = model.backbone, run.config.data.transform
+    model, geometry = run.model, run.geometry
     source = open_source(
         data,
-        backbone.channels,
-        backbone.image_size,
-        transform=transform,
+        geometry.channels,
+        geometry.size,
+        transform=geometry.transform,
         bad_files=run.config.data.bad_files if bad_files is None else bad_files,
+        levels=run.levels,
+        classes=run.classes,
     )
-    if source.classes != run.classes:
-        raise UserError(
-            f"`data` {data}: has {len(source.classes)} classes ({few(source.classes)}); the run "
-            f"was trained for {len(run.classes)} ({few(run.classes)})"
-        )
+    known = _known_labels(source.classes, run.classes, data)
+    all_labels = known[source.labels]
     totals: dict[str, float] = {}
     predicted = [] if predicted is None else predicted
     everything = (cache or ImageCache(limit=0)).images(source, torch.arange(len(source)))
-    labels = source.labels.to(model.head.weight.device).split(CHUNK)
+    labels = all_labels.to(model.head.weight.device).split(CHUNK)
     for images, truth in zip(everything.split(CHUNK), labels, strict=True):
         sums = score(model, freeze_images(model, images), truth, predicted)
         for key, value in sums.items():
             totals[key] = totals.get(key, 0.0) + value
     means = {key: value / len(source) for key, value in totals.items()}
-    balanced = balanced_figure(source.labels, torch.cat(predicted))
-    return {**means, **balanced, "images": len(source)}, source.labels
+    balanced = balanced_figure(all_labels, torch.cat(predicted))
+    return {**means, **balanced, "images": len(source)}, all_labels
+
+
+def _known_labels(classes: Sequence[str], known: Sequence[str], data: str) -> Tensor:
+    """The run's label of each class of other data, which may lack some; int64 (classes,).
+
+    Raises:
+        UserError: a class that the run was not trained for.
+    """
+    alike = look_alike([name for name in classes if name not in known], known)
+    unknown = [name for name in classes if name not in known and name not in alike]
+    taken = [alike.get(name, name) for name in classes]
+    twice = [name for name in taken if taken.count(name) > 1]
+    if unknown or twice:
+        what = f"{len(unknown)} classes that the run was not trained for: {few(unknown)}"
+        if twice:
+            what = f"several classes that are the run's '{twice[0]}'"
+        raise UserError(
+            f"`data` {data}: has {what}; the run was trained for {len(known)}: {few(known)}; "
+            "rename or remove the others"
+        )
+    if alike:
+        one, other = next(iter(alike.items()))
+        warnings.warn(
+            f"`data` {data}: {len(alike)} classes are written otherwise than the run's, {one!r} "
+            f"for {other!r} (they differ in {difference(one, other)}); they are taken for the same",
+            stacklevel=3,
+        )
+    if len(taken) < len(known):
+        missing = [name for name in known if name not in taken]
+        warnings.warn(
+            f"`data` {data}: has {len(taken)} of the run's {len(known)} classes, without "
+            f"{few(missing)}; the figures are those of its own images",
+            stacklevel=3,
+        )
+    return torch.tensor([known.index(name) for name in taken])

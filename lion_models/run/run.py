@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from lion_models.data import (
     split_source,
     take_task,
 )
+from lion_models.data.levels import Levels
 from lion_models.data.sources import user_folder
 from lion_models.data.splits import earlier_reading
 from lion_models.methods.base import TunedClassifier, count_parameters
@@ -40,7 +41,13 @@ from lion_models.run.checkpoint import (
     save_checkpoint,
 )
 from lion_models.run.config import RunConfig, build_model
-from lion_models.run.data_record import check_unchanged, data_place, record_data
+from lion_models.run.data_record import (
+    check_unchanged,
+    data_place,
+    levels_of,
+    record_data,
+    recorded_levels,
+)
 from lion_models.run.folder import (
     CURVES,
     RESULT,
@@ -76,6 +83,7 @@ class Run:
         bench: device, and what the runs of this process share; None makes one for the CPU.
         moved_data: where its data lies now, as `data` would name it; None means where it
             lay when the run was trained.
+        changed_data: go on although files of its data have other contents than in training.
 
     Attributes:
         place: what `open_source` takes for the run's data, in whatever folder this process works.
@@ -93,21 +101,20 @@ class Run:
         *,
         bench: Workbench | None = None,
         moved_data: str | None = None,
+        changed_data: bool = False,
     ) -> None:
         self.folder, self.config = Path(folder), config.resolved()
         self.bench = Workbench() if bench is None else bench
-        self._moved_data = moved_data
+        self._moved_data, self._changed_data = moved_data, changed_data
 
     @classmethod
-    def open(
-        cls, folder: Path | str, *, bench: Workbench | None = None, moved_data: str | None = None
-    ) -> Run:
+    def open(cls, folder: Path | str, **options: Any) -> Run:
         """The run that a folder holds.
 
         Raises:
             UserError: it holds none, or one of another version.
         """
-        return cls(folder, read_config(Path(folder)), bench=bench, moved_data=moved_data)
+        return cls(folder, read_config(Path(folder)), **options)
 
     @cached_property
     def backbone(self) -> FrozenBackbone:
@@ -121,7 +128,12 @@ class Run:
 
     @cached_property
     def source(self) -> Source:
-        return self.bench.source(replace(self.config.data, data=self.place), self.backbone)
+        data = replace(self.config.data, data=self.place)
+        return self.bench.source(data, self.backbone, self.levels)
+
+    @cached_property
+    def levels(self) -> Levels | Literal["auto"] | None:
+        return recorded_levels(self.folder)
 
     @cached_property
     def split(self) -> Split:
@@ -154,6 +166,8 @@ class Run:
         """
         if anew and self._moved_data is None:
             self.place = self.config.data.data
+        if anew:
+            self.levels = "auto"
         _ = self.split, self.model
 
     def prepare(self, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -260,7 +274,7 @@ class Run:
             UserError: the data is gone, or what lies at `moved_data` is not the run's.
         """
         if self._moved_data is not None:
-            check_unchanged(self.folder, self.source, self.split)
+            self._check_unchanged()
         rows = self.split.validation
         chosen = torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()
         return self.source.load(rows[chosen])
@@ -298,14 +312,15 @@ class Run:
         state_seconds: float,
     ) -> dict[str, Any]:
         """Train and write checkpoint and result; returns the latter."""
+        changed = False
         if state is not None or self._moved_data is not None:
-            check_unchanged(self.folder, self.source, self.split)
+            changed = self._check_unchanged()
         if ranks.first and self.source not in self.bench.looked_at:
             self.bench.looked_at.add(self.source)
             warn_unsuited(self.source, self.split.train, self.backbone)
         task, model = self.task, self.model
         del self.model  # which is about to be trained
-        if state is None and ranks.first:
+        if (state is None or changed) and ranks.first:
             record_data(self.folder, self.place, self.source, self.split)
         traces = {"before": self._traces(model)}
         log = RunLog(self.folder, state, state_seconds, tensorboard) if ranks.first else None
@@ -331,10 +346,12 @@ class Run:
             return {}
         log.close()
         traces["after"] = self._traces(model)
+        levels = levels_of(self.source)
         save_checkpoint(
-            self.folder / CHECKPOINT, state.best, self.config, model.backbone, task.classes
+            self.folder / CHECKPOINT, state.best, self.config, model.backbone, task.classes, levels
         )
-        self.trained = LoadedRun(model, self.config, task.classes, fingerprint(state.best))
+        weights = fingerprint(state.best)
+        self.trained = LoadedRun(model, self.config, task.classes, weights, levels)
         result = self._describe(state, traces)
         write_json(self.folder / RESULT, result)
         (self.folder / STATE).unlink(missing_ok=True)
@@ -388,7 +405,7 @@ class Run:
             fixed = freeze_images(run.model, images)
             return score(run.model, fixed, labels.to(self.bench.device), predicted, chances)
 
-        check_unchanged(self.folder, self.source, self.split)
+        changed = self._check_unchanged()
         sealed = SealedTest(self.source, self.split.test, self.bench.images)
         # A ledger without a report is of a version that wrote none: the same weights are scored
         # again.
@@ -403,7 +420,10 @@ class Run:
         report = class_report(run.classes, truth, torch.cat(predicted))
         report |= self._trust(truth, torch.cat(chances))
         write_json(self.folder / REPORT, report)
-        return test
+        return test | ({"changed_data": True} if changed else {})
+
+    def _check_unchanged(self) -> bool:
+        return check_unchanged(self.folder, self.source, self.split, self._changed_data)
 
     def _trust(self, truth: Tensor, chances: Tensor) -> dict[str, Any]:
         """What report.json says of the probabilities, with the surest mistakes as pictures."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Literal
 from weakref import WeakSet
 
 import torch
@@ -9,7 +10,9 @@ import torch
 from lion_models.backbones import FrozenBackbone, load_backbone
 from lion_models.data import Source, open_source
 from lion_models.data.config import DataConfig
+from lion_models.data.levels import Levels, parse_range
 from lion_models.data.loader import IMAGE_CACHE, ImageCache
+from lion_models.run.data_record import levels_of
 from lion_models.run.features import FeatureCache
 
 __all__ = ["Workbench"]
@@ -49,11 +52,27 @@ class Workbench:
             self._backbones[name] = load_backbone(name).to(self.device)
         return self._backbones[name]
 
-    def source(self, data: DataConfig, backbone: FrozenBackbone) -> Source:
-        """The data that is asked for, as a backbone takes it."""
+    def source(
+        self,
+        data: DataConfig,
+        backbone: FrozenBackbone,
+        levels: Levels | Literal["auto"] | None = "auto",
+    ) -> Source:
+        """The data that is asked for, as a backbone takes it; see `open_source` for `levels`."""
+        if data.value_range is not None:
+            levels = parse_range(data.value_range)
         shape = backbone.channels, backbone.image_size
         reading = {key: getattr(data, key) for key in ("transform", "bad_files", "verify")}
-        key = (data.data, *shape, *reading.values())
-        if key not in self._sources:
-            self._sources[key] = open_source(data.data, *shape, **reading)
-        return self._sources[key]
+
+        def key(rule: object) -> tuple[object, ...]:
+            return (data.data, *shape, *reading.values(), rule)
+
+        if key(levels) not in self._sources:
+            source = open_source(data.data, *shape, levels=levels, **reading)
+            self._sources[key(levels)] = source
+            # Those who ask for a rule, and those who ask for what is found, share one source.
+            rule = levels_of(source)
+            self._sources[key(rule)] = source
+            if getattr(source, "own_levels", rule) == rule:
+                self._sources[key("auto")] = source
+        return self._sources[key(levels)]

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lion_models.base.names import written
 from lion_models.methods import METHODS
+from lion_models.run.config import to_write
 from lion_models.run.log import METRICS
 from lion_models.study.plan import short_value
 from lion_models.study.study import Study
@@ -101,7 +102,7 @@ def _balanced_figure(values: Sequence[float | None]) -> dict[str, float]:
 
 
 def _options(study: Study) -> dict[str, Any]:
-    return {k: v for k, v in study.plan.base.items() if k not in ("method", "seed")}
+    return to_write({k: v for k, v in study.plan.base.items() if k not in ("method", "seed")})
 
 
 def _recipe(trial: Trial) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -130,3 +131,74 @@ def test_source_that_remembers_images_passes_names_on(config: RunConfig, photos:
     names = bench.source(config.data, bench.backbone(config.backbone.backbone)).row_names()
     assert names[:2] == ["dark/0.png", "dark/1.jpg"]
     assert len(names) == 36
+
+
+@pytest.mark.parametrize("verify", ["full", "header"])
+def test_other_contents_under_the_same_names_are_noticed_and_may_be_accepted(
+    lion: Lion, config: RunConfig, photos: Path, verify: str
+):
+    run = train(photos.parent / "run", config.but(verify=verify))
+    path = photos / "light" / "2.bmp"
+    with Image.open(path) as image:
+        image.point(lambda value: 255 - value).save(path)  # of the same size
+    refused = lion("eval", run)
+    assert refused.code == 2
+    assert "images of class 'light' of" in refused.err
+    assert "have other contents than when" in refused.err
+    assert refused.err.endswith("go on with what is there now: --changed-data")
+    assert not (run / "test.json").exists()
+    with pytest.warns(UserWarning, match="what is there now is used"):
+        done = lion("eval", run, "--changed-data")
+    assert done.code == 0, done.err
+    assert json.loads((run / "result.json").read_text())["test"]["changed_data"] is True
+    assert lion("eval", run).code == 0
+
+
+def test_touched_and_copied_files_are_the_same_data(lion: Lion, config: RunConfig, photos: Path):
+    run = train(photos.parent / "run", config)
+    for path in photos.rglob("*.*"):
+        os.utime(path, ns=(1, 1))
+    assert lion("eval", run).code == 0
+    arrays = torch.zeros(24, 1, 12, 12, dtype=torch.uint8)
+    source = ArraySource("a", ("a", "b"), torch.arange(2).repeat(12), arrays)
+    split = split_source(source, 42, 3, 2)
+    record_data(photos.parent, "digits", source, split)
+    assert not check_unchanged(photos.parent, source, split)
+    arrays[3] = 1
+    with pytest.raises(UserError, match="images of class 'b' of a have other contents"):
+        check_unchanged(photos.parent, source, split)
+
+
+def test_interrupted_run_may_go_on_with_other_contents(
+    lion: Lion, config: RunConfig, photos: Path, tmp_path: Path
+):
+    def stop(state: FitState) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        Run(run, config).train(on_epoch=stop, plot=False, state_seconds=0)
+    record = json.loads((run / "data.json").read_text())
+    path = photos / "dark" / "0.png"
+    with Image.open(path) as image:
+        image.rotate(90).save(path)
+    with pytest.raises(UserError, match="class 'dark'"):
+        Run(run, config).train(plot=False)
+    with pytest.warns(UserWarning, match="what is there now is used"):
+        Run(run, config, changed_data=True).train(plot=False)
+    now = json.loads((run / "data.json").read_text())
+    assert now["sha256"] == record["sha256"]
+    assert now["contents"] != record["contents"]
+    new = lion("train", "--data", photos, "--runs", tmp_path, "--name", "n", "--changed-data")
+    assert "--changed-data: goes with --resume" in new.err
+
+
+def test_a_record_without_contents_is_of_a_version_that_knew_none(config: RunConfig, photos: Path):
+    run = train(photos.parent / "run", config)
+    record = json.loads((run / "data.json").read_text())
+    del record["contents"], record["levels"]
+    (run / "data.json").write_text(json.dumps(record))
+    path = photos / "dark" / "0.png"
+    with Image.open(path) as image:
+        image.rotate(90).save(path)
+    assert Run.open(run).measure(plot=False)["test"]["images"] == 12

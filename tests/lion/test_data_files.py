@@ -27,6 +27,7 @@ from lion_models.data import (
     verify,
 )
 from lion_models.data.images import decode_image
+from lion_models.data.levels import Extent
 from tests.support.command import Lion
 from tests.support.small import cats_and_dogs, noise
 
@@ -123,9 +124,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     seen: list[Path] = []
     real = verify.check_whole
 
-    def watched(path: Path) -> None:
+    def watched(path: Path) -> Extent:
         seen.append(path)
-        real(path)
+        return real(path)
 
     monkeypatch.setattr(verify, "check_whole", watched)
     return seen
