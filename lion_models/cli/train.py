@@ -13,6 +13,7 @@ from lion_models.cli import options
 from lion_models.cli.console import out
 from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import ProgressBars
+from lion_models.cli.summary import summary
 from lion_models.cli.text import folder_in, short_name
 from lion_models.run import Run, RunConfig
 from lion_models.run.balance import accuracy_text
@@ -71,6 +72,7 @@ def command(
     with ExitStack() as held, joined_ranks(machine.device) as ranks:
         if ranks.first:
             held.enter_context(run.held(resume=resume, overwrite=overwrite))
+            out.print(summary(run), highlight=False, soft_wrap=True)
         with ProgressBars() as bars:
             result = run.train(
                 test=test,

@@ -119,7 +119,9 @@ def export_run(
             "backbone": run.config.backbone.backbone,
             "weights_sha256": run.weights,
             "steps": steps if has_steps else None,
-            "preprocessing": preprocessing(run.model.backbone, run.config.data.transform),
+            "preprocessing": preprocessing(
+                run.model.backbone, run.config.data.transform, run.levels
+            ),
             "input": f"float32 (batch, {', '.join(map(str, pixels.shape[1:]))}) in [0, 1]",
             "compared_images": len(pixels),
             "difference_of_unrolling": _largest(eager, solved),

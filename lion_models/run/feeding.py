@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from lion_models.backbones import FrozenBackbone
+from lion_models.data.levels import Levels
 from lion_models.data.transforms import LONGEST, LUMINANCE, Geometry
 
 __all__ = ["example", "preprocessing"]
 
 
-def preprocessing(backbone: FrozenBackbone, transform: str) -> dict[str, Any]:
+def preprocessing(
+    backbone: FrozenBackbone, transform: str, levels: Levels | None = None
+) -> dict[str, Any]:
     """What is done to a picture before the exported network sees it, in the order of the keys.
 
     Args:
         backbone: takes the pictures.
         transform: how they are fitted to its square; see `Geometry`.
+        levels: how its data's pictures of more than 8 bits were read.
 
     Returns:
         `orientation`, `bits`, `ground` (the colour under transparency), `mode` (Pillow's name) and
@@ -37,7 +41,7 @@ def preprocessing(backbone: FrozenBackbone, transform: str) -> dict[str, Any]:
         resize |= {"height": side, "width": side}
     return {
         "orientation": "exif",
-        "bits": "8; grey of 16 bits is divided by 257",
+        "bits": _bits(levels),
         "ground": [255, 255, 255],
         "mode": "L" if grey else "RGB",
         "grey_weights": list(LUMINANCE) if grey else None,
@@ -49,6 +53,13 @@ def preprocessing(backbone: FrozenBackbone, transform: str) -> dict[str, Any]:
         "dtype": "float32",
         "normalisation": {"inside": True, "mean": mean, "std": std},
     }
+
+
+def _bits(levels: Levels | None) -> str:
+    if levels is None:
+        return "8; grey of 16 bits is divided by 257"
+    ranges = (f"{kind} {low:g} to {high:g}" for kind, (low, high) in levels.to_dict().items())
+    return f"8; of more than 8 bits {', '.join(ranges)} become 0 to 255"
 
 
 _PREPARE = """\
