@@ -23,6 +23,7 @@ __all__ = ["DATA_RECORD", "check_unchanged", "data_place", "levels_of", "record_
            "recorded_levels", "stored_name"]  # fmt: skip
 
 DATA_RECORD = "data.json"
+_WHOLE = 16  # digits of the digest of all images
 
 
 def record_data(folder: Path, data: str, source: Source, split: Split) -> None:
@@ -36,8 +37,9 @@ def record_data(folder: Path, data: str, source: Source, split: Split) -> None:
     """
     _, place = user_folder(data)
     where = {} if place is None else {"folder": str(place)}
+    seen: dict[str, Any] = {"contents": contents} if (contents := _contents(source)) else {}
     levels = levels_of(source)
-    seen = {"contents": _contents(source), "levels": levels and levels.to_dict()}
+    seen |= {} if levels is None else {"levels": levels.to_dict()}
     write_json(folder / DATA_RECORD, _describe(source, split) | seen | where)
 
 
@@ -82,7 +84,7 @@ def check_unchanged(
     if not then:
         return False
     if then["sha256"] == now["sha256"]:
-        return _have_changed(folder, source, then.get("contents", {}), accept_contents)
+        return _have_changed(folder, source, then.get("contents", ""), accept_contents)
     before, after = then["images"], now["images"]
     differing = [name for name in before | after if before.get(name, 0) != after.get(name, 0)]
     what = "each class has as many images as then, but they are others or in other parts"
@@ -98,18 +100,18 @@ def check_unchanged(
     )
 
 
-def _have_changed(
-    folder: Path, source: Source, then: dict[str, str], accept_contents: bool
-) -> bool:
+def _have_changed(folder: Path, source: Source, then: str, accept_contents: bool) -> bool:
     """Whether images have other contents under the same names, which has to be accepted."""
-    now = _contents(source) if then else {}
-    changed = [name for name in now if then.get(name) != now[name]]
-    if not changed:
+    now = _contents(source) if then else ""
+    if now == then:
         return False
-    others = f" (and of {len(changed) - 1} other classes)" if len(changed) > 1 else ""
+    marks = zip(source.classes, _by_class(then), _by_class(now), strict=True)
+    changed = [name for name, before, after in marks if before != after]
+    of = f" of class '{changed[0]}'" if changed else ""
+    of += f" (and of {len(changed) - 1} other classes)" if len(changed) > 1 else ""
     what = (
-        f"`data`: images of class '{changed[0]}'{others} of {source.name} have other contents than "
-        f"when {folder} was trained on it, under the same names"
+        f"`data`: images{of} of {source.name} have other contents than when {folder} was trained "
+        "on it, under the same names"
     )
     if not accept_contents:
         raise UserError(
@@ -120,15 +122,23 @@ def _have_changed(
     return True
 
 
-def _contents(source: Source) -> dict[str, str]:
-    """A digest of the images of each class; empty where the source does not know any."""
+def _contents(source: Source) -> str:
+    """A digest of all images, then two digits of each class, which tell where they changed.
+
+    Empty where the source does not know its contents.
+    """
     digests = source.digests()
     if not digests:
-        return {}
+        return ""
     joined = [hashlib.sha256() for _ in source.classes]
     for label, digest in zip(source.labels.tolist(), digests, strict=True):
         joined[label].update(digest.encode())
-    return {name: each.hexdigest()[:16] for name, each in zip(source.classes, joined, strict=True)}
+    whole = hashlib.sha256(b"".join(each.digest() for each in joined)).hexdigest()
+    return whole[:_WHOLE] + "".join(each.hexdigest()[:2] for each in joined)
+
+
+def _by_class(contents: str) -> list[str]:
+    return [contents[at : at + 2] for at in range(_WHOLE, len(contents), 2)]
 
 
 def data_place(folder: Path, data: str, moved: str | None = None) -> str:
