@@ -112,13 +112,13 @@ def plot_confusion(path: Path, report: dict[str, Any]) -> None:
         path: PNG to write.
         report: content of report.json.
     """
-    names = [lettering(row["class"]) for row in report["classes"]]
+    names = [row["class"] for row in report["classes"]]
     counts = report["confusion"]
     every = len(names)
     if every > MOST_CLASSES:
         names, counts = _most_mistaken(names, counts)
     shares = [[value / max(1, sum(row)) for value in row] for row in counts]
-    names = [middle_out(name) for name in names]
+    names = [lettering(middle_out(name)) for name in names]
     side = 2.4 + 0.4 * len(counts) + 0.09 * max(map(len, names))
     figure, [[axis]] = new_figure(side + 0.8, side + 0.3)
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)

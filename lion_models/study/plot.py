@@ -193,7 +193,9 @@ def _heat_map(axis: Axes, settings: list[dict[str, Any]], keys: list[str]) -> No
     chosen = settings[0]["setting"]
     at = rows.index(chosen[down]) * len(columns) + columns.index(chosen[across])
     axis.texts[at].set_fontweight("bold")
-    axis.set_xticks(range(len(columns)), [lettering(middle_out(str(value), 20)) for value in columns])
+    axis.set_xticks(
+        range(len(columns)), [lettering(middle_out(str(value), 20)) for value in columns]
+    )
     axis.set_yticks(range(len(rows)), [lettering(middle_out(str(value), 20)) for value in rows])
     axis.set_xlabel(across)
     axis.set_ylabel(down)

@@ -138,7 +138,7 @@ def installed_font(tmp_path: Path):
 
 
 def confusion(name: str) -> dict[str, object]:
-    rows = [{"class": each} for each in (name, "b")]
+    rows = [{"class": each, "support": 1} for each in (name, "b")]
     return {"classes": rows, "confusion": [[1, 0], [0, 1]], "images": 2, "accuracy": 1.0}
 
 
@@ -152,5 +152,5 @@ def test_letters_are_drawn_by_a_font_that_has_them(installed_font: None, tmp_pat
 
 def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path: Path):
     broken = confusion("a") | {"accuracy": "none"}
-    with pytest.warns(UserWarning, match=r"c\.png: not drawn \(TypeError"):
+    with pytest.warns(UserWarning, match=r"c\.png: not drawn \(ValueError"):
         plot_confusion(tmp_path / "c.png", broken)
