@@ -25,7 +25,7 @@ __all__ = ["CHECKPOINT", "LoadedRun", "load_run", "read_checkpoint", "save_check
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = "lion_models 1"
 _KEYS = {"format", "method", "config", "backbone", "backbone_sha256", "classes", "normalisation",
-         "sha256"}  # fmt: skip
+         "levels", "sha256"}  # fmt: skip
 
 
 @dataclass(frozen=True)

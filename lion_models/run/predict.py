@@ -221,7 +221,7 @@ def _known_labels(classes: Sequence[str], known: Sequence[str], data: str) -> Te
         if twice:
             what = f"several classes that are the run's '{twice[0]}'"
         raise UserError(
-            f"`data` {data}: has {what}; the run was trained for {len(known)}: {few(known)}; "
+            f"`data` {data}: has {what}; the run was trained for {few(known)}; "
             "rename or remove the others"
         )
     if alike:
