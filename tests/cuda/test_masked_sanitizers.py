@@ -94,8 +94,8 @@ DEFECTS = {
     ),
     "a token too many is read": Defect(
         "cuda/masked_tile.cuh",
-        "token + i < turned.tokens",
-        "token + i <= turned.tokens",
+        "row < turned.tokens",
+        "row <= turned.tokens",
         "few",
         "address",
         "AddressSanitizer: heap-buffer-overflow",
