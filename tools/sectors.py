@@ -187,7 +187,7 @@ def cases() -> dict[str, Callable[[SectorCounter], Any]]:
 def _steps() -> dict[str, Callable[[SectorCounter], Any]]:
     found: dict[str, Callable[[SectorCounter], Any]] = {}
     for path in PATHS:
-        rows, dim = {"warp": (4, 256), "block": (4, 2048), "split": (1, 65536)}[path]
+        rows, dim = (1, 65536) if path == "split" else (4, 4096)
         for dtype in DTYPES:
             case = full_rows(anderson_case(rows, dim, 5, dtype, 1, safeguard=1e9), 5)
             found[f"anderson {path} {DTYPES[dtype]}"] = _step("anderson_step", path, case)

@@ -11,18 +11,6 @@ namespace deqcore::cuda {
 // Differences of consecutive residuals that a lane keeps as a row of registers.
 constexpr int kRegisterColumns = 7;
 
-// 1 / sqrt of a normal number, within two units of the last place: no branch for others.
-DEQCORE_DEVICE double rsqrt_of_normal(double value) {
-#if defined(__CUDA_ARCH__)
-  double root;
-  asm("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(root) : "d"(value));
-  const double error = fma(-value * root, root, 1.0);
-  return fma(root * error, fma(0.375, error, 0.5), root);
-#else
-  return rsqrt(value);
-#endif
-}
-
 // Inner products of residuals by age, in shared memory.
 struct ByAge {
   double* at;
@@ -37,14 +25,14 @@ struct ByAge {
   DEQCORE_DEVICE double unit(int i) const {
     const double size = of_differences(i, i);
     const double noise = kAndersonNoise * ((*this)(i, i) + (*this)(i + 1, i + 1));
-    return size > noise ? rsqrt_of_normal(size) : 0.0;
+    return size > noise ? rsqrt(size) : 0.0;
   }
   DEQCORE_DEVICE double right(int i) const { return (*this)(0, i) - (*this)(0, i + 1); }
 };
 
 // 1 / sqrt of a pivot of the unit-diagonal matrix, or 0 for a column to drop.
 DEQCORE_DEVICE double inverse_root(double unit, double pivot) {
-  return unit > 0 && pivot > kAndersonPivot ? rsqrt_of_normal(pivot) : 0.0;
+  return unit > 0 && pivot > kAndersonPivot ? rsqrt(pivot) : 0.0;
 }
 
 // gamma for the newest difference alone.
@@ -52,77 +40,6 @@ DEQCORE_DEVICE double newest_gamma(const ByAge& by_age, double ridge) {
   const double unit = by_age.unit(0);
   const double inverse = inverse_root(unit, by_age.of_differences(0, 0) * unit * unit + ridge);
   return by_age.right(0) * unit * inverse * inverse * unit;
-}
-
-// Differences that one thread alone takes on, all in registers.
-constexpr int kFewColumns = 4;
-
-// gamma by one thread; columns from `count` on drop out.
-DEQCORE_DEVICE void least_squares_of_few(const ByAge& by_age, int count, double ridge,
-                                         double (&gamma)[kFewColumns]) {
-  constexpr int kN = kFewColumns;
-  double unit[kN], inverse[kN], factor[kN][kN];
-#pragma unroll
-  for (int i = 0; i < kN; ++i) unit[i] = i < count ? by_age.unit(i) : 0.0;
-#pragma unroll
-  for (int i = 0; i < kN; ++i) {
-#pragma unroll
-    for (int j = 0; j <= i; ++j) {
-      factor[i][j] = i < count ? by_age.of_differences(i, j) * unit[i] * unit[j] : 0.0;
-    }
-    factor[i][i] += ridge;
-    gamma[i] = i < count ? by_age.right(i) * unit[i] : 0.0;
-  }
-#pragma unroll
-  for (int j = 0; j < kN; ++j) {
-    inverse[j] = inverse_root(unit[j], factor[j][j]);
-    gamma[j] *= inverse[j];
-#pragma unroll
-    for (int i = j + 1; i < kN; ++i) factor[i][j] *= inverse[j];
-#pragma unroll
-    for (int i = j + 1; i < kN; ++i) {
-      gamma[i] -= factor[i][j] * gamma[j];
-#pragma unroll
-      for (int k = j + 1; k <= i; ++k) factor[i][k] -= factor[i][j] * factor[k][j];
-    }
-  }
-#pragma unroll
-  for (int j = kN - 1; j >= 0; --j) {
-    gamma[j] *= inverse[j];
-#pragma unroll
-    for (int i = 0; i < j; ++i) gamma[i] -= factor[j][i] * gamma[j];
-  }
-#pragma unroll
-  for (int i = 0; i < kN; ++i) gamma[i] *= unit[i];
-}
-
-// alpha by age; false if a weight is above the cap or not a number.
-DEQCORE_DEVICE bool weights_from(const double (&gamma)[kFewColumns], int history, double max_weight,
-                                 double (&alpha)[kFewColumns + 1]) {
-  bool fine = true;
-#pragma unroll
-  for (int age = 0; age <= kFewColumns; ++age) {
-    const double newer = age == 0 ? 1.0 : gamma[age - 1];
-    alpha[age] = newer - (age < kFewColumns ? gamma[age] : 0.0);
-    fine = fine && (age >= history || fabs(alpha[age]) <= max_weight);
-  }
-  return fine;
-}
-
-// Mixing weights by age of at most kFewColumns + 1 slots, by one thread.
-DEQCORE_DEVICE void weights_of_few(const ByAge& by_age, int history, const AndersonOptions& options,
-                                   double (&alpha)[kFewColumns + 1]) {
-  double gamma[kFewColumns] = {};
-  if (history > 2) {
-    least_squares_of_few(by_age, history - 1, options.ridge, gamma);
-    if (weights_from(gamma, history, options.max_weight, alpha)) return;
-  }
-#pragma unroll
-  for (int i = 0; i < kFewColumns; ++i) gamma[i] = 0.0;
-  if (history > 1) gamma[0] = newest_gamma(by_age, options.ridge);
-  if (weights_from(gamma, history, options.max_weight, alpha)) return;
-#pragma unroll
-  for (int age = 0; age <= kFewColumns; ++age) alpha[age] = age == 0 ? 1.0 : 0.0;
 }
 
 // Cholesky of the first `count` <= kRegisterColumns differences; lane i holds row i.
@@ -234,22 +151,26 @@ DEQCORE_DEVICE bool to_weights(int lane, const double* gamma, int history, int u
   return __all_sync(kWholeWarp, fine);
 }
 
-// Mixing weights by age of more slots, alpha[0 .. history), by one warp; overwrites by_age.
+// Mixing weights by age, alpha[0 .. history); overwrites by_age.
 DEQCORE_DEVICE void weights_by_warp(int lane, const ByAge& by_age, int history,
                                     const AndersonOptions& options, double* gamma, double* alpha,
                                     double* unit, double* inverse) {
   const int count = history - 1;
-  const double secant = newest_gamma(by_age, options.ridge);  // before by_age is overwritten
-  if (count <= kRegisterColumns) {
-    least_squares_in_registers(lane, by_age, count, options.ridge, gamma);
-  } else {
-    __syncwarp();
-    least_squares_in_shared(lane, by_age, count, options.ridge, gamma, unit, inverse);
+  const double secant = count > 0 ? newest_gamma(by_age, options.ridge) : 0.0;
+  if (count > 1) {
+    if (count <= kRegisterColumns) {
+      least_squares_in_registers(lane, by_age, count, options.ridge, gamma);
+    } else {
+      __syncwarp();
+      least_squares_in_shared(lane, by_age, count, options.ridge, gamma, unit, inverse);
+    }
+    if (to_weights(lane, gamma, history, count, options.max_weight, alpha)) return;
   }
-  if (to_weights(lane, gamma, history, count, options.max_weight, alpha)) return;
-  if (lane == 0) gamma[0] = secant;
-  __syncwarp();
-  if (to_weights(lane, gamma, history, 1, options.max_weight, alpha)) return;
+  if (count > 0) {
+    if (lane == 0) gamma[0] = secant;
+    __syncwarp();
+    if (to_weights(lane, gamma, history, 1, options.max_weight, alpha)) return;
+  }
   for (int age = lane; age < history; age += kWarp) alpha[age] = age == 0 ? 1.0 : 0.0;
   __syncwarp();
 }

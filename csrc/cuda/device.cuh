@@ -24,17 +24,10 @@ constexpr int64_t kSharedWithoutAsking = 48 * 1024;  // bytes that a block gets 
 
 using Stream = cudaStream_t;
 
-// Whether the current GPU can start a launch before the one before it has ended.
-inline bool overlaps_launches() {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
-}
-
+// Starts a kernel; null, or what is wrong.
 template <typename... Parameters, typename... Arguments>
-const char* launch_as(bool early, void (*kernel)(Parameters...), int64_t blocks, int threads,
-                      int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+                   Stream stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) return "too many blocks: the batch is too large for one launch";
   if (shared_bytes > kSharedWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(
@@ -44,50 +37,10 @@ const char* launch_as(bool early, void (*kernel)(Parameters...), int64_t blocks,
       return "this GPU has too little shared memory for a block";
     }
   }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(error);
-}
-
-// Starts a kernel; null, or what is wrong.
-template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-                   Stream stream, const Arguments&... arguments) {
-  return launch_as(false, kernel, blocks, threads, shared_bytes, stream, arguments...);
-}
-
-// The same for a kernel that may start before the launch before it has ended, and waits for that
-// one itself.
-template <typename... Parameters, typename... Arguments>
-const char* launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads,
-                         int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  return launch_as(overlaps_launches(), kernel, blocks, threads, shared_bytes, stream,
-                   arguments...);
-}
-
-// Lets the next launch start, if it is an early one, when all blocks have come to this.
-DEQCORE_DEVICE void let_next_launch_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// In an early launch: what the launch before has written can be read from here on.
-DEQCORE_DEVICE void wait_for_launch_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream>>>(
+      arguments...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 // Null if the current GPU has asynchronous copies and tensor cores for bfloat16; else what to do.
@@ -148,15 +101,6 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   ::emulation::note_kernel(reinterpret_cast<const void*>(kernel));
   return ::emulation::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
-
-template <typename... Parameters, typename... Arguments>
-const char* launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads,
-                         int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  return launch(kernel, blocks, threads, shared_bytes, stream, arguments...);
-}
-
-inline void let_next_launch_start() {}
-inline void wait_for_launch_before() {}
 
 inline const char* check_gpu() { return nullptr; }
 inline bool takes_trial_paths() { return ::emulation::trial; }

@@ -128,18 +128,11 @@ DEQCORE_DEVICE Pack<X, kWidth> residual_of(const Pack<X, kWidth>& f, const Pack<
 }
 
 template <typename X, int kWidth>
-DEQCORE_DEVICE Pack<double, kWidth> in_doubles(const Pack<X, kWidth>& pack) {
-  Pack<double, kWidth> out;
+DEQCORE_DEVICE void add_dot(const Pack<X, kWidth>& a, const Pack<X, kWidth>& b, double& sum) {
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) out.at[i] = static_cast<double>(to_compute(pack.at[i]));
-  return out;
-}
-
-template <int kWidth>
-DEQCORE_DEVICE void add_dot(const Pack<double, kWidth>& a, const Pack<double, kWidth>& b,
-                            double& sum) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) sum = fma(a.at[i], b.at[i], sum);
+  for (int i = 0; i < kWidth; ++i) {
+    sum = fma(static_cast<double>(a.at[i]), static_cast<double>(b.at[i]), sum);
+  }
 }
 
 // to + weight * from, rounded once.

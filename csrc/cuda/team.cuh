@@ -38,37 +38,11 @@ DEQCORE_DEVICE double warp_sum(double value) {
   return value;
 }
 
-// Sums of kCount values, a power of two, over the warp by the tree of warp_sum. A lane gets that of
-// value lane / (kWarp / kCount).
-template <int kCount>
-DEQCORE_DEVICE double joint_warp_sums(int lane, double (&values)[kCount]) {
-  constexpr int kLanes = kWarp / kCount;
-#pragma unroll
-  for (int half = kCount / 2; half > 0; half /= 2) {
-    const bool upper = (lane & half * kLanes) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const double kept = upper ? values[half + i] : values[i];
-      const double given = upper ? values[i] : values[half + i];
-      values[i] = kept + __shfl_xor_sync(kWholeWarp, given, half * kLanes);
-    }
-  }
-  double total = values[0];
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    total += __shfl_xor_sync(kWholeWarp, total, distance);
-  }
-  return total;
-}
-
-// Adds each warp's sums of the first `count` values to to[0 .. count), or begins them.
-template <int kCount>
-DEQCORE_DEVICE void keep_warp_sums(int lane, double (&values)[kCount], int count, bool begins,
-                                   double* to) {
-  const double sum = joint_warp_sums(lane, values);
-  constexpr int kLanes = kWarp / kCount;
-  const int index = lane / kLanes;
-  if (lane % kLanes == 0 && index < count) to[index] = begins ? sum : to[index] + sum;
+// Writes each warp's sum of `value` to warp_sums[warp * stride + index].
+DEQCORE_DEVICE void store_warp_sum(const Team& team, double value, double* warp_sums, int stride,
+                                   int index) {
+  const double sum = warp_sum(value);
+  if (team.lane() == 0) warp_sums[team.warp() * stride + index] = sum;
 }
 
 // totals[0 .. width) over the warps, in their order; all threads see them afterwards.
@@ -83,42 +57,18 @@ DEQCORE_DEVICE void add_warp_sums(const Team& team, const double* warp_sums, int
   team.sync();
 }
 
-// totals[0 .. width) over the chunks of a row: a warp takes eight totals, its lanes take chunks.
+// totals[0 .. width) over the chunks of a row: a warp takes a total, its lanes take chunks.
 DEQCORE_DEVICE void add_chunk_sums(const Team& team, const double* chunk_sums, int64_t chunks,
                                    int stride, int width, double* totals) {
-  constexpr int kCount = 8;
-  for (int first = team.warp() * kCount; first < width; first += team.warps() * kCount) {
-    double parts[kCount] = {};
+  for (int i = team.warp(); i < width; i += team.warps()) {
+    double part = 0.0;
     for (int64_t chunk = team.lane(); chunk < chunks; chunk += kWarp) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (first + i < width) parts[i] += chunk_sums[chunk * stride + first + i];
-      }
+      part += chunk_sums[chunk * stride + i];
     }
-    keep_warp_sums(team.lane(), parts, width - first, /*begins=*/true, totals + first);
+    const double total = warp_sum(part);
+    if (team.lane() == 0) totals[i] = total;
   }
   team.sync();
-}
-
-// One more has arrived; how many before. What this thread's block has written before is seen by
-// the block that finds that it is the last.
-DEQCORE_DEVICE int arrive(int32_t* counter) {
-#if defined(__CUDACC__)
-  __threadfence();
-  const int before = atomicAdd(counter, 1);
-  __threadfence();
-  return before;
-#else
-  return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
-#endif
-}
-
-// Whether this block is the last of `count` to come here; `flag` is shared memory.
-DEQCORE_DEVICE bool is_last(const Team& team, int32_t* counter, unsigned count, int* flag) {
-  team.sync();
-  if (team.rank == 0) *flag = static_cast<unsigned>(arrive(counter)) + 1 == count;
-  team.sync();
-  return *flag != 0;
 }
 
 // Bookkeeping of one row, apart from the tensors it came from: several blocks may each work out
@@ -128,20 +78,27 @@ struct RowState {
   int32_t counters[kCounters];
   int32_t active;
   int8_t status;
-  int8_t padding[7];
+  int8_t padding[3];
 };
-static_assert(sizeof(RowState) == 72);
+static_assert(sizeof(RowState) == 64);
 constexpr int kRowStateDoubles = (sizeof(RowState) + 7) / 8;
 
 // By one warp; only a lane's own elements until it synchronises.
 DEQCORE_DEVICE void read_row(int lane, const Rows& rows, int64_t row, RowState* state) {
   if (lane < kResiduals) state->residuals[lane] = rows.residuals[row * kResiduals + lane];
-  if (lane < kCounters) {
-    state->counters[lane] = lane == kArrived ? 0 : rows.counters[row * kCounters + lane];
-  }
+  if (lane < kCounters) state->counters[lane] = rows.counters[row * kCounters + lane];
   if (lane == 0) {
     state->status = rows.status[row];
     state->active = rows.status[row] == kActive;
+  }
+}
+
+DEQCORE_DEVICE void copy_row(int lane, const RowState* from, RowState* to) {
+  if (lane < kResiduals) to->residuals[lane] = from->residuals[lane];
+  if (lane < kCounters) to->counters[lane] = from->counters[lane];
+  if (lane == 0) {
+    to->status = from->status;
+    to->active = from->active;
   }
 }
 

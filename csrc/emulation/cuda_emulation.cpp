@@ -70,7 +70,6 @@ struct Fiber {
   unsigned block_barriers = 0, warp_barriers = 0;  // met so far
   unsigned operations = 0;                         // of its warp
   std::vector<Copy> copies;                        // asked for and not awaited
-  int closed_groups = 0;                           // of copies
   uint64_t brought[kMostWords] = {};               // by this lane to its warp
   uint64_t gathered[kWarp * kMostWords] = {};      // and what all lanes have brought
   int words = 0;
@@ -224,7 +223,6 @@ void start(Fiber& fiber) {
   fiber.wait = Wait::nothing;
   fiber.block_barriers = fiber.warp_barriers = fiber.operations = 0;
   fiber.copies.clear();
-  fiber.closed_groups = 0;
   fiber.fake_stack = nullptr;
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 2;
@@ -471,26 +469,14 @@ void note_copy([[maybe_unused]] const void* from, [[maybe_unused]] int bytes) {
 #endif
 }
 
-void copy_later(void* to, const void* from, int bytes) {
-  if (from != nullptr) note_copy(from, bytes);
-  Fiber& self = *scheduler.running;
-  self.copies.push_back({to, from, bytes, self.closed_groups});
+void copy_later(void* to, const void* from) {
+  if (from != nullptr) note_copy(from, 16);
+  scheduler.running->copies.push_back({to, from});
 }
-
-void close_copies() { ++scheduler.running->closed_groups; }
 
 std::vector<Copy> take_copies() {
   std::vector<Copy> copies;
   copies.swap(scheduler.running->copies);
-  return copies;
-}
-
-std::vector<Copy> take_groups_but(int pending) {
-  Fiber& self = *scheduler.running;
-  std::vector<Copy> copies;
-  for (const Copy& copy : take_copies()) {  // a thread leaves no storage to the next one
-    (copy.group < self.closed_groups - pending ? copies : self.copies).push_back(copy);
-  }
   return copies;
 }
 

@@ -75,14 +75,9 @@ void note_copy(const void* from, int bytes);
 struct Copy {
   void* to;
   const void* from;  // null: zeros
-  int bytes;
-  int group;  // how many groups its thread had closed before it
 };
-void copy_later(void* to, const void* from, int bytes = 16);
-void close_copies();
+void copy_later(void* to, const void* from);
 std::vector<Copy> take_copies();
-// Those of closed groups but the newest `pending` ones.
-std::vector<Copy> take_groups_but(int pending);
 
 // Hopper's barrier in shared memory, one word (mbarrier): a phase is over when `arrivals` have come
 // and all bytes that were announced. Who waits acquires what was written before it.

@@ -147,13 +147,9 @@ DEQCORE_HD AndersonPlan anderson_plan(const AndersonArgs& args, int64_t row, int
       advance_row(args.rows, row, sum_g2, sum_f2, args.dim, args.limits, was_mixed);
   const int32_t best_step = counters[kBestStep];
   const int64_t best_index = best_step > 0 ? best_step - 1 : 0;
-  const int32_t best_slot =
-      static_cast<int32_t>(static_cast<uint32_t>(best_index) % static_cast<uint32_t>(args.memory));
+  const int32_t best_slot = static_cast<int32_t>(best_index % args.memory);
   const bool kept_in_ring = outcome.step - best_step < args.memory || args.best == nullptr;
-  const auto back_to_best = [&](AndersonMove from_ring) -> AndersonPlan {
-    const double damping = damping_at(args.damping, args.damping_length, best_step);
-    return {kept_in_ring ? from_ring : AndersonMove::best_kept, best_slot, damping};
-  };
+  const double best_damping = damping_at(args.damping, args.damping_length, best_step);
 
   counters[kHistory] = 0;
   counters[kMixed] = 0;
@@ -161,13 +157,17 @@ DEQCORE_HD AndersonPlan anderson_plan(const AndersonArgs& args, int64_t row, int
     if (!outcome.ended || outcome.improved || best_step == 0) {
       return {AndersonMove::copy_x, 0, 0.0};
     }
-    return back_to_best(AndersonMove::best_in_ring);
+    const AndersonMove move = kept_in_ring ? AndersonMove::best_in_ring : AndersonMove::best_kept;
+    return {move, best_slot, best_damping};
   }
   const double* residuals = args.rows.residuals + row * kResiduals;
   const bool worse = residuals[kLatest] > args.options.safeguard * residuals[kBest];
   const bool rejected = was_mixed && worse && counters[kFallbackStep] != best_step;
   if (rejected) counters[kFallbackStep] = best_step;
-  if (rejected || outcome.retreats) return back_to_best(AndersonMove::plain_in_ring);
+  if (rejected || outcome.retreats) {
+    const AndersonMove move = kept_in_ring ? AndersonMove::plain_in_ring : AndersonMove::best_kept;
+    return {move, best_slot, best_damping};
+  }
   counters[kHistory] = static_cast<int32_t>(history);
   return {AndersonMove::mix, 0, 0.0};
 }

@@ -28,7 +28,6 @@ enum Counter {
   kLastMixed,    // the newest step that mixed; 0: none since the last retreat
   kRetreatStep,  // the last retreat
   kRest,         // how many steps after it are plain at least
-  kArrived,      // blocks of a GPU that are done with a part of the row's step; 0 between steps
   kCounters
 };
 enum Residual { kLatest, kBest, kFirst, kResiduals };

@@ -25,8 +25,7 @@ STEPS, HISTORY, BEST_STEP, FALLBACK_STEP, MIXED = range(5)
 # The newest step that mixed (0: none since the last retreat), the step of the last retreat, and how
 # many steps after it are plain at least.
 LAST_MIXED, RETREAT_STEP, REST = range(5, 8)
-ARRIVED = 8  # a GPU's own count within a step; 0 between steps
-COUNTERS = 9
+COUNTERS = 8
 # Columns of `residuals`, float64 [B, 3].
 LATEST, BEST, FIRST = range(3)
 

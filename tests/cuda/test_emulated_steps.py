@@ -19,9 +19,8 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MEMORIES = st.one_of(st.integers(1, 12), st.sampled_from([16, 33, 64]))
 SHORT_MEMORIES = st.integers(1, 30)  # what the warp path's shared memory holds
-SHORT_DIMS = st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 129, 253, 256]))
-DIMS = st.one_of(SHORT_DIMS, st.sampled_from([300, 1023, 1024, 1030]))
-LONG_DIMS = [4096, 4100, 9001, 131_080, 140_001]
+DIMS = st.one_of(st.integers(0, 70), st.sampled_from([127, 128, 129, 300, 1023, 1024]))
+LONG_DIMS = [4096, 4100, 9001]
 ORDERS = st.integers(0, 99)
 ANDERSON_OPTIONS = st.fixed_dictionaries(
     {
@@ -39,15 +38,6 @@ BROYDEN_OPTIONS = st.fixed_dictionaries(
 )
 
 
-def dims_of(path: str) -> st.SearchStrategy[int]:
-    """Lengths of rows that a path takes."""
-    return SHORT_DIMS if path == "warp" else DIMS
-
-
-def memories_of(path: str) -> st.SearchStrategy[int]:
-    return SHORT_MEMORIES if path == "warp" else MEMORIES
-
-
 def make_case(op: str, *args, **options) -> StepCase:
     return (anderson_case if op == "anderson_step" else broyden_case)(*args, **options)
 
@@ -63,9 +53,9 @@ def run(case: StepCase, op: str, emulator: Emulator, path: str, order: int = 1):
 
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=2 * settings().max_examples)
-@given(data=st.data(), batch=st.integers(0, 6), dtype=st.sampled_from(DTYPES))
-def test_anderson_kernel_is_as_exact_as_the_reference(emulator, path, data, batch, dtype):
-    dim, memory = data.draw(dims_of(path)), data.draw(memories_of(path))
+@given(data=st.data(), batch=st.integers(0, 6), dim=DIMS, dtype=st.sampled_from(DTYPES))
+def test_anderson_kernel_is_as_exact_as_the_reference(emulator, path, data, batch, dim, dtype):
+    memory = data.draw(SHORT_MEMORIES if path == "warp" else MEMORIES)
     seed, order = data.draw(st.integers(0, 10_000)), data.draw(ORDERS)
     case = anderson_case(batch, dim, memory, dtype, seed, **data.draw(ANDERSON_OPTIONS))
     check_kernel_against_float64(emulated(case, "anderson_step", emulator, path, order), CPU)
@@ -73,9 +63,9 @@ def test_anderson_kernel_is_as_exact_as_the_reference(emulator, path, data, batc
 
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=2 * settings().max_examples)
-@given(data=st.data(), batch=st.integers(0, 6), dtype=st.sampled_from(DTYPES))
-def test_broyden_kernel_is_as_exact_as_the_reference(emulator, path, data, batch, dtype):
-    dim, memory = data.draw(dims_of(path)), data.draw(memories_of(path))
+@given(data=st.data(), batch=st.integers(0, 6), dim=DIMS, dtype=st.sampled_from(DTYPES))
+def test_broyden_kernel_is_as_exact_as_the_reference(emulator, path, data, batch, dim, dtype):
+    memory = data.draw(SHORT_MEMORIES if path == "warp" else MEMORIES)
     seed, order = data.draw(st.integers(0, 10_000)), data.draw(ORDERS)
     case = broyden_case(batch, dim, memory, dtype, seed, **data.draw(BROYDEN_OPTIONS))
     check_kernel_against_float64(emulated(case, "broyden_step", emulator, path, order), CPU)
@@ -97,10 +87,10 @@ def test_a_row_too_long_for_short_chunks_is_as_exact_as_the_reference(emulator, 
 
 @pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
 @pytest.mark.parametrize("path", PATHS)
-@given(data=st.data(), seed=st.integers(0, 999), order=ORDERS, dtype=st.sampled_from(DTYPES))
-def test_a_row_depends_on_nothing_but_itself(emulator, op, path, data, seed, order, dtype):
+@given(dim=DIMS, seed=st.integers(0, 999), order=ORDERS, dtype=st.sampled_from(DTYPES))
+def test_a_row_depends_on_nothing_but_itself(emulator, op, path, dim, seed, order, dtype):
     """Bit for bit: neither on its batch-mates nor on its place, which decides its alignment."""
-    case = make_case(op, 5, data.draw(dims_of(path)), 4, dtype, seed)
+    case = make_case(op, 5, dim, 4, dtype, seed)
     together = run(case, op, emulator, path)
     for row in (0, 3):
         one = {n: t[row : row + 1].clone() for n, t in case.tensors.items()}
@@ -131,12 +121,12 @@ def test_memory_that_is_not_aligned_gives_the_same_bits(emulator, op, path, dtyp
 
 @pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
 @pytest.mark.parametrize("path", PATHS)
-@given(data=st.data(), seed=st.integers(0, 999), order=ORDERS, dtype=st.sampled_from(DTYPES))
+@given(dim=DIMS, seed=st.integers(0, 999), order=ORDERS, dtype=st.sampled_from(DTYPES))
 def test_the_next_iterate_may_overwrite_the_current_one(
-    emulator, op, path, data, seed, order, dtype
+    emulator, op, path, dim, seed, order, dtype
 ):
     """A captured solve runs in place: x_next is x."""
-    case = make_case(op, 5, data.draw(dims_of(path)), 4, dtype, seed)
+    case = make_case(op, 5, dim, 4, dtype, seed)
     expected = run(case, op, emulator, path)
     tensors = {n: t.clone() for n, t in case.tensors.items()}
     tensors["x_next"] = tensors["x"]

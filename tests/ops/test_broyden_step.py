@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deqcore
-from deqcore.ops._rows import ACTIVE, COUNTERS, HISTORY, MIXED
+from deqcore.ops._rows import ACTIVE, HISTORY, MIXED
 from tests.support.kernels import check_against_float64
 from tests.support.problems import Counted, affine, generator
 from tests.support.step_cases import broyden_case
@@ -109,7 +109,7 @@ def test_singular_update_restarts_the_row(kernels, dtype):
     step[0] = 2.0
     g = torch.arange(6).to(dtype)
     g[0] = 2.0  # step . g = |step|^2: with a damping of 1 the update divides by zero
-    counters = torch.tensor([[3, 1, 3] + [0] * (COUNTERS - 3)], dtype=torch.int32)
+    counters = torch.tensor([[3, 1, 3, 0, 0, 0, 0, 0]], dtype=torch.int32)
     case.tensors.update(
         x=torch.zeros(1, 6, dtype=dtype),
         f=g[None],
@@ -131,7 +131,7 @@ def test_zero_step_in_the_history_is_harmless(kernels):
     case = kernels.of(broyden_case(1, 6, 5, torch.float64, seed=1))
     case.tensors.update(
         status=torch.full((1,), ACTIVE, dtype=torch.int8),
-        counters=torch.tensor([[3, 1, 3] + [0] * (COUNTERS - 3)], dtype=torch.int32),
+        counters=torch.tensor([[3, 1, 3, 0, 0, 0, 0, 0]], dtype=torch.int32),
         residuals=torch.full((1, 3), 1e3, dtype=torch.float64),
         x=torch.randn(1, 6, generator=generator(1), dtype=torch.float64),
         f=torch.randn(1, 6, generator=generator(2), dtype=torch.float64),

@@ -63,7 +63,7 @@ _ROWS: list[tuple[str, Change, str]] = [
     ("status", Tensor.int, "status: expected dtype int8, got int32"),
     ("status", Tensor.byte, "status: expected dtype int8, got uint8"),
     ("status", lambda t: t[:2], "status: expected shape (3), got (2)"),
-    ("counters", lambda t: t[:, :5].clone(), "counters: expected shape (3, 9), got (3, 5)"),
+    ("counters", lambda t: t[:, :5].clone(), "counters: expected shape (3, 8), got (3, 5)"),
     ("counters", Tensor.long, "counters: expected dtype int32, got int64"),
     ("residuals", Tensor.bfloat16, "residuals: expected dtype float64, got bfloat16"),
     ("remaining", Tensor.bool, "remaining: expected dtype int32, got another one"),
