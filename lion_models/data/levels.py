@@ -55,7 +55,8 @@ def is_wide(image: Image.Image) -> bool:
 
 def grey_values(image: Image.Image) -> NDArray[np.float64]:
     """Values of a wide picture, with NaN for those that its file says are none (GDAL's nodata)."""
-    values = np.asarray(image).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # numbers that are none
+        values = np.asarray(image).astype(np.float64)
     nothing = image.info.get("nodata")
     return values if nothing is None else np.where(values == nothing, np.nan, values)
 

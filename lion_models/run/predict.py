@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lion_models.base.errors import UserError, choose, few
-from lion_models.base.names import difference, look_alike, written
+from lion_models.base.names import difference, look_alike, shown, written
 from lion_models.data import open_source
 from lion_models.data.files import walk, warn_of_left_out
 from lion_models.data.images import UnreadableError, decode_file
@@ -150,7 +150,7 @@ def write_predictions(
     for count, one in enumerate(predictions, start=1):
         if form == "csv":
             values = (f"{value:.6f}" for value in (one.probabilities[one.best], *one.probabilities))
-            writer.writerow([written(str(one.path)), written(classes[one.best]), *values])
+            writer.writerow([shown(str(one.path)), shown(classes[one.best]), *values])
         else:
             file.write("[\n" if count == 1 else ",\n")
             file.write(json.dumps(one.to_dict(classes)))
