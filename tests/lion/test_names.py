@@ -16,6 +16,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 
 from lion_models.base.names import shown, written
+from lion_models.run import plots
 from lion_models.run.lettering import _fonts_for, lettering
 from lion_models.run.plots import plot_confusion
 from tests.support.command import Lion
@@ -154,3 +155,17 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path: Path):
     broken = confusion("a") | {"accuracy": "none"}
     with pytest.warns(UserWarning, match=r"c\.png: not drawn \(ValueError"):
         plot_confusion(tmp_path / "c.png", broken)
+
+
+def test_a_run_whose_pictures_cannot_be_drawn_is_measured(
+    lion: Lion, tmp_path: Path, backbone_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*size: object, **options: object) -> None:
+        raise RuntimeError("no canvas")
+
+    monkeypatch.setattr(plots, "new_figure", fail)
+    data = photos(tmp_path / "pics", "cat", "dog")
+    with pytest.warns(UserWarning, match=r"confusion\.png: not drawn \(RuntimeError: no canvas\)"):
+        done = train(lion, data, backbone_file, tmp_path / "runs", "--name", "x")
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs/x/test.json").exists()
