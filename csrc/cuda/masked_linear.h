@@ -18,9 +18,9 @@ struct MaskedLinearArgs {
   int64_t tokens;
 };
 
-// How a product is laid out: entries in strips of rows (large, medium) or in tiles, where the tokens
-// are many; few; or gathered. The bits of all but gather are the same, since each entry of y is
-// summed by one thread in the order of the columns. Blocks of bfloat16 and float16 go to tensor
+// How a product is laid out: entries in strips of rows (large, medium) or in tiles, where the
+// tokens are many; few; or gathered. The bits of all but gather are the same, since each entry of y
+// is summed by one thread in the order of the columns. Blocks of bfloat16 and float16 go to tensor
 // cores, in groups of rows on Hopper; of other types they are entries. Strips, gather and groups
 // are on trial (device.cuh).
 enum class LinearPath {

@@ -18,9 +18,9 @@ struct MaskedOuterArgs {
   int64_t tokens;
 };
 
-// How many tokens a lane takes at a time, which the order of a sum depends on: strips of rows (many)
-// and tiles, or few. Blocks of bfloat16 and float16 go to tensor cores (segments, on Hopper); of
-// other types they are entries. Strips and segments are on trial (device.cuh).
+// How many tokens a lane takes at a time, which the order of a sum depends on: strips of rows
+// (many) and tiles, or few. Blocks of bfloat16 and float16 go to tensor cores (segments, on
+// Hopper); of other types they are entries. Strips and segments are on trial (device.cuh).
 enum class OuterPath { many, few, blocks, segments, tiles };
 
 // By the number of tokens, the type, the block and the alignment.
