@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ COMMANDS = (
     "sweep",
     "eval",
     "predict",
+    "explain",
     "export",
     "info",
+    "list",
     "data",
 )
 
@@ -64,7 +67,7 @@ class _Commands(click.RichGroup):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with plain_warnings():
+            with plain_warnings(), _interruptible():
                 return super().invoke(ctx)
         except UserError as error:
             _fail(dashed(str(error)))
@@ -75,13 +78,13 @@ class _Commands(click.RichGroup):
             package = error.name.partition(".")[0]
             _fail(f"lion needs the package '{package}'; run: pip install 'deqcore[lion]'")
             ctx.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             err.print(
                 "interrupted; the same command continues: train with --resume, "
                 "compare, sweep and demo by themselves",
                 highlight=False,
             )
-            ctx.exit(130)
+            ctx.exit(143 if isinstance(interrupt, _Terminated) else 130)
 
 
 def _fail(message: str) -> None:
@@ -102,6 +105,28 @@ def plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which batch systems send."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C: files are put away, and a message says how to go on."""
+
+    def interrupt(*_: Any) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:

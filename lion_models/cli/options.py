@@ -15,7 +15,7 @@ from click import get_current_context
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from lion_models.base.errors import UserError
+from lion_models.base.errors import UserError, choose
 from lion_models.base.options import Options, declared, kinds_of, option
 from lion_models.cli.text import dashed
 from lion_models.data.loader import IMAGE_CACHE
@@ -27,6 +27,7 @@ __all__ = ["BACKBONE_PLACE", "CHANGED_DATA", "JOBS", "METHOD", "MOVED_DATA", "OV
            "Given", "Machine", "Names", "machine_options", "methods_option", "option_of",
            "path_argument", "path_option", "run_options", "trials_on", "written"]  # fmt: skip
 
+DEVICES = ("cpu", "cuda", "mps")
 TITLES = {"data": "Data", "backbone": "Backbone", "training": "Training",
           "robust": "Robust training (CDR)"}  # fmt: skip
 
@@ -226,12 +227,23 @@ class Machine(Options):
     image_cache: float = option(
         IMAGE_CACHE, "GiB of decoded images to keep in memory; of each job.", low=0
     )
-    device: str = option("cpu", "To compute on.", choices=("cpu", "cuda"))
+    device: str = option("cpu", "To compute on: cpu, cuda, cuda:1 or mps.")
 
     def set_up(self) -> None:
         """Set the number of threads, and make sure that the device is there."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this torch sees no GPU; use --device cpu")
+        kind, _, index = self.device.partition(":")
+        choose("device", kind, DEVICES)
+        if index and (kind != "cuda" or not index.isdigit()):
+            raise UserError(f"--device: expected cpu, cuda, cuda:1 or mps, got '{self.device}'")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {self.device}: this torch sees no GPU; use --device cpu")
+        if index and int(index) >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {self.device}: this machine has {torch.cuda.device_count()} GPUs, from "
+                "cuda:0; choose one of them"
+            )
+        if kind == "mps" and not torch.backends.mps.is_available():
+            raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 

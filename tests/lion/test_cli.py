@@ -33,7 +33,7 @@ def test_train_writes_a_whole_run(trained: Path):
     names = {path.name for path in trained.iterdir()}
     assert names == {"config.json", "data.json", "metrics.jsonl", "checkpoint.safetensors",
                      "result.json", "test.json", "report.json", "curves.png",
-                     "confusion.png"}  # fmt: skip
+                     "confusion.png", "report.html"}  # fmt: skip
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert json.loads((trained / "config.json").read_text())["hidden"] == 4

@@ -55,7 +55,7 @@ def test_a_path_with_brackets_is_printed_as_it_is(lion: Lion, tmp_path: Path, ba
     data = photos(tmp_path / "a[b]", "cat", "dog")
     done = train(lion, data, backbone_file, tmp_path / "runs", "--name", "exp[raw]")
     assert done.code == 0, done.err
-    assert f"{tmp_path}/runs/exp[raw]/curves.png" in done.out
+    assert f"{tmp_path}/runs/exp[raw]/report.html" in done.out
     shown = lion("eval", tmp_path / "runs" / "exp[raw]", "--data", data)
     assert f"images of {data}" in "".join(shown.out.split("\n"))
 
