@@ -84,3 +84,17 @@ def frozen(backbone_file: Path) -> FrozenBackbone:
 def task(config: RunConfig) -> Task:
     """The images that the test's own `config` names."""
     return make_task(open_source(config.data.data, 1, 12), config.training.seed, 4, 3)
+
+
+@pytest.fixture
+def config(image_folder: Path, backbone_file: Path) -> RunConfig:
+    return RunConfig.of(
+        data=str(image_folder),
+        backbone=str(backbone_file),
+        shots=4,
+        validation_shots=3,
+        epochs=3,
+        batch=7,
+        hidden=4,
+        lr=0.02,
+    )

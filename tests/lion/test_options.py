@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -222,3 +223,28 @@ def test_warning_is_a_message_with_the_options_of_the_command_line(
     )
     assert done.returncode == 0, done.stderr
     assert "warning: --data: left out 1 unusable file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("amp", "fp8", "`amp`: expected one of bf16, fp16, none, got 'fp8'"),
+        ("accumulate", 0, "`accumulate`: expected 1 or more, got 0"),
+        ("ema", 1.0, "`ema`: expected a decay such as 0.999, got 1.0"),
+        ("ema", math.nan, "`ema`: expected a decay"),
+        ("lr", 1e6, r"`lr`: expected a number above 0 and below 1,000, got 1000000\.0"),
+        ("lr", 0.0, r"`lr`: expected a number above 0 and below 1,000, got 0\.0"),
+        ("rtol", math.inf, "`rtol`: expected a number above 0 and below 1,000, got inf"),
+        ("imbalance", 1e9, "`imbalance`: expected 1 or more and below 1,000,000, got 1000000000"),
+        ("imbalance", 0.5, r"`imbalance`: expected 1 or more and below 1,000,000, got 0\.5"),
+        ("patience", 0, "`patience`: expected 1 or more, got 0"),
+        ("class_weights", "balancd", "did you mean 'balanced'"),
+        ("weight_decay", math.nan, "`weight_decay`: expected 0 or more, got nan"),
+        ("strength", math.nan, "`strength`: expected a number such as 1.0, got nan"),
+        ("weight_decay", math.inf, "`weight_decay`: expected 0 or more, got inf"),
+        ("seed", 99999999999999, "`seed`: expected a whole number within ±4294967295, got 99999"),
+    ],
+)
+def test_bad_values_are_named(option: str, value: object, message: str):
+    with pytest.raises(UserError, match=message):
+        RunConfig.of(data="digits", **{option: value})
