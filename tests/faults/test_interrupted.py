@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -125,6 +126,15 @@ def test_what_f_raises_comes_out_and_the_next_solve_is_right(adjoint, where, at,
     assert same(solve(cell, "rows", ADJOINTS[adjoint]), expected)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Python's own handler: a shell starts what runs in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()])
 def test_a_signal_within_f_is_an_interrupt(solver, where):

@@ -398,5 +398,5 @@ def test_compare_shows_what_pruning_keeps(
     rows = {row["method"]: row for row in written["summary"]}
     assert rows["lion"]["without_head"] - rows["lion"]["kept_without_head"] == 2 * D * H
     assert rows["lora"]["without_head"] == rows["lora"]["kept_without_head"]
-    line = next(line for line in done.out.splitlines() if " lion " in line)
-    assert str(rows["lion"]["kept_without_head"]) in line
+    line = next(line for line in done.out.splitlines() if line.startswith("lion  "))
+    assert str(rows["lion"]["kept_without_head"]) in line.split()
