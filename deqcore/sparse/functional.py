@@ -111,7 +111,7 @@ def _call_again(
         if (
             dense_outer is not None
             and values.device == x.device
-            and (bias is None or bias.device == x.device)
+            and (bias is None or (bias.device == x.device and bias.shape == pattern.shape[:1]))
             and not torch._C._is_any_autocast_enabled()
         ):
             return _multiply_kept(x, values, pattern, bias, dense_outer)
