@@ -59,21 +59,7 @@ constexpr int kPartStride = kWarp + 1;  // from one entry's parts to the next on
   ROW(TYPE, 7, 28, 29, 30, 31)
 #define DEQCORE_ROWS_16X4(ROW, TYPE) \
   DEQCORE_FORK(3, 0, 2, 8) \
-  DEQCORE_FORK(2, 0, 1, 4) \
-  DEQCORE_FORK(1, 0, 0, 2) \
-  DEQCORE_LEAF(0, 1) \
-  ROW(TYPE, 0, 0, 1, 2, 3) \
-  ROW(TYPE, 1, 4, 5, 6, 7) \
-  DEQCORE_LEAF(2, 3) \
-  ROW(TYPE, 2, 8, 9, 10, 11) \
-  ROW(TYPE, 3, 12, 13, 14, 15) \
-  DEQCORE_FORK(1, 4, 0, 6) \
-  DEQCORE_LEAF(4, 5) \
-  ROW(TYPE, 4, 16, 17, 18, 19) \
-  ROW(TYPE, 5, 20, 21, 22, 23) \
-  DEQCORE_LEAF(6, 7) \
-  ROW(TYPE, 6, 24, 25, 26, 27) \
-  ROW(TYPE, 7, 28, 29, 30, 31) \
+  DEQCORE_ROWS_8X4(ROW, TYPE) \
   DEQCORE_FORK(2, 8, 1, 12) \
   DEQCORE_FORK(1, 8, 0, 10) \
   DEQCORE_LEAF(8, 9) \

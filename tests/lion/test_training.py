@@ -30,17 +30,8 @@ from tests.support.small import fit_run
 
 
 @pytest.fixture
-def config(image_folder: Path, backbone_file: Path) -> RunConfig:
-    return RunConfig.of(
-        data=str(image_folder),
-        backbone=str(backbone_file),
-        shots=4,
-        validation_shots=3,
-        epochs=4,
-        batch=8,
-        hidden=4,
-        lr=0.02,
-    )
+def config(config: RunConfig) -> RunConfig:
+    return config.but(epochs=4, batch=8)
 
 
 @pytest.mark.parametrize("method", METHODS)
