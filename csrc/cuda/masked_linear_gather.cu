@@ -149,27 +149,19 @@ const char* launch_type(const MaskedLinearArgs& args, Stream stream) {
   return "too many tokens to gather";
 }
 
-// Calls run.operator()<S>().
-template <typename Run>
-auto with_type(Dtype type, const Run& run) {
-  if (type == Dtype::f32) return run.template operator()<float>();
-  if (type == Dtype::bf16) return run.template operator()<BFloat16>();
-  return run.template operator()<Half>();
-}
-
 }  // namespace
 
 bool masked_linear_can_gather(const MaskedLinearArgs& args, Dtype type) {
   if (type == Dtype::f64) return false;
-  return with_type(type, [&]<typename S>() {
+  return with_narrow_dtype(type, [&]<typename S>() {
     constexpr int64_t kMost = kMostTokens<S>;
     return args.tokens <= kMost && shared_bytes<S>(kMost, args.weight.width) <= most_shared_bytes();
   });
 }
 
 const char* masked_linear_gather(const MaskedLinearArgs& args, Dtype type, void* stream) {
-  return with_type(type,
-                   [&]<typename S>() { return launch_type<S>(args, static_cast<Stream>(stream)); });
+  return with_narrow_dtype(
+      type, [&]<typename S>() { return launch_type<S>(args, static_cast<Stream>(stream)); });
 }
 
 }  // namespace deqcore::cuda

@@ -200,18 +200,10 @@ const char* launch_strips(const MaskedOuterArgs& args, void* workspace, Stream s
   return launch(masked_outer_by_strips<S>, blocks, kThreads, bytes, stream, args, ready);
 }
 
-// Calls run.operator()<S>().
-template <typename Run>
-auto with_type(Dtype type, const Run& run) {
-  if (type == Dtype::f32) return run.template operator()<float>();
-  if (type == Dtype::bf16) return run.template operator()<BFloat16>();
-  return run.template operator()<Half>();
-}
-
 }  // namespace
 
 int64_t masked_outer_strips_bytes(const MaskedOuterArgs& args, Dtype type) {
-  return with_type(type, [&]<typename S>() {
+  return with_narrow_dtype(type, [&]<typename S>() {
     Pieces pieces(nullptr);
     prepare_in<S>(args, pieces);
     return pieces.used();
@@ -220,7 +212,7 @@ int64_t masked_outer_strips_bytes(const MaskedOuterArgs& args, Dtype type) {
 
 const char* masked_outer_strips(const MaskedOuterArgs& args, Dtype type, void* workspace,
                                 void* stream) {
-  return with_type(type, [&]<typename S>() {
+  return with_narrow_dtype(type, [&]<typename S>() {
     return launch_strips<S>(args, workspace, static_cast<Stream>(stream));
   });
 }

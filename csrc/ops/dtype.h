@@ -55,6 +55,14 @@ auto with_dtype(Dtype type, const Run& run) {
   return run.template operator()<Half>();
 }
 
+// The same for what has no kernel for float64.
+template <typename Run>
+auto with_narrow_dtype(Dtype type, const Run& run) {
+  if (type == Dtype::f32) return run.template operator()<float>();
+  if (type == Dtype::bf16) return run.template operator()<BFloat16>();
+  return run.template operator()<Half>();
+}
+
 DEQCORE_HD_ALWAYS float to_compute(float value) { return value; }
 DEQCORE_HD_ALWAYS double to_compute(double value) { return value; }
 
