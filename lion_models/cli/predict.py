@@ -19,6 +19,8 @@ from lion_models.cli.text import dashed
 from lion_models.run import load_run
 from lion_models.run.predict import (
     UNREADABLE,
+    UNSURE,
+    Answers,
     Prediction,
     gather_images,
     predict,
@@ -39,6 +41,13 @@ __all__ = ["command"]
     help="Of what is written.",
 )
 @options.path_option("--output", "Write csv or json here.")
+@click.option("--top", default=1, show_default=True, help="Classes to name, most probable first.")
+@click.option(
+    "--threshold",
+    default=0.0,
+    show_default="every answer is told",
+    help=f"Where the most probable class has less, the answer is '{UNSURE}'.",
+)
 @click.option(
     "--unreadable",
     type=options.Names(*UNREADABLE),
@@ -53,6 +62,8 @@ def command(
     paths: tuple[Path, ...],
     form: str | None,
     output: Path | None,
+    top: int,
+    threshold: float,
     unreadable: str,
     backbone: str | None,
     machine: options.Machine,
@@ -66,9 +77,12 @@ def command(
     images = gather_images(paths)
     loaded = load_run(run, None if backbone is None else load_backbone(backbone))
     loaded.model.to(machine.device)
+    answers = Answers(loaded.classes, top, threshold)
     skipped: list[str] = []
+    count = unsure = 0
 
     def readable() -> Iterator[Prediction]:
+        nonlocal count, unsure
         # The bar is for people: it shows on a terminal alone.
         for one in tqdm(
             predict(loaded, images, unreadable), total=len(images), unit="image", disable=None
@@ -76,11 +90,13 @@ def command(
             if one.error:
                 skipped.append(one.error)
             else:
+                count += 1
+                unsure += one.probabilities[one.best] < threshold
                 yield one
 
     if output is not None:
         with replacing(output, "w") as file:
-            count = write_predictions(file, form, loaded.classes, readable())
+            write_predictions(file, form, answers, readable())
         out.print(f"wrote {count} predictions to {output}", soft_wrap=True)
     elif form == "table":
         table = Table()
@@ -88,11 +104,17 @@ def command(
         table.add_column("class", overflow="fold")
         table.add_column("probability")
         for one in readable():
-            name, chance = loaded.classes[one.best], one.probabilities[one.best]
-            table.add_row(str(one.path), name, f"{chance:.3f}")
+            ranked = [(name, f"{chance:.3f}") for name, chance in answers.ranked(one)]
+            if answers.name(one) == UNSURE:
+                chance = "" if top > 1 else f"{one.probabilities[one.best]:.3f}"
+                ranked = [(UNSURE, chance), *(ranked if top > 1 else ())]
+            for at, cells in enumerate(ranked):
+                table.add_row("" if at else str(one.path), *cells)
         out.print(table)
     else:
-        write_predictions(sys.stdout, form, loaded.classes, readable())
+        write_predictions(sys.stdout, form, answers, readable())
+    if unsure:
+        click.echo(f"unsure of {unsure} of {count}: no class has {threshold:g}", err=True)
     for error in skipped:
         click.echo(dashed(f"skipped: {error}"), err=True)
     if skipped:

@@ -25,6 +25,8 @@ from lion_models.run.trainer import freeze_images, score
 
 __all__ = [
     "UNREADABLE",
+    "UNSURE",
+    "Answers",
     "Prediction",
     "evaluate_on",
     "gather_images",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 UNREADABLE = ("fail", "skip")
+UNSURE = "unsure"
 CHUNK = 100
 
 
@@ -117,25 +120,88 @@ class Prediction:
     def best(self) -> int:
         return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
 
-    def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
-        """`file`, `class`, `probability`, and `probabilities` by class name."""
+    def ranked(self, count: int) -> list[int]:
+        """The most probable classes, up to `count`, the first of equals first."""
+        order = range(len(self.probabilities))
+        return sorted(order, key=lambda label: -self.probabilities[label])[:count]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How predictions are told.
+
+    Args:
+        classes: names, in the order of the probabilities.
+        top: classes to name for each image, most probable first; those that there are, if fewer.
+        threshold: where the most probable class has less, the answer is `unsure`.
+
+    Raises:
+        UserError: no class to name, no probability, or a class that is itself called `unsure`.
+    """
+
+    classes: Sequence[str]
+    top: int = 1
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"`top`: expected 1 or more, got {self.top}")
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"`threshold`: expected a probability, got {self.threshold:g}")
+        if self.threshold and UNSURE in self.classes:
+            raise UserError(
+                f"`threshold`: a class of the run is called '{UNSURE}' itself; leave the option "
+                "out, and compare the probabilities"
+            )
+
+    def name(self, one: Prediction) -> str:
+        """The class that is answered, or `unsure`."""
+        sure = one.probabilities[one.best] >= self.threshold
+        return self.classes[one.best] if sure else UNSURE
+
+    def ranked(self, one: Prediction) -> list[tuple[str, float]]:
+        """The most probable classes with their probabilities, whatever the threshold."""
+        return [(self.classes[at], one.probabilities[at]) for at in one.ranked(self.top)]
+
+    def columns(self) -> list[str]:
+        """The heading of a CSV file."""
+        ranks = range(1, min(self.top, len(self.classes)) + 1) if self.top > 1 else ()
+        more = [heading for rank in ranks for heading in (f"class_{rank}", f"probability_{rank}")]
+        return ["file", "class", "probability", *more, *(f"p_{written(c)}" for c in self.classes)]
+
+    def cells(self, one: Prediction) -> list[str]:
+        """A line of a CSV file."""
+        ranked = self.ranked(one) if self.top > 1 else ()
+        ranks = [text for name, chance in ranked for text in (shown(name), f"{chance:.6f}")]
+        chances = (f"{value:.6f}" for value in (one.probabilities[one.best], *one.probabilities))
+        return [shown(str(one.path)), shown(self.name(one)), next(chances), *ranks, *chances]
+
+    def to_dict(self, one: Prediction) -> dict[str, Any]:
+        """`file`, `class`, `probability`, where more than one is named `top`, and all
+        `probabilities` by class name."""
+        ranked = [
+            {"class": written(name), "probability": chance} for name, chance in self.ranked(one)
+        ]
         return {
-            "file": written(str(self.path)),
-            "class": written(classes[self.best]),
-            "probability": self.probabilities[self.best],
-            "probabilities": dict(zip(map(written, classes), self.probabilities, strict=True)),
+            "file": written(str(one.path)),
+            "class": written(self.name(one)),
+            "probability": one.probabilities[one.best],
+            **({"top": ranked} if self.top > 1 else {}),
+            "probabilities": dict(
+                zip(map(written, self.classes), one.probabilities, strict=True)
+            ),
         }
 
 
 def write_predictions(
-    file: IO[str], form: str, classes: Sequence[str], predictions: Iterable[Prediction]
+    file: IO[str], form: str, answers: Answers, predictions: Iterable[Prediction]
 ) -> int:
     """Write predictions as they come, as `csv` (one column per class) or `json` (a list).
 
     Args:
         file: open for writing.
         form: `csv` or `json`.
-        classes: names, in the order of the probabilities.
+        answers: how each is told.
         predictions: without errors.
 
     Returns:
@@ -144,16 +210,13 @@ def write_predictions(
     count = 0
     writer = csv.writer(file, lineterminator="\n")
     if form == "csv":
-        writer.writerow(
-            ["file", "class", "probability", *(f"p_{written(name)}" for name in classes)]
-        )
+        writer.writerow(answers.columns())
     for count, one in enumerate(predictions, start=1):
         if form == "csv":
-            values = (f"{value:.6f}" for value in (one.probabilities[one.best], *one.probabilities))
-            writer.writerow([shown(str(one.path)), shown(classes[one.best]), *values])
+            writer.writerow(answers.cells(one))
         else:
             file.write("[\n" if count == 1 else ",\n")
-            file.write(json.dumps(one.to_dict(classes)))
+            file.write(json.dumps(answers.to_dict(one)))
     if form == "json":
         file.write("\n]\n" if count else "[]\n")
     return count
