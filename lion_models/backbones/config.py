@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lion_models.backbones.blocks import checkpoint_blocks
+from lion_models.backbones.efficientnet_lite import EFFICIENTNET_LITE0
 from lion_models.backbones.frozen import FrozenBackbone
 from lion_models.backbones.normalisation import NORMALISATIONS, with_normalisation
+from lion_models.backbones.tiny_vit import TINY_VIT
+from lion_models.backbones.vit_s14_focus import VIT_S14_FOCUS
 from lion_models.base.options import Need, Options, option
 
 __all__ = ["BackboneConfig"]
@@ -27,6 +30,7 @@ class BackboneConfig(Options):
         "tiny-vit, vit-s14-focus, efficientnet-lite0, timm:NAME, torchvision:NAME, hf:NAME, or a "
         "file of tools/pretrain_tiny_vit.py; options: "
         "NAME,image_size=112,readout=11,weights=FILE.",
+        names=(TINY_VIT, VIT_S14_FOCUS, EFFICIENTNET_LITE0),
     )
     normalisation: str = option(
         "backbone", "Of pixels: the backbone's own, or another.", choices=NORMALISATIONS

@@ -45,6 +45,7 @@ class Declared:
         above, below: bounds that a number may not reach.
         expected: stands in the message for these bounds.
         choices: the texts that it may be.
+        names: texts that it may be beside files and others, which a shell completes.
         unset: what None or nothing stands for.
         word: what the command line calls None, where that is not the default.
         needs: what it belongs to.
@@ -59,6 +60,7 @@ class Declared:
     below: float | None = None
     expected: str = ""
     choices: Iterable[str] = ()
+    names: Iterable[str] = ()
     unset: str = ""
     word: str = ""
     needs: Sequence[Need] = ()

@@ -139,6 +139,18 @@ def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         ctx.exit()
 
 
+def _install_completion(ctx: click.Context, _: click.Parameter, shell: str | None) -> None:
+    if shell is not None and not ctx.resilient_parsing:
+        from lion_models.cli.completion import install_completion
+
+        try:
+            click.echo(install_completion(ctx.command, shell))
+        except UserError as error:  # outside of `invoke`
+            _fail(dashed(str(error)))
+            ctx.exit(2)
+        ctx.exit()
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["--help"]})
 @click.option(
     "--version",
@@ -147,6 +159,16 @@ def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     expose_value=False,
     is_eager=True,
     help="Show it and exit.",
+)
+@click.option(
+    "--install-completion",
+    is_flag=False,
+    flag_value="",
+    metavar="[bash|zsh|fish]",
+    callback=_install_completion,
+    expose_value=False,
+    is_eager=True,
+    help="Let a shell, by default yours, complete commands, options and names; and exit.",
 )
 def lion() -> None:
     """Tune a frozen vision backbone with implicit prompts (LION)."""

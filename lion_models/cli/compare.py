@@ -12,6 +12,7 @@ from lion_models.cli import options
 from lion_models.cli.console import out
 from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import TrialBars
+from lion_models.cli.summary import announced
 from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
 from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.run.config import check_felt, run_of
@@ -52,7 +53,7 @@ def command(
     check_felt(given.names, [run_of(base, method=each) for each in names])
     runner = TrialRunner(jobs, machine.threads, options.trials_on(machine))
     if "shots" not in given.names:
-        base |= {"shots": fitted_shots(run_of(base, method=names[0]), runner.bench)}
+        base |= {"shots": fitted_shots([run_of(base, method=names[0])], runner.bench)}
     shots = "all" if base["shots"] is None else base["shots"]
     folder = folder_in(runs, name, f"compare-{short_name(base['data'])}-{shots}")
     rates = numbers("--lrs", lrs, float)
@@ -79,7 +80,7 @@ def compare(
             rates,
             runner=runner,
             overwrite=overwrite,
-            on_trials=bars.one_by_one,
+            on_trials=announced(bars.one_by_one, runner.bench),
         )
     shots = f"{base['shots']} images a class" if base["shots"] else "all images"
     seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"

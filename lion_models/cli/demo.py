@@ -46,5 +46,5 @@ def command(
     folder = runs / ("demo-vit" if vit else "demo")
     runner = TrialRunner(options=options.trials_on(machine))
     if data is not None:
-        base |= {"shots": fitted_shots(run_of(base, method=SHOWN_METHODS[0]), runner.bench)}
+        base |= {"shots": fitted_shots([run_of(base, method=SHOWN_METHODS[0])], runner.bench)}
     compare(folder, base, SHOWN_METHODS, [42], [], overwrite, runner)

@@ -49,6 +49,22 @@ class Names(click.ParamType):
         return [CompletionItem(name) for name in self._names if name.startswith(incomplete)]
 
 
+class _NameOrFile(click.ParamType):
+    """A text that the run checks itself: one of these names, a file, or something else."""
+
+    name = "text"
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        # A shell takes either words of ours or the files that it finds.
+        names = [name for name in self._names if incomplete and name.startswith(incomplete)]
+        return [*map(CompletionItem, names)] or [CompletionItem(incomplete, type="file")]
+
+
 class _NumberOr(click.ParamType):
     """A whole number, or a word that stands for None."""
 
@@ -95,6 +111,8 @@ def option_of(
         more = {"is_flag": True}
     elif said.choices:
         more = {"type": Names(*said.choices)}
+    elif said.names:
+        more = {"type": _NameOrFile(*said.names)}
     elif said.word:
         more = {"type": _NumberOr(said.word)}
     if each.default is MISSING:

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 import torch
 
-from lion_models.base.errors import few
+from lion_models.base.errors import UserError, few
+from lion_models.cli.console import out
 from lion_models.run import Run
 from lion_models.run.data_record import levels_of
+from lion_models.run.workbench import Workbench
+from lion_models.study.study import OnTrials
+from lion_models.study.trial import OnEvent, Trial
 
-__all__ = ["summary"]
+__all__ = ["announced", "summary"]
+
+SHOWN = 4  # of a study's conditions
 
 
-def summary(run: Run) -> str:
-    """Classes, images of each part, and what the backbone makes of a picture."""
+def announced(on_trials: OnTrials, bench: Workbench) -> OnTrials:
+    """What to call with the trials of a study: says what they are about to learn from, once."""
+    said: set[str] = set()
+
+    def begin(trials: Sequence[Trial]) -> OnEvent:
+        for text in _summaries([trial for trial in trials if trial.result() is None], bench):
+            if text not in said:
+                out.print(text, highlight=False, soft_wrap=True)
+                said.add(text)
+        return on_trials(trials)
+
+    return begin
+
+
+def _summaries(trials: Sequence[Trial], bench: Workbench) -> list[str]:
+    """A summary for each kind of data and backbone that the trials have."""
+    methods = tuple(dict.fromkeys(trial.config.method.name for trial in trials))
+    kinds: dict[object, Run] = {}
+    for trial in trials:
+        kind = trial.config.data, trial.config.backbone.backbone
+        kinds.setdefault(kind, Run(trial.folder, trial.config, bench=bench))
+    texts: list[str] = []
+    for run in list(kinds.values())[:SHOWN]:
+        with suppress(UserError):  # which the trial itself will say
+            texts.append(summary(run, methods))
+    if len(kinds) > SHOWN:
+        texts.append(f"... and {len(kinds) - SHOWN} more combinations of data and backbone")
+    return texts
+
+
+def summary(run: Run, methods: Sequence[str] = ()) -> str:
+    """Classes, images of each part, and what the backbone makes of a picture.
+
+    Args:
+        run: of which.
+        methods: of all runs that share its data; empty means the run's own.
+    """
+    methods = methods or (run.config.method.name,)
     source, split, backbone = run.source, run.split, run.backbone
     parts = (("training", split.train), ("validation", split.validation), ("test", split.test))
     counts = [f"{len(rows):,} for {name}" for name, rows in parts]
@@ -26,8 +71,8 @@ def summary(run: Run) -> str:
         f"data: {run.place}, {len(source):,} images in {len(source.classes)} classes "
         f"({few(source.classes)}), {range_of} a class",
         f"images: {', '.join(counts)}{unused}",
-        f"backbone: {backbone.name}, which sees {side} x {side} pixels {colour}; method: "
-        f"{run.config.method.name}",
+        f"backbone: {backbone.name}, which sees {side} x {side} pixels {colour}; "
+        f"method{'s' * (len(methods) > 1)}: {', '.join(methods)}",
     ]
     levels = levels_of(source)
     if levels is not None:

@@ -6,6 +6,7 @@ commands may share a folder.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import rich_click as click
@@ -13,7 +14,9 @@ import rich_click as click
 from lion_models.base.errors import UserError
 from lion_models.cli import options
 from lion_models.cli.console import out
+from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import TrialBars
+from lion_models.cli.summary import announced
 from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
 from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.run.config import check_felt
@@ -77,11 +80,14 @@ def command(
         tuple(parse_axis("over", text) for text in over),
     )
     tested = numbers("--test-seeds", test_seeds, int)
-    check_felt(given.names, plan.configs())
+    configs = plan.configs()
+    check_felt(given.names, configs)
     data = given.values["data"]
     folder = folder_in(runs, name, f"sweep-{short_name(data)}")
     trials = options.trials_on(machine, plot=False)
     with TrialBars(jobs) as bars, TrialRunner(jobs, machine.threads, trials) as runner:
+        if "shots" not in {*given.names, *(axis.key for axis in (*plan.grid, *plan.over))}:
+            plan = replace(plan, base={**plan.base, "shots": fitted_shots(configs, runner.bench)})
         content = run_sweep(
             folder,
             plan,
@@ -89,7 +95,7 @@ def command(
             test_best=test_best,
             test_seeds=tested,
             overwrite=overwrite,
-            on_trials=bars.together,
+            on_trials=announced(bars.together, runner.bench),
         )
     plural = "seed" if len(plan.seeds) == 1 else "seeds"
     marked = "what was chosen" if plan.over else "* is chosen"

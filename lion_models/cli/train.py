@@ -67,7 +67,7 @@ def command(
     bench = Workbench(machine.device, machine.workers, machine.image_cache)
     run = Run(folder, config, bench=bench, moved_data=moved_data, changed_data=changed_data)
     if not resume and "shots" not in given.names:
-        config = config.but(shots=fitted_shots(config, bench))
+        config = config.but(shots=fitted_shots([config], bench))
         run = Run(folder, config, bench=bench)
     with ExitStack() as held, joined_ranks(machine.device) as ranks:
         if ranks.first:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lion_models.base.options import Options, option
 from lion_models.data.levels import parse_range
+from lion_models.data.named.catalogue import CATALOGUE
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY
 
@@ -19,7 +20,8 @@ class DataConfig(Options):
     data: str = option(
         help="A name of 'lion data list', torchvision:NAME, hf:NAME, or a folder: a sub-folder of "
         "images per class, IDX files, VTAB-1k lists, or a saved Hugging Face data set; or a zip "
-        "file of one, or a CSV file of paths and labels."
+        "file of one, or a CSV file of paths and labels.",
+        names=CATALOGUE,
     )
     shots: int | None = option(
         20, "Training images per class, or 'all' (70/10/20 split).", low=1, word="all"

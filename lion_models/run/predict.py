@@ -187,9 +187,7 @@ class Answers:
             "class": written(self.name(one)),
             "probability": one.probabilities[one.best],
             **({"top": ranked} if self.top > 1 else {}),
-            "probabilities": dict(
-                zip(map(written, self.classes), one.probabilities, strict=True)
-            ),
+            "probabilities": dict(zip(map(written, self.classes), one.probabilities, strict=True)),
         }
 
 

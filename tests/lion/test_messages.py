@@ -131,3 +131,24 @@ def test_forty_photographs_a_class_are_trained_on_without_an_option(
     asked = lion("train", *data, "--shots", 20, "--name", "asked")
     assert asked.code == 2
     assert "lower --shots to 14" in asked.err
+
+
+def test_compare_and_sweep_fit_shots_and_say_what_they_learn_from(
+    lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
+):
+    shared = ("--data", image_folder, "--backbone", backbone_file, "--epochs", 1, "--hidden", 4,
+              "--methods", "linear,lion", "--runs", tmp_path)  # fmt: skip
+    compared = lion("compare", *shared, "--seeds", "1,2", "--name", "c")
+    swept = lion("sweep", *shared, "--grid", "lr=0.01,0.02", "--name", "s")
+    for done in (compared, swept):
+        assert done.code == 0, done.err
+        assert "training on 4 images a class, not 20" in done.err
+        assert done.out.count("36 images in 3 classes (dark, light, middle), 12 a class") == 1
+        assert "images: 12 for training, 12 for validation, 12 for test" in done.out
+        assert "12 x 12 pixels in grey; methods: linear, lion" in done.out
+    again = lion("compare", *shared, "--seeds", "1,2", "--name", "c")
+    assert "images in 3 classes" not in again.out
+    chosen = lion("sweep", *shared, "--over", "shots=2,3", "--name", "o")
+    assert "images: 6 for training" in chosen.out
+    assert "images: 9 for training" in chosen.out
+    assert "training on" not in chosen.err
