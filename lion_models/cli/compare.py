@@ -1,4 +1,7 @@
-"""Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself."""
+"""Methods x seeds on one data set: table, compare.json, compare.png. Continues by itself.
+
+With --folds, each image is tested once: methods x folds, by default with one seed and all images.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,20 @@ from lion_models.cli.summary import announced
 from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
 from lion_models.methods import METHODS, SHOWN_METHODS
 from lion_models.run.config import check_felt, run_of
-from lion_models.study.presets import run_comparison
-from lion_models.study.report import comparison_table
+from lion_models.study.presets import draws_text, run_comparison
+from lion_models.study.report import comparison_table, folds_table
 from lion_models.study.runner import TrialRunner
 
 __all__ = ["command", "compare"]
 
+SEEDS, ONE_SEED = "42,44,82,100,800", "42"
+
 
 @click.command("compare", help=__doc__)
 @options.methods_option(",".join(SHOWN_METHODS))
-@click.option("--seeds", default="42,44,82,100,800", show_default=True, help="Comma-separated.")
+@click.option(
+    "--seeds", show_default=f"{SEEDS}; 42 with --folds", default=None, help="Comma-separated."
+)
 @click.option(
     "--lrs",
     default="",
@@ -33,7 +40,7 @@ __all__ = ["command", "compare"]
     help="Comma-separated learning rates; validation chooses one per run.",
 )
 @click.option("--name", show_default="compare-DATA-SHOTS", help="Of the folder in --runs.")
-@options.run_options("seed", "lr", "weight_decay")
+@options.run_options("seed", "lr", "weight_decay", "fold")
 @options.RUNS
 @options.OVERWRITE
 @options.JOBS
@@ -41,7 +48,7 @@ __all__ = ["command", "compare"]
 def command(
     given: options.Given,
     methods: str,
-    seeds: str,
+    seeds: str | None,
     lrs: str,
     name: str | None,
     runs: Path,
@@ -52,10 +59,15 @@ def command(
     base, names = given.values, listed("--methods", methods, METHODS)
     check_felt(given.names, [run_of(base, method=each) for each in names])
     runner = TrialRunner(jobs, machine.threads, options.trials_on(machine))
-    if "shots" not in given.names:
+    if seeds is None:
+        seeds = ONE_SEED if base["folds"] else SEEDS
+    if "shots" not in given.names and base["folds"]:
+        base |= {"shots": None}
+    elif "shots" not in given.names:
         base |= {"shots": fitted_shots([run_of(base, method=names[0])], runner.bench)}
     shots = "all" if base["shots"] is None else base["shots"]
-    folder = folder_in(runs, name, f"compare-{short_name(base['data'])}-{shots}")
+    folds = f"-{base['folds']}folds" if base["folds"] else ""
+    folder = folder_in(runs, name, f"compare-{short_name(base['data'])}-{shots}{folds}")
     rates = numbers("--lrs", lrs, float)
     compare(folder, base, names, numbers("--seeds", seeds, int), rates, overwrite, runner, jobs)
 
@@ -83,7 +95,10 @@ def compare(
             on_trials=announced(bars.one_by_one, runner.bench),
         )
     shots = f"{base['shots']} images a class" if base["shots"] else "all images"
-    seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, mean ± sd"
-    table = comparison_table(result["summary"], f"{base['data']}, {shots}, {seed_text}")
-    out.print(fit_table(table, out))
+    folds = base.get("folds")
+    spread = ", mean ± sd" if len(seeds) > 1 or folds else ""
+    title = f"{base['data']}, {shots}, {draws_text(seeds, folds)}{spread}"
+    if folds:
+        out.print(fit_table(folds_table(result["cells"], "test accuracy (%) of each fold"), out))
+    out.print(fit_table(comparison_table(result["summary"], title), out))
     out.print(f"wrote {folder}/compare.json and {folder}/compare.png", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -39,7 +40,8 @@ def _summaries(trials: Sequence[Trial], bench: Workbench) -> list[str]:
     methods = tuple(dict.fromkeys(trial.config.method.name for trial in trials))
     kinds: dict[object, Run] = {}
     for trial in trials:
-        kind = trial.config.data, trial.config.backbone.backbone
+        data = replace(trial.config.data, fold=None)
+        kind = data, trial.config.backbone.backbone
         kinds.setdefault(kind, Run(trial.folder, trial.config, bench=bench))
     texts: list[str] = []
     for run in list(kinds.values())[:SHOWN]:
@@ -63,6 +65,8 @@ def summary(run: Run, methods: Sequence[str] = ()) -> str:
     counts = [f"{len(rows):,} for {name}" for name, rows in parts]
     used = sum(len(rows) for _, rows in parts)
     unused = f", {len(source) - used:,} not used" if used < len(source) else ""
+    held = run.config.data.held_out
+    fold = f" (fold {held[0]} of {held[1]})" if held else ""
     each = torch.bincount(source.labels, minlength=len(source.classes))
     least, most = int(each.min()), int(each.max())
     range_of = f"{least:,}" if least == most else f"{least:,} to {most:,}"
@@ -70,7 +74,7 @@ def summary(run: Run, methods: Sequence[str] = ()) -> str:
     lines = [
         f"data: {run.place}, {len(source):,} images in {len(source.classes)} classes "
         f"({few(source.classes)}), {range_of} a class",
-        f"images: {', '.join(counts)}{unused}",
+        f"images: {', '.join(counts)}{fold}{unused}",
         f"backbone: {backbone.name}, which sees {side} x {side} pixels {colour}; "
         f"method{'s' * (len(methods) > 1)}: {', '.join(methods)}",
     ]

@@ -51,7 +51,7 @@ __all__ = ["command"]
     help="Seeds of the tested runs, comma-separated.",
 )
 @click.option("--name", show_default="sweep-DATA", help="Of the folder in --runs.")
-@options.run_options("seed")
+@options.run_options("seed", "folds", "fold")
 @options.RUNS
 @options.OVERWRITE
 @options.JOBS

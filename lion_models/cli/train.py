@@ -1,7 +1,11 @@
-"""Train one method; writes RUNS/NAME. Under torchrun, processes share every batch."""
+"""Train one method; writes RUNS/NAME. Under torchrun, processes share every batch.
+
+With --folds, each image is tested once: RUNS/NAME has a run for each fold, and what they came to.
+"""
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import rich_click as click
 
 from lion_models.base.errors import UserError
 from lion_models.cli import options
+from lion_models.cli.compare import compare
 from lion_models.cli.console import out
 from lion_models.cli.fitting import fitted_shots
 from lion_models.cli.progress import ProgressBars
@@ -22,6 +27,7 @@ from lion_models.run.data_record import stored_name
 from lion_models.run.folder import read_config
 from lion_models.run.ranks import joined_ranks
 from lion_models.run.workbench import Workbench
+from lion_models.study.runner import TrialRunner
 
 __all__ = ["command"]
 
@@ -55,8 +61,13 @@ def command(
 ) -> None:
     data = given.values["data"] or _remembered_data(runs, name, resume)
     given = given._replace(values=given.values | {"data": data})
+    if given.values["folds"] and given.values["fold"] is None:
+        _cross_validate(given, method, name, runs, overwrite, machine)
+        return
     config = run_of(given.values, method=method).resolved()
-    folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{config.training.seed}")
+    held = config.data.held_out
+    fold = f"-fold{held[0]}" if held else ""
+    folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{config.training.seed}{fold}")
     if moved_data is not None and not resume:
         raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
     if changed_data and not resume:
@@ -66,7 +77,10 @@ def command(
     check_felt(given.names, [config])
     bench = Workbench(machine.device, machine.workers, machine.image_cache)
     run = Run(folder, config, bench=bench, moved_data=moved_data, changed_data=changed_data)
-    if not resume and "shots" not in given.names:
+    if not resume and held and "shots" not in given.names:
+        config = config.but(shots=None)
+        run = Run(folder, config, bench=bench)
+    elif not resume and "shots" not in given.names:
         config = config.but(shots=fitted_shots([config], bench))
         run = Run(folder, config, bench=bench)
     with ExitStack() as held, joined_ranks(machine.device) as ranks:
@@ -85,6 +99,31 @@ def command(
         if result.get("diverged"):
             _say_diverged(config, result)
             raise SystemExit(1)
+
+
+def _cross_validate(
+    given: options.Given,
+    method: str,
+    name: str | None,
+    runs: Path,
+    overwrite: bool,
+    machine: options.Machine,
+) -> None:
+    """A comparison of one method's folds."""
+    refused = options.written(["moved_data", "changed_data", "test", "tensorboard"])
+    if refused:
+        shown = refused[0].replace("_", "-")
+        raise UserError(f"--folds: runs a study, which has no --{shown}; leave one of them out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--folds: not under torchrun; 'lion compare --folds --jobs' shares runs")
+    base = given.values
+    if "shots" not in given.names:
+        base |= {"shots": None}
+    check_felt(given.names, [run_of(base, method=method)])
+    seed, folds = base["seed"], base["folds"]
+    folder = folder_in(runs, name, f"{short_name(base['data'])}-{method}-s{seed}-{folds}folds")
+    runner = TrialRunner(1, machine.threads, options.trials_on(machine))
+    compare(folder, base, [method], [seed], [], overwrite, runner)
 
 
 def _remembered_data(runs: Path, name: str | None, resume: bool) -> str:

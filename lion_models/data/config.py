@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lion_models.base.errors import UserError
 from lion_models.base.options import Options, option
 from lion_models.data.levels import parse_range
 from lion_models.data.named.catalogue import CATALOGUE
@@ -40,6 +41,16 @@ class DataConfig(Options):
         expected="1 or more and below 1,000,000",
         unset="balanced classes",
     )
+    folds: int | None = option(
+        None,
+        "Cross-validation: each image is tested once, in one of so many parts of its class.",
+        low=2,
+        unset="one test part",
+        silent=True,
+    )
+    fold: int | None = option(
+        None, "The fold to test on, alone.", low=1, unset="each in turn", silent=True
+    )
     transform: str = option(
         "square", "How pictures are fitted to the backbone's square.", choices=TRANSFORMS
     )
@@ -56,7 +67,16 @@ class DataConfig(Options):
         choices=VERIFY,
     )
 
+    @property
+    def held_out(self) -> tuple[int, int] | None:
+        """The fold to test on, of how many; None without folds."""
+        return None if self.fold is None or self.folds is None else (self.fold, self.folds)
+
     def check(self) -> None:
-        """The range has to be one."""
+        """The range has to be one, and a fold one of those that there are."""
+        if self.fold is not None and not 1 <= self.fold <= (self.folds or 0):
+            raise UserError(
+                f"`fold`: expected one of `folds`, from 1, got {self.fold} of {self.folds or 'none'}"
+            )
         if self.value_range is not None:
             parse_range(self.value_range)

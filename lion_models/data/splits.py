@@ -152,6 +152,7 @@ def split_rows(
     *,
     official: Tensor | None = None,
     imbalance: float | None = None,
+    fold: tuple[int, int] | None = None,
 ) -> Split:
     """Divide the rows of every class into train, validation and test.
 
@@ -170,15 +171,20 @@ def split_rows(
             C keeps floor(n imbalance^(-c / (C-1))) of them, n being `shots` or the most that
             every class can give (Cui et al., CVPR 2019, section 5.1). Validation stays as it is in
             the balanced split, of which this one is a part.
+        fold: which of how many, from 1: its rows are the test rows, in the place of 30%. Every row
+            is in one fold, and which one depends on neither the seed nor other classes.
 
     Raises:
-        UserError: a class has too few images.
+        UserError: a class has too few images, or folds were asked for and the data set brings a
+            test part.
     """
     for option, count in (("`shots`", shots), ("`validation_shots`", validation_shots)):
         if count is not None and count < 1:
             raise UserError(f"{option}: expected 1 or more, got {count}")
     factors = _profile(len(classes), imbalance)
-    pools = [_pool(labels, official, seed, label, test_cap) for label in range(len(classes))]
+    if fold is not None:
+        _check_folds(labels, classes, official, fold[1])
+    pools = [_pool(labels, official, seed, label, test_cap, fold) for label in range(len(classes))]
     held = _validation_counts(pools, shots, validation_shots, balanced=imbalance is not None)
     rooms = [
         len(pool.train) - (0 if pool.validation is not None else count)
@@ -253,7 +259,12 @@ class _Pool(NamedTuple):
 
 
 def _pool(
-    labels: Tensor, official: Tensor | None, seed: int, label: int, test_cap: int | None
+    labels: Tensor,
+    official: Tensor | None,
+    seed: int,
+    label: int,
+    test_cap: int | None,
+    fold: tuple[int, int] | None = None,
 ) -> _Pool:
     rows = (labels == label).nonzero().squeeze(1)
     count = len(rows)
@@ -266,6 +277,10 @@ def _pool(
     train = rows[part == TRAIN]
     if own_test:
         test = rows[part == TEST]
+    elif fold is not None:
+        # The first fold is not the one that has more of every class.
+        inside = (torch.arange(len(train)) + label) % fold[1] == fold[0] - 1
+        test, train = train[inside], train[~inside]
     else:
         taken = max(1, round(TEST_SHARE * len(train)))
         test, train = train[:taken], train[taken:]
@@ -276,6 +291,27 @@ def _pool(
         order = torch.randperm(len(validation), generator=_generator(seed, label))
         validation = validation[order]
     return _Pool(train, validation, test[:test_cap], count, len(test))
+
+
+def _check_folds(
+    labels: Tensor, classes: tuple[str, ...], official: Tensor | None, folds: int
+) -> None:
+    """Raise UserError where the data has a test part, or a class cannot be in every fold."""
+    if official is not None and bool((official == TEST).any()):
+        raise UserError(
+            "`folds`: the data has a test part of its own, and folds would test on others; leave "
+            "`folds` out, or name the training part alone as `data`"
+        )
+    free = labels if official is None else labels[official == TRAIN]
+    counts = torch.bincount(free, minlength=len(classes))
+    least = int(counts.min())
+    if least < folds:
+        name = classes[int(counts.argmin())]
+        instead = f"lower `folds` to at most {least}" if least > 1 else "add images"
+        raise UserError(
+            f"`folds`: class '{name}' has {least} image{'s' * (least > 1)}, fewer than {folds} "
+            f"folds; {instead}, or leave the class out"
+        )
 
 
 def _profile(classes: int, imbalance: float | None) -> list[float]:
@@ -357,6 +393,7 @@ def split_source(
     validation_shots: int | None = None,
     test_cap: int | None = None,
     imbalance: float | None = None,
+    fold: tuple[int, int] | None = None,
 ) -> Split:
     """`split_rows` of a source, with the split that the data set brings."""
     return split_rows(
@@ -368,6 +405,7 @@ def split_source(
         test_cap,
         official=source.official,
         imbalance=imbalance,
+        fold=fold,
     )
 
 

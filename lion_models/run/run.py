@@ -139,7 +139,7 @@ class Run:
     def split(self) -> Split:
         data, seed = self.config.data, self.config.training.seed
         counts = data.shots, data.validation_shots, data.test_cap
-        return split_source(self.source, seed, *counts, data.imbalance)
+        return split_source(self.source, seed, *counts, data.imbalance, data.held_out)
 
     @cached_property
     def task(self) -> Task:

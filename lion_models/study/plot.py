@@ -36,7 +36,7 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
         path: PNG to write.
         title: above the panels.
         cells: one per run: `method`, `seed`, `test_accuracy`, `without_head`, `curve` (validation
-            accuracy per epoch) and `traces`.
+            accuracy per epoch) and `traces`; `fold` in a cross-validation.
     """
     by_method: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
@@ -70,10 +70,11 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     points.set_xlim(-0.5, len(labels) - 0.3)
     everything = [100 * cell["test_accuracy"] for cell in cells]
     points.set_ylim(max(0.0, min(everything) - 5), min(101.0, max(everything) + 5))
-    about = "Test accuracy (a dot is a seed, a line their mean)"
+    draw = "fold" if "fold" in cells[0] else "seed"
+    about = f"Test accuracy (a dot is a {draw}, a line their mean)"
     dress(points, about, "", "accuracy (%)", legend=False)
     points.grid(axis="x", visible=False)
-    dress(curves, "Validation while training (band: all seeds)", "epoch", "accuracy (%)")
+    dress(curves, f"Validation while training (band: all {draw}s)", "epoch", "accuracy (%)")
     if traced:
         draw_traces(panels[2], traced[0])
     save_figure(path, figure)

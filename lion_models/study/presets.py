@@ -18,7 +18,7 @@ from lion_models.study.report import (
 from lion_models.study.runner import TrialRunner
 from lion_models.study.study import OnTrials, Study, run_study
 
-__all__ = ["run_comparison", "run_sweep", "write_measured"]
+__all__ = ["draws_text", "run_comparison", "run_sweep", "write_measured"]
 
 
 def run_comparison(
@@ -36,7 +36,8 @@ def run_comparison(
 
     Args:
         folder: holds one run per trial, `METHOD-sSEED` (and `-lrRATE` where rates are given).
-        base: options that all runs share; their method and seed are replaced.
+        base: options that all runs share; their method and seed are replaced. With `folds`, each
+            fold is tested in a run of its own, `METHOD-sSEED-foldN`.
         methods: names of methods.
         seeds: one run per method and seed.
         rates: learning rates to try for each of them; validation chooses, and only the chosen one
@@ -52,7 +53,9 @@ def run_comparison(
     from lion_models.study.plot import plot_comparison  # drawing takes long to load
 
     grid = (Axis("lr", tuple(rates)),) if rates else ()
-    plan = Plan(base, tuple(methods), tuple(seeds), grid, each_seed=True)
+    folds = base.get("folds")
+    over = (Axis("fold", tuple(range(1, folds + 1))),) if folds else ()
+    plan = Plan(base, tuple(methods), tuple(seeds), grid, over, each_seed=True)
     study = run_study(folder, plan, runner, test=True, overwrite=overwrite, on_trials=on_trials)
     if study.failed:
         run, message = next(iter(study.failed.items()))
@@ -61,10 +64,18 @@ def run_comparison(
     content = comparison_content(study)
     write_json(folder / "compare.json", content)
     shots = f"{base['shots']} images a class" if base["shots"] else "all images"
-    plural = "seed" if len(seeds) == 1 else "seeds"
-    title = f"{base['data']}, {shots}, frozen {base['backbone']}, {len(seeds)} {plural}"
+    draws = draws_text(seeds, folds)
+    title = f"{base['data']}, {shots}, frozen {base['backbone']}, {draws}"
     plot_comparison(folder / "compare.png", title, content["cells"])
     return content
+
+
+def draws_text(seeds: Sequence[int], folds: int | None) -> str:
+    """What the runs of a method differ in: `seed 42`, `5 seeds`, `5 folds`, `2 seeds x 5 folds`."""
+    one = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    if not folds:
+        return one
+    return f"{folds} folds" if len(seeds) == 1 else f"{one} x {folds} folds"
 
 
 def run_sweep(

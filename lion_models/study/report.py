@@ -23,6 +23,7 @@ __all__ = [
     "Measured",
     "comparison_content",
     "comparison_table",
+    "folds_table",
     "measured_markdown",
     "measured_methods",
     "summarise",
@@ -73,8 +74,10 @@ def comparison_content(study: Study) -> dict[str, Any]:
             {
                 "method": result["method"],
                 "seed": result["seed"],
+                **({"fold": fold} if (fold := trial.config.data.fold) else {}),
                 "run": trial.folder.name,
                 "recipe": _recipe(trial),
+                "test_images": result["test"]["images"],
                 "test_accuracy": result["test"]["accuracy"],
                 **_balanced_figure([result["test"].get("balanced_accuracy")]),
                 "validation_accuracy": result["validation_accuracy"],
@@ -110,7 +113,7 @@ def _recipe(trial: Trial) -> dict[str, Any]:
 
 
 def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over the seeds, one row per method.
+    """Mean and sample standard deviation over seeds and folds, one row per method.
 
     Args:
         cells: of compare.json.
@@ -129,7 +132,7 @@ def summarise(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": method,
-                "seeds": len(own),
+                "seeds": len({cell["seed"] for cell in own}),
                 "test_accuracy": mean("test_accuracy"),
                 **_balanced_figure(balanced),
                 "test_spread": statistics.stdev(accuracies) if len(own) > 1 else None,
@@ -178,6 +181,32 @@ def comparison_table(summary: Sequence[Mapping[str, Any]], title: str) -> Table:
             f"{row['seconds']:.1f}",
             f"{row['solver_steps']:.1f}" if row["solver_steps"] else "-",
         )
+    return table
+
+
+def folds_table(cells: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Test accuracy on each fold, a column for each method, then mean ± deviation.
+
+    Args:
+        cells: of compare.json, each with a `fold`.
+        title: of the table.
+    """
+    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    several = len({cell["seed"] for cell in cells}) > 1
+    table = _plain_table(title)
+    for heading in ("seed, fold" if several else "fold", "images", *methods):
+        table.add_column(heading, justify="right", no_wrap=True)
+    draws: dict[tuple[int, int], dict[str, Mapping[str, Any]]] = {}
+    for cell in cells:
+        draws.setdefault((cell["seed"], cell["fold"]), {})[cell["method"]] = cell
+    for (seed, fold), own in sorted(draws.items()):
+        images = next(iter(own.values()))["test_images"]
+        figures = (_percent(own[each]["test_accuracy"]) for each in methods)
+        table.add_row(f"{seed}, {fold}" if several else str(fold), str(images), *figures)
+    table.add_section()
+    accuracies = {each: [c["test_accuracy"] for c in cells if c["method"] == each]
+                  for each in methods}  # fmt: skip
+    table.add_row("mean", "", *(_figure(values) for values in accuracies.values()))
     return table
 
 
