@@ -57,7 +57,8 @@ def command(
     machine: options.Machine,
 ) -> None:
     base, names = given.values, listed("--methods", methods, METHODS)
-    check_felt(given.names, [run_of(base, method=each) for each in names])
+    first = {"fold": 1} if base["folds"] else {}
+    check_felt(given.names, [run_of(base, method=each, **first) for each in names])
     runner = TrialRunner(jobs, machine.threads, options.trials_on(machine))
     if seeds is None:
         seeds = ONE_SEED if base["folds"] else SEEDS

@@ -65,8 +65,8 @@ def command(
         _cross_validate(given, method, name, runs, overwrite, machine)
         return
     config = run_of(given.values, method=method).resolved()
-    held = config.data.held_out
-    fold = f"-fold{held[0]}" if held else ""
+    part = config.data.held_out
+    fold = f"-fold{part[0]}" if part else ""
     folder = folder_in(runs, name, f"{short_name(data)}-{method}-s{config.training.seed}{fold}")
     if moved_data is not None and not resume:
         raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
@@ -77,7 +77,7 @@ def command(
     check_felt(given.names, [config])
     bench = Workbench(machine.device, machine.workers, machine.image_cache)
     run = Run(folder, config, bench=bench, moved_data=moved_data, changed_data=changed_data)
-    if not resume and held and "shots" not in given.names:
+    if not resume and part and "shots" not in given.names:
         config = config.but(shots=None)
         run = Run(folder, config, bench=bench)
     elif not resume and "shots" not in given.names:
@@ -119,7 +119,7 @@ def _cross_validate(
     base = given.values
     if "shots" not in given.names:
         base |= {"shots": None}
-    check_felt(given.names, [run_of(base, method=method)])
+    check_felt(given.names, [run_of(base, method=method, fold=1)])
     seed, folds = base["seed"], base["folds"]
     folder = folder_in(runs, name, f"{short_name(base['data'])}-{method}-s{seed}-{folds}folds")
     runner = TrialRunner(1, machine.threads, options.trials_on(machine))

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lion_models.base.errors import UserError
-from lion_models.base.options import Options, option
+from lion_models.base.options import Need, Options, option
 from lion_models.data.levels import parse_range
 from lion_models.data.named.catalogue import CATALOGUE
 from lion_models.data.transforms import TRANSFORMS
 from lion_models.data.verify import BAD_FILES, VERIFY
 
 __all__ = ["DataConfig"]
+
+_A_FOLD = Need(
+    lambda run: run.data.fold is not None,
+    "a run tests on one of them; say which by `fold`, or let a study take each in turn",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class DataConfig(Options):
         "Cross-validation: each image is tested once, in one of so many parts of its class.",
         low=2,
         unset="one test part",
+        needs=(_A_FOLD,),
         silent=True,
     )
     fold: int | None = option(
@@ -75,8 +81,7 @@ class DataConfig(Options):
     def check(self) -> None:
         """The range has to be one, and a fold one of those that there are."""
         if self.fold is not None and not 1 <= self.fold <= (self.folds or 0):
-            raise UserError(
-                f"`fold`: expected one of `folds`, from 1, got {self.fold} of {self.folds or 'none'}"
-            )
+            found = f"{self.fold} of {self.folds or 'none'}"
+            raise UserError(f"`fold`: expected one of `folds`, from 1, got {found}")
         if self.value_range is not None:
             parse_range(self.value_range)

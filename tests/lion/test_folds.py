@@ -54,7 +54,7 @@ def test_what_cannot_be_folded_is_refused():
     parts = torch.tensor([TRAIN, TEST] * 5 + [TRAIN])
     with pytest.raises(UserError, match="the data has a test part of its own"):
         split_rows(labels, ("a", "b"), 1, None, official=parts, fold=(1, 2))
-    for wrong in ({"fold": 1}, {"folds": 3, "fold": 4}, {"folds": 1}):
+    for wrong in ({"fold": 1}, {"folds": 3, "fold": 4}, {"folds": 1}, {"folds": 3}):
         with pytest.raises(UserError, match=r"`folds?`"):
             RunConfig.of("digits", **wrong)
 
