@@ -13,7 +13,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
 .PHONY: setup demo demo-vit test test-ref test-portable emulation cuda-kernels cuda-build gpu-check gpu-wheels \
-    lint format bench wheel clean
+    lint format bench docs wheel clean
 
 setup: $(STAMP)
 
@@ -22,7 +22,7 @@ setup: $(STAMP)
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --editable ".[lion,test,bench,dev]"
+	$(BIN)/python -m pip install --editable ".[lion,test,bench,docs,dev]"
 	@touch $@
 
 demo: setup
@@ -42,8 +42,8 @@ test: setup
 	$(MAKE) test-ref test-portable
 
 # Left out: what has no kernels, or looks at something else than what they compute.
-NOT_REF := build ops lion cuda solvers/test_newton_krylov.py adjoints/test_export.py test_imports.py \
-    test_readme.py test_peers.py
+NOT_REF := build docs ops lion cuda solvers/test_newton_krylov.py adjoints/test_export.py test_imports.py \
+    test_peers.py
 test-ref: setup
 	DEQCORE_KERNELS=reference $(PYTEST) tests $(addprefix --ignore=tests/,$(NOT_REF))
 
@@ -89,9 +89,13 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# The site, into site/: open site/index.html. It takes nothing from a network, and neither do its readers.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 wheel: setup
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
-	rm -rf build dist *.egg-info deqcore/_built.json deqcore/_C.*.so deqcore/_cuda.*.so
+	rm -rf build dist site *.egg-info deqcore/_built.json deqcore/_C.*.so deqcore/_cuda.*.so
 	rm -f $(STAMP)

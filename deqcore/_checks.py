@@ -109,7 +109,7 @@ def check_frozen_rows(
 def frozen_rows_are_alike(
     rows: Rows, z: Tensor, f: Tensor, measure: Measure, evaluations: int | None
 ) -> bool:
-    """Whether :func:`check_frozen_rows` would find nothing, where that is quick to know.
+    """Whether ``check_frozen_rows`` would find nothing, where that is quick to know.
 
     In a solve that takes a millisecond what costs is each operation, as nothing of it is in a cache
     yet, not the pass over f and z.
@@ -159,7 +159,7 @@ def warn_of_forward(rows: Rows, inconsistent: Tensor | None, *, relative: bool, 
 
     Args:
         relative: the residual was compared with rms(f(z)), which may grow.
-        wait: as in :func:`warn_where`.
+        wait: as in ``warn_where``.
     """
     flags, messages = [], []
     if inconsistent is not None:

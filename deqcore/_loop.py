@@ -28,8 +28,8 @@ from deqcore.solvers.base import StepContext
 class Problem:
     """f as solvers and adjoints see it: on matrices [B, D] of one dtype, counting its calls.
 
-    ``problem(z)`` is f(z), with a graph in grad mode; :meth:`solve` finds z = f(z) without one, and
-    :meth:`at_solution` is the evaluation there. A coupled batch is one row, and what f's modules
+    ``problem(z)`` is f(z), with a graph in grad mode; ``solve`` finds z = f(z) without one, and
+    ``at_solution`` is the evaluation there. A coupled batch is one row, and what f's modules
     note of their inputs (running statistics) they note of that last evaluation alone.
 
     Attributes:
@@ -73,7 +73,7 @@ class Problem:
         return f
 
     def finish(self, solved: Solved) -> None:
-        """Do what is due at the solution, if :meth:`at_solution` has not been called."""
+        """Do what is due at the solution, if ``at_solution`` has not been called."""
         if self._needs_aux or (self.buffers is not None and self.buffers.waiting):
             with torch.no_grad():  # of a copy: aux may be a part of it
                 self.at_solution(solved.value.detach().clone(), solved)
@@ -113,7 +113,7 @@ class Problem:
         return self.packing.pack(value), value
 
     def without_aux(self, value: Any, what: str) -> Any:
-        """What f returned, checked, aux put aside; ``what`` as in :meth:`Packing.pack`."""
+        """What f returned, checked, aux put aside; ``what`` as in ``Packing.pack``."""
         if self.has_aux:
             if not isinstance(value, tuple) or len(value) != 2:
                 raise ValueError(
@@ -132,7 +132,7 @@ class Problem:
         """Iterate from ``z0`` [B, D] without a graph.
 
         Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps. Without
-        ``check``, :meth:`at_solution` is yet to show whether rows depend on each other.
+        ``check``, ``at_solution`` is yet to show whether rows depend on each other.
         """
         with graph_free():
             run = Run(self, z0, solver, frozen)
@@ -180,8 +180,8 @@ class Solved:
         state: the solver's history; an adjoint that does not need it sets it to None, so that its
             memory is free while f's graph is built.
         measure: what a row's residual is compared with; None where f was not called.
-        inconsistent: bool [], whether :meth:`check` has found such a row; None: not looked for.
-        draws_numbers: as in :class:`deqcore.SolveReport`.
+        inconsistent: bool [], whether ``check`` has found such a row; None: not looked for.
+        draws_numbers: as in ``deqcore.SolveReport``.
     """
 
     value: Tensor
@@ -193,7 +193,7 @@ class Solved:
     draws_numbers: bool = False
 
     def check(self, problem: Problem, z: Tensor, f: Tensor, evaluations: int | None = None) -> None:
-        """Compare f with what it was for rows that had ended; see :func:`check_frozen_rows`."""
+        """Compare f with what it was for rows that had ended; see ``check_frozen_rows``."""
         if self.measure is None or problem.packing.batch < 2:
             return  # no rows, or none to depend on
         if frozen_rows_are_alike(self.rows, z, f, self.measure, evaluations):
@@ -208,7 +208,7 @@ class Solved:
         return value
 
     def report(self, problem: Problem) -> dict[str, Any]:
-        """The fields of a :class:`SolveReport`."""
+        """The fields of a ``SolveReport``."""
         dtype = problem.packing.compute_dtype
         trace = None if self.trace is None else self.trace.to(dtype)
         fields = report_fields(self.rows, dtype, problem.calls, trace)
@@ -219,7 +219,7 @@ class Solved:
 def report_fields(
     rows: Rows, dtype: torch.dtype, evaluations: int | Tensor, trace: Tensor | None
 ) -> dict[str, Any]:
-    """Those of a :class:`SolveReport`; some share memory with ``rows``."""
+    """Those of a ``SolveReport``; some share memory with ``rows``."""
     return {
         "status": rows.status,
         "residual": rows.residuals[:, BEST].to(dtype),

@@ -19,7 +19,7 @@ class ModuleBuffers:
     """The buffers of the modules in training mode that f calls, as they were before.
 
     Which modules those are shows when they are called: f may be any callable. An evaluation within
-    :meth:`unchanged` leaves them as it found them.
+    ``unchanged`` leaves them as it found them.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class ModuleBuffers:
             buffer.take()
 
     def remember(self) -> None:
-        """Keep the first values, for :meth:`recall`."""
+        """Keep the first values, for ``recall``."""
         self._at_first = []
 
     @torch.no_grad()

@@ -80,11 +80,11 @@ class _Noted:
 
 
 class CapturedReport(_Noted, SolveReport):  # type: ignore[override, misc]
-    """A :class:`SolveReport` of a captured solve; ``evaluations`` is read from the device."""
+    """A ``SolveReport`` of a captured solve; ``evaluations`` is read from the device."""
 
 
 class CapturedSolution(_Noted, Solution):  # type: ignore[override, misc]
-    """A :class:`Solution` of a captured solve; ``evaluations`` is read from the device."""
+    """A ``Solution`` of a captured solve; ``evaluations`` is read from the device."""
 
     def __init__(self, value: Any, report: CapturedReport) -> None:
         vars(self).update(vars(report))

@@ -59,7 +59,7 @@ class Packing:
     def of(cls, z0: Any, batch: str = "rows") -> Packing:
         """Read the structure of ``z0``; raises TypeError or ValueError that names the bad leaf.
 
-        ``batch`` is one of :data:`BATCHES`.
+        ``batch`` is one of ``BATCHES``.
         """
         coupled = is_coupled(batch)
         is_tensor = isinstance(z0, Tensor)

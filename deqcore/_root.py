@@ -104,7 +104,7 @@ class RootTest:
 
 @dataclass(frozen=True)
 class RootMeasure:
-    """:class:`deqcore._checks.Measure` of the evaluation that came last."""
+    """``deqcore._checks.Measure`` of the evaluation that came last."""
 
     test: RootTest
     problem: RootProblem
@@ -146,7 +146,7 @@ class RootProblem(Problem):
     """z + g(z), which keeps g(z); the solver sees u_scale * z.
 
     Attributes:
-        norm, u_scale, f_scale: as in :func:`deqcore.root`; the scales are [1 or B, D], or None.
+        norm, u_scale, f_scale: as in ``deqcore.root``; the scales are [1 or B, D], or None.
         g: [B, D], g of the latest evaluation in the caller's units, without a graph.
     """
 

@@ -12,7 +12,7 @@ from deqcore._status import RANDOM_ADVICE, Status
 
 
 class ConvergenceError(RuntimeError):
-    """Raised by :meth:`SolveReport.raise_for_status` when a row did not converge."""
+    """Raised by ``SolveReport.raise_for_status`` when a row did not converge."""
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class SolveReport:
     """The outcome of a solve, row by row, without the solution itself.
 
     Attributes:
-        status: int8 [B], values of :class:`Status`; [1] with ``batch="coupled"``, as all of these.
+        status: int8 [B], values of ``Status``; [1] with ``batch="coupled"``, as all of these.
         residual: [B], rms(f(z) - z) of the iterate that was returned; float32, or float64 for a
             float64 state. Of ``root`` the norm of g(z) that was asked for.
         steps: int32 [B], evaluations of f that the row used.
@@ -62,7 +62,7 @@ class SolveReport:
         return self.status == Status.CONVERGED
 
     def raise_for_status(self) -> None:
-        """Raise :class:`ConvergenceError` unless every row converged (reads the device once)."""
+        """Raise ``ConvergenceError`` unless every row converged (reads the device once)."""
         counts = torch.bincount(self.status.long().cpu(), minlength=len(Status)).tolist()
         if sum(counts[1:]) == 0:
             return
@@ -83,7 +83,7 @@ class SolveReport:
 
 @dataclass(eq=False)
 class Solution(SolveReport):
-    """A :class:`SolveReport` and the solution.
+    """A ``SolveReport`` and the solution.
 
     Attributes:
         value: same structure, shapes, dtypes and device as z0, in memory that its leaves do not

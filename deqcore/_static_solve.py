@@ -27,7 +27,7 @@ class StaticSolve:
     Attributes:
         outcome: how the rows ended, laid out as ``layout`` says.
         flags: bool, whether one of ``messages`` is due since the flags were last cleared.
-        extra: whether :meth:`finish` evaluates f.
+        extra: whether ``finish`` evaluates f.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StaticSolve:
 
     @property
     def messages(self) -> tuple[str, str]:
-        """Those of :meth:`note`."""
+        """Those of ``note``."""
         return COUPLED, GROWN
 
     def parts(
@@ -114,7 +114,7 @@ class StaticSolve:
         self.note()
 
     def check(self, f: Tensor, evaluations: Tensor | None) -> None:
-        """See :func:`check_frozen_rows`."""
+        """See ``check_frozen_rows``."""
         if self.latest is None or self.context is None:  # not before the first step
             return
         found = check_frozen_rows(

@@ -48,31 +48,31 @@ def capture(
     """Record ``fixed_point(f, z0, *args)`` as a CUDA graph, to be replayed with new inputs.
 
     A replay costs the host one call, whatever the number of steps, and ends when the last row does.
-    Its results are those of :func:`fixed_point`, bit for bit where f runs the same kernels when it
+    Its results are those of ``fixed_point``, bit for bit where f runs the same kernels when it
     is captured.
 
     Args:
-        f: as in :func:`fixed_point`, and capturable: no copies to the host, no shapes that depend
+        f: as in ``fixed_point``, and capturable: no copies to the host, no shapes that depend
             on data. Randomness in f repeats itself in every evaluation and replay, and so does the
-            mask of :class:`deqcore.FixedDropout`. Parameters of f may be changed in place between
+            mask of ``deqcore.FixedDropout``. Parameters of f may be changed in place between
             replays (an optimiser does), but not replaced.
         z0, *args: examples of the inputs, on one GPU. Later inputs must have their structure,
             shapes and dtypes; what is not a tensor is part of f. In grad mode, gradients reach the
             tensors of ``args`` that require grad here, and the parameters of f.
-        solver: as in :func:`fixed_point`; ``check_every`` does not matter to the steps, and
+        solver: as in ``fixed_point``; ``check_every`` does not matter to the steps, and
             ``record_trace`` is refused.
         adjoint: ``Implicit`` without ``reuse_forward``, where gradients are wanted; its
             ``on_failure`` may not be ``"fallback"``, and ``"raise"`` waits for the GPU.
-        batch: as in :func:`fixed_point`.
+        batch: as in ``fixed_point``.
 
     Returns:
-        A :class:`CapturedSolver`. Memory for all steps is held as long as it lives.
+        A ``CapturedSolver``. Memory for all steps is held as long as it lives.
 
     Raises:
         ValueError: z0 is not on a GPU, or an option cannot be captured.
         RuntimeError: the CUDA kernels are missing, or f cannot be captured.
 
-    What :func:`fixed_point` checks with ``batch="rows"`` is checked here too, on the device, at the
+    What ``fixed_point`` checks with ``batch="rows"`` is checked here too, on the device, at the
     cost of a copy of f(z) for each step of a batch, and of two products with signs for each step in
     backward; warnings come with one of the next 16 calls (never with ``check_every=0``, as there).
 
@@ -109,9 +109,9 @@ def _capture(
 
 
 class CapturedSolver:
-    """A recorded solve; made by :func:`capture`.
+    """A recorded solve; made by ``capture``.
 
-    ``solver(z0, *args)`` copies the inputs in, replays, and returns a new :class:`Solution`. The
+    ``solver(z0, *args)`` copies the inputs in, replays, and returns a new ``Solution``. The
     buffers exist once: run backward before the next call (else backward raises), and make all calls
     on one stream.
 

@@ -47,8 +47,8 @@ class FixedDropout(nn.Module):
     own; one that is called several times in f has one mask for each shape.
 
     Outside of a solve the mask of the last one is used where it fits, as in
-    :func:`deqcore.jacobian_penalty` at the solution, else one is drawn; so a cell that is iterated
-    by hand needs :meth:`reset` before each pass. In :func:`deqcore.capture` it is that of the
+    ``deqcore.jacobian_penalty`` at the solution, else one is drawn; so a cell that is iterated
+    by hand needs ``reset`` before each pass. In ``deqcore.capture`` it is that of the
     recording. In ``eval()`` mode it returns its input, as ``nn.Dropout`` does.
 
     Args:

@@ -49,7 +49,7 @@ def fixed_point(
             dim 0. Any strides; float64, float32, bfloat16 or float16. It is not changed. A 0-dim
             tensor is one row.
         *args: passed on to f; gradients reach them.
-        solver: ``Picard``, ``Anderson``, ``Broyden`` or a :class:`deqcore.Solver` of your own.
+        solver: ``Picard``, ``Anderson``, ``Broyden`` or a ``deqcore.Solver`` of your own.
         adjoint: how gradients are computed, when grad mode is on: ``Implicit`` (default),
             ``Phantom`` or ``Unrolled``.
         batch: ``"rows"``: each row of dim 0 is a problem of its own. ``"coupled"``: the state as a
@@ -61,7 +61,7 @@ def fixed_point(
             what a loss needs of it belongs in the state, or is computed from the value.
 
     Returns:
-        A :class:`Solution`; nothing is raised when rows do not converge: look at
+        A ``Solution``; nothing is raised when rows do not converge: look at
         ``solution.converged`` or call ``solution.raise_for_status()``.
 
     Raises:
@@ -96,7 +96,7 @@ def fixed_point(
     operations of PyTorch alone; rows stop where they would, and sizes may be dynamic.
 
     f must return the same for the same state. Where it draws random numbers (dropout in training
-    mode) no row converges, and ``raise_for_status`` says why: :class:`deqcore.FixedDropout` draws
+    mode) no row converges, and ``raise_for_status`` says why: ``deqcore.FixedDropout`` draws
     once in a solve.
 
     At most ``solver.max_steps`` calls of f are made to find the solution. In grad mode ``Implicit``
@@ -131,7 +131,7 @@ def root(
 ) -> Solution:
     """Solve g(z, *args) = 0, by the fixed-point iteration of z + g(z).
 
-    Arguments, result and errors are those of :func:`fixed_point`: g too must return the structure
+    Arguments, result and errors are those of ``fixed_point``: g too must return the structure
     and shapes of z0, nothing is broadcast. Where g is steep, pass ``damping`` or use ``Broyden``.
 
     A row has converged when, first, norm(f_scale * g(z)) <= atol + rtol * norm(f_scale * g(z0)):

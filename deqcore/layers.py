@@ -27,7 +27,7 @@ class ImplicitLayer(nn.Module):
         solver: ``Picard``, ``Anderson`` or ``Broyden``.
         adjoint: ``Implicit``, ``Phantom`` or ``Unrolled``.
         batch: ``"rows"``, or ``"coupled"`` where the cell lets rows depend on each other, as batch
-            norm in training mode does: see :func:`deqcore.fixed_point`.
+            norm in training mode does: see ``deqcore.fixed_point``.
         capture: whether solves on a GPU, and their backward passes, are recorded as CUDA graphs and
             replayed, which takes a small solve's time on the host away and changes no bit of it
             where the cell's kernels are the same under capture. ``"auto"``: from the fourth call of
@@ -49,7 +49,7 @@ class ImplicitLayer(nn.Module):
     to 4 have one each.
 
     ``torch.export.export(layer, ...)`` takes the steps of a solver with ``check_every=0``, all of
-    them: see :func:`deqcore.fixed_point`.
+    them: see ``deqcore.fixed_point``.
 
     Attributes:
         report: outcome of the last forward solve (status, residual, steps, evaluations, trace),

@@ -8,7 +8,7 @@ message. Make the module anew, normalise it in the same way, then load the state
     fresh = spectral_normalize(Cell(), bound=0.9)
     fresh.load_state_dict(torch.load(path))
 
-or call :func:`remove_normalization` first, which leaves an ordinary module with the same weights.
+or call ``remove_normalization`` first, which leaves an ordinary module with the same weights.
 
 A solve inside of ``parametrize.cached()`` computes each weight twice: once without a graph for its
 steps, once with one for the gradient, which is kept.
@@ -91,7 +91,7 @@ def weight_normalize(cell: M, names: Iterable[str] | None = None) -> M:
 
     Args:
         cell: changed in place.
-        names: as in :func:`spectral_normalize`.
+        names: as in ``spectral_normalize``.
 
     Returns:
         ``cell``.
@@ -108,7 +108,7 @@ def weight_normalize(cell: M, names: Iterable[str] | None = None) -> M:
 
 
 def remove_normalization(cell: M) -> M:
-    """Undo :func:`spectral_normalize` and :func:`weight_normalize`; the weights keep their values.
+    """Undo ``spectral_normalize`` and ``weight_normalize``; the weights keep their values.
 
     The parameters are new ones, so make the optimizer afterwards. Other parametrizations stay.
 

@@ -39,7 +39,7 @@ def jacobian_penalty(
             here: it cannot close over tensors made there.
         samples: random vectors, at least 1; each costs a VJP. The variance falls as 1 / samples.
         generator: of the random vectors; None: the global one. It may be on another device than z.
-        batch: ``"coupled"`` takes the state as a whole: see :func:`deqcore.fixed_point`.
+        batch: ``"coupled"`` takes the state as a whole: see ``deqcore.fixed_point``.
 
     Returns:
         A scalar, float32, or float64 for a float64 state; differentiable in grad mode. An empty
@@ -82,13 +82,13 @@ def spectral_radius(
     Args:
         f: a cell, called once as ``f(z, *args)``.
         z: where: a tensor [B, ...] or a pytree of tensors that share dim 0, D elements a row.
-        *args: passed on to f; see :func:`jacobian_penalty`.
+        *args: passed on to f; see ``jacobian_penalty``.
         krylov: dimension of the Krylov space, at least 1: as many VJPs, and rows of that many
             states in memory. From D on the result is exact to rounding; below, it is the largest
             Ritz value, which for a non-normal J may lie on either side.
         generator: of the first vector; None: the global one. It may be on another device than z.
         batch: ``"coupled"`` takes the state as a whole, and gives one number: see
-            :func:`deqcore.fixed_point`.
+            ``deqcore.fixed_point``.
 
     Returns:
         [B], float32, or float64 for a float64 state, without a graph; works with grad mode off. A
@@ -116,7 +116,7 @@ def ritz_values(
     """Approximate eigenvalues of df/dz, those of large modulus first to settle: complex [B, m].
 
     m is ``krylov``, or D where that is less; 1 where D is 0. A row whose Krylov space ends before
-    has one of its values several times. All else as in :func:`spectral_radius`, which takes the
+    has one of its values several times. All else as in ``spectral_radius``, which takes the
     largest.
     """
     if isinstance(krylov, bool) or not isinstance(krylov, int) or krylov < 1:

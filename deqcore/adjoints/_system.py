@@ -183,7 +183,7 @@ def fall_back(
 
 
 def act_on_failure(policy: str, report: SolveReport, *, wait: bool) -> None:
-    """Warn or raise if rows did not converge; ``wait`` as in :func:`warn_where`."""
+    """Warn or raise if rows did not converge; ``wait`` as in ``warn_where``."""
     if policy == "ignore":
         return
     if policy == "raise":
@@ -196,7 +196,7 @@ def act_on_failure(policy: str, report: SolveReport, *, wait: bool) -> None:
 
 
 def raise_in_backward(report: SolveReport) -> None:
-    """Raise :class:`ConvergenceError` unless every row converged (waits for the device)."""
+    """Raise ``ConvergenceError`` unless every row converged (waits for the device)."""
     try:
         report.raise_for_status()
     except ConvergenceError as error:

@@ -15,7 +15,7 @@ class Adjoint(abc.ABC):
     """Base class of ``Implicit``, ``Phantom``, ``Unrolled`` and of your own adjoints.
 
     An adjoint solves, and says how the solution gets its gradient. One that sends it through a
-    Neumann series is in ``examples/own_solver.py``; the shortest is::
+    Neumann series is in ``examples/own_solver.py``; the shortest is:
 
         class NoGradient(deqcore.Adjoint):
             def solve(self, problem, z0, solver, record):

@@ -39,7 +39,7 @@ class Implicit(Adjoint):
             until backward.
         on_failure: what to do where rows of that solve do not converge. ``"warn"``: warn, once in a
             process for each status, with advice; on a GPU in a later call, since nothing waits for
-            it. ``"raise"``: a :class:`ConvergenceError` in backward. ``"fallback"``: solve these
+            it. ``"raise"``: a ``ConvergenceError`` in backward. ``"fallback"``: solve these
             rows by other means: directly, by each row's own matrix, up to 256 elements (as many
             products), else by Anderson with a memory of 64 in up to 300 steps; rows that depend on
             each other all as one; then warn if that fails too. ``"ignore"``: for a backward that is

@@ -7,39 +7,33 @@
 
 What differs:
 
-==================  ===================================  =========================================
-                    torchdeq 0.1.0                       here
-==================  ===================================  =========================================
-gradients           in ``train()`` only                  in grad mode, whether ``training`` or not
-returned state      the best iterate or f of it, then f  the iterate that was measured; the next of
-                    ``grad`` times in training           several states goes on from there
-``abs`` tolerance   norm(f(z) - z) of the worst row      each row stops by itself and is frozen
-``rel`` tolerance   norm(f(z) - z) < tol * norm(f(z)),   the same, row by row
-                    of the worst row
-``b_tol``, ``abs``  norm of the adjoint's residual       its rms, relative to the incoming gradient
-non-finite rows     run on, and change others            end alone: ``deq.report.status``
-diverging rows      run on                               end at 1e8 times the first residual
-``anderson``        6 residuals, ridge 1e-4, absolute    6 residuals, ridge 1e-8, relative
-``broyden``         f_max_iter + 1 calls of f            f_max_iter; restarts after 64 steps
-``hook_ift``        backward hook                        the same gradient without a hook
-``b_solver``        simple_fixed_point_iter raises       it works
-``ift``             f called again in backward           f called once more in forward
-states of a list    one dtype, the promoted one          each keeps its dtype
-``rel_lowest``,     relative to norm(f(z)) at the step   relative to norm(z) of the solution
-``rel_trace``
-``abs_trace``       first entry 1e8, then padded         one entry a step until all rows have ended
-``nstep``           step of the lowest residual          calls of f that the row used
-``sradius``         power method, only in ``eval()``     Arnoldi, in any mode; -1 when not asked for
-the caller's dict   is changed                           is not
-dropout in cells    ``reset`` before each solve          ``deqcore.FixedDropout`` needs none
-rows that depend    one norm for all, in some solvers    ``batch="coupled"``: one for all, with
-on each other                                            ``info`` of shape [1]
-unknown options     are ignored                          TypeError
-==================  ===================================  =========================================
+| | torchdeq 0.1.0 | here |
+| --- | --- | --- |
+| gradients | in `train()` only | in grad mode, whether `training` or not |
+| returned state | the best iterate or f of it, then f `grad` times in training | the iterate that was measured; the next of several states goes on from there |
+| `abs` tolerance | norm(f(z) - z) of the worst row | each row stops by itself and is frozen |
+| `rel` tolerance | norm(f(z) - z) < tol * norm(f(z)), of the worst row | the same, row by row |
+| `b_tol`, `abs` | norm of the adjoint's residual | its rms, relative to the incoming gradient |
+| non-finite rows | run on, and change others | end alone: `deq.report.status` |
+| diverging rows | run on | end at 1e8 times the first residual |
+| `anderson` | 6 residuals, ridge 1e-4, absolute | 6 residuals, ridge 1e-8, relative |
+| `broyden` | f_max_iter + 1 calls of f | f_max_iter; restarts after 64 steps |
+| `hook_ift` | backward hook | the same gradient without a hook |
+| `b_solver` | simple_fixed_point_iter raises | it works |
+| `ift` | f called again in backward | f called once more in forward |
+| states of a list | one dtype, the promoted one | each keeps its dtype |
+| `rel_lowest`, `rel_trace` | relative to norm(f(z)) at the step | relative to norm(z) of the solution |
+| `abs_trace` | first entry 1e8, then padded | one entry a step until all rows have ended |
+| `nstep` | step of the lowest residual | calls of f that the row used |
+| `sradius` | power method, only in `eval()` | Arnoldi, in any mode; -1 when not asked for |
+| the caller's dict | is changed | is not |
+| dropout in cells | `reset` before each solve | `deqcore.FixedDropout` needs none |
+| rows that depend on each other | one norm for all, in some solvers | `batch="coupled"`: one for all, with `info` of shape [1] |
+| unknown options | are ignored | TypeError |
 
 Not here: sampling states along one solve (``core="indexing"`` with several states), ``sup_gap``,
 ``sup_loc``, ``backward_writer``, line search, registered solvers; asking for one is a ValueError.
-"""
+"""  # noqa: E501  (a table in Markdown)
 
 from __future__ import annotations
 
@@ -203,7 +197,7 @@ def get_deq(args: Any = None, **kwargs: Any) -> DEQ:
         args: options, as a mapping, an ``argparse.Namespace`` or another object with attributes. It
             is not changed. What is no option of torchdeq is refused: of a namespace that holds more
             pass ``{k: v for k, v in vars(args).items() if k in KNOWN}``.
-        **kwargs: options, see :class:`Options`; they override those in ``args``.
+        **kwargs: options, see ``Options``; they override those in ``args``.
 
     Raises:
         TypeError: an unknown option; the message names the nearest known one.
@@ -215,10 +209,10 @@ def get_deq(args: Any = None, **kwargs: Any) -> DEQ:
 
 
 class DEQ(nn.Module):
-    """Made by :func:`get_deq`.
+    """Made by ``get_deq``.
 
     Attributes:
-        report: the :class:`deqcore.SolveReport` of the last solve; None before the first.
+        report: the ``deqcore.SolveReport`` of the last solve; None before the first.
     """
 
     def __init__(self, options: Options) -> None:

@@ -27,7 +27,7 @@ WIDTH = 96  # of the report
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What :func:`diagnose` found; ``print`` it, or :meth:`save` it as a picture.
+    """What ``diagnose`` found; ``print`` it, or ``save`` it as a picture.
 
     Attributes:
         rows, dim: of the state as it was given: B problems of D elements.
@@ -139,8 +139,8 @@ def diagnose(
     which bound what any tolerance can ask for.
 
     Args:
-        f, z0, *args: as for :func:`deqcore.fixed_point`; at least one row and one element.
-        rtol, atol: the tolerance that is wanted; defaults as for :class:`deqcore.Solver`. Not both
+        f, z0, *args: as for ``deqcore.fixed_point``; at least one row and one element.
+        rtol, atol: the tolerance that is wanted; defaults as for ``deqcore.Solver``. Not both
             may be 0.
         max_steps: calls of f for each solver. Each goes on below the tolerance, until it makes no
             more progress.
@@ -149,10 +149,10 @@ def diagnose(
             problem if there are any; ``"coupled"`` does so without looking.
 
     Returns:
-        A :class:`Diagnosis`: text by ``print``, a PNG by its ``save``.
+        A ``Diagnosis``: text by ``print``, a PNG by its ``save``.
 
     Raises:
-        TypeError, ValueError: as :func:`deqcore.fixed_point` does, and for options out of range.
+        TypeError, ValueError: as ``deqcore.fixed_point`` does, and for options out of range.
 
     All costs some 5 * max_steps + krylov + 4 * log2(B) calls of f.
     """

@@ -66,7 +66,7 @@ def pack_numbers(numbers: Any) -> Tensor:
 
 
 def unpack_numbers(kind: type[T], options: Tensor) -> T:
-    """What :func:`pack_numbers` was given, of the type ``kind``."""
+    """What ``pack_numbers`` was given, of the type ``kind``."""
     return _read(kind, iter(options.tolist()))
 
 

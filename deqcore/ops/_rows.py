@@ -69,7 +69,7 @@ class Rows(NamedTuple):
         return rows
 
     def restart(self, frozen: Tensor | None = None) -> None:
-        """Set all to what :meth:`start` makes, in place."""
+        """Set all to what ``start`` makes, in place."""
         for tensor, value in zip(self, _at_start(len(self.status)), strict=True):
             tensor.fill_(value)
         self._freeze(frozen)

@@ -79,7 +79,7 @@ def anderson_step(
     """Advance every active row by one step, in place, without waiting for the device.
 
     ``best`` may have no columns as long as no active row's best iterate sits in the slot that this
-    step overwrites (see :func:`evicts_best`).
+    step overwrites (see ``evicts_best``).
     """
     call_step(_OP, x, f, damping, *state[:4], *state.rows, x_next, z_next, options)
 

@@ -114,7 +114,7 @@ class Anderson(MixingSolver):
             inf: off.
         max_weight: larger mixing weights mean a degenerate history: the row then mixes only its
             last two iterates, or takes a plain step.
-        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`deqcore.Solver`.
+        rtol, atol, max_steps, patience, check_every, record_trace: see ``deqcore.Solver``.
 
     Raises:
         TypeError: an unknown option.

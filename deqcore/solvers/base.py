@@ -44,7 +44,7 @@ class StepContext(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What :meth:`Solver.step` is told of each row; a column [B, 1] each, to multiply [B, D] with.
+    """What ``Solver.step`` is told of each row; a column [B, 1] each, to multiply [B, D] with.
 
     Attributes:
         steps: int64, evaluations of f so far: 1 at a row's first step.
@@ -74,9 +74,9 @@ class StepInfo(NamedTuple):
 class Solver(abc.ABC):
     """Base class of ``Picard``, ``Anderson``, ``Broyden`` and of your own solvers.
 
-    A solver gives its options, :meth:`begin` and :meth:`step`; ``examples/own_solver.py`` is one.
+    A solver gives its options, ``begin`` and ``step``; ``examples/own_solver.py`` is one.
     Its options are the fields of a frozen dataclass that inherits those below, checked in
-    ``__post_init__`` (which calls this one's)::
+    ``__post_init__`` (which calls this one's):
 
         @dataclass(frozen=True, kw_only=True)
         class Momentum(deqcore.Solver):
@@ -91,7 +91,7 @@ class Solver(abc.ABC):
     The loop owns all else: it calls f, measures the residual, compares it with the tolerances,
     counts, ends each row by itself with a status, freezes what has ended, and returns the iterate
     with the smallest residual that was measured. A field ``damping``, a number or a function of the
-    step, reaches :meth:`step` as a number for each row.
+    step, reaches ``step`` as a number for each row.
 
     Norms are roots of sums of squares in float64. Of a float64 state they are meant for values
     between about 1e-150 and 1e150: a row whose sum of squares exceeds 1.8e308 ends as NONFINITE,
@@ -149,7 +149,7 @@ class Solver(abc.ABC):
         is captured as a CUDA graph. It sees zeros in place of rows that have ended.
 
         Args:
-            history: what :meth:`begin`, or the step before, has returned.
+            history: what ``begin``, or the step before, has returned.
             x: iterate [B, D].
             f: f(x), [B, D] in x's dtype.
             info: count, damping and residual of each row.

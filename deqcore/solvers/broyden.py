@@ -34,7 +34,7 @@ class Broyden(FusedSolver):
             ``torch.bfloat16`` halves the memory and the traffic of the history of a float32,
             bfloat16 or float16 state; each step is rounded before it is taken, and the iterate
             stays in float32. float16 is refused: its range would end the independence of scale.
-        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`deqcore.Solver`.
+        rtol, atol, max_steps, patience, check_every, record_trace: see ``deqcore.Solver``.
 
     Raises:
         TypeError: an unknown option.

@@ -53,7 +53,7 @@ class NewtonKrylov(Solver):
     Args:
         memory: largest Krylov space, at most D is used; memory + 1 vectors of a row are stored.
         damping: of the plain steps, in (0, 2]; a float, or a function of the step (1, 2, ...).
-        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`Solver`; the
+        rtol, atol, max_steps, patience, check_every, record_trace: see ``Solver``; the
             defaults of ``max_steps`` and ``patience`` are larger here, as a Newton step takes
             several evaluations.
     """

@@ -18,7 +18,7 @@ class Picard(MixingSolver):
 
     Args:
         damping: in (0, 2]; a float, or a function of the step (1, 2, ...).
-        rtol, atol, max_steps, patience, check_every, record_trace: see :class:`deqcore.Solver`.
+        rtol, atol, max_steps, patience, check_every, record_trace: see ``deqcore.Solver``.
 
     Raises:
         TypeError: an unknown option.

@@ -101,7 +101,7 @@ def choose(tokens: int, pattern: SparsityPattern, x: Tensor) -> tuple[bool, bool
 
 
 def note_sparse(pattern: SparsityPattern, x: Tensor, backend: str, dense_outer: bool) -> None:
-    """That a product of x was made with the kept entries; for :func:`was_sparse`."""
+    """That a product of x was made with the kept entries; for ``was_sparse``."""
     if backend == "auto" and not _is_measured(x):
         return  # settings of torch decide
     if len(pattern._sparse) > _REMEMBERED:

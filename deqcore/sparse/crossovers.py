@@ -46,7 +46,7 @@ def read_table(path: Path) -> Table:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Write a table so that :func:`read_table` reads it, and people a change of it."""
+    """Write a table so that ``read_table`` reads it, and people a change of it."""
     kinds = []
     for kind, lines in sorted(table.items()):
         rows = [f"  {json.dumps(name)}: {json.dumps(line)}" for name, line in lines.items()]

@@ -88,7 +88,7 @@ def dense_weight(values: Tensor, pattern: SparsityPattern, dtype: torch.dtype) -
 
 
 def note_served(values: Tensor, shape: torch.Size, backend: str) -> None:
-    """That a call has used the weight of ``values``, so that :func:`served` knows the next one."""
+    """That a call has used the weight of ``values``, so that ``served`` knows the next one."""
     found = _kept.get(id(values))
     if found is None or found.dtype is not values.dtype:
         return

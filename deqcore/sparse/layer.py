@@ -24,7 +24,7 @@ class MaskedLinear(nn.Module):
     Args:
         pattern: which entries of the [out_features, in_features] weight are kept.
         bias: whether there is one.
-        backend: ``"auto"``, ``"sparse"`` or ``"dense"``; see :func:`deqcore.masked_linear`.
+        backend: ``"auto"``, ``"sparse"`` or ``"dense"``; see ``deqcore.masked_linear``.
         device, dtype: of the parameters; the pattern moves along.
 
     Attributes:
@@ -82,7 +82,7 @@ class MaskedLinear(nn.Module):
                 ``torch.nn.utils.prune`` masks is copied as its next call would use it, and needs
                 no ``prune.remove``: ``from_linear(linear, linear.weight_mask.bool())``.
             mask: bool tensor of the weight's shape, true where a weight is kept, or a pattern.
-            backend: see :func:`deqcore.masked_linear`.
+            backend: see ``deqcore.masked_linear``.
 
         Raises:
             TypeError: linear is not an nn.Linear, or mask is not a bool tensor.

@@ -25,7 +25,7 @@ _HEADER = 16
 class SparsityPattern:
     """Which entries of a [rows, columns] weight are kept, checked once and then never changed.
 
-    Build one with :meth:`from_mask` or :meth:`from_scores`. Two patterns are equal, and hash alike,
+    Build one with ``from_mask`` or ``from_scores``. Two patterns are equal, and hash alike,
     when they have the same shape and keep the same entries, wherever they are.
 
     Attributes:
@@ -119,7 +119,7 @@ class SparsityPattern:
 
     @classmethod
     def from_packed(cls, packed: Tensor) -> SparsityPattern:
-        """The pattern that :meth:`to_packed` wrote, on packed's device.
+        """The pattern that ``to_packed`` wrote, on packed's device.
 
         Raises:
             ValueError: not a packed pattern.
@@ -149,7 +149,7 @@ class SparsityPattern:
     def to_packed(self) -> Tensor:
         """The pattern as a uint8 tensor on the CPU: a header and one bit for each entry.
 
-        The header has a checksum, so that :meth:`from_packed` notices what was damaged.
+        The header has a checksum, so that ``from_packed`` notices what was damaged.
         """
         facts = (*self.shape, self.kept, _STRUCTURES.index(self.structure))
         code = facts[3] | _checksum(*facts, self._bits) << 8

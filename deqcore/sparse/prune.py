@@ -45,13 +45,13 @@ def prune_layer(
 
     What is pruned already is pruned further, among the weights that it has kept: iterative
     magnitude pruning (Frankle and Carbin, ICLR 2019, arXiv 1803.03635, strategy 1) is to train,
-    prune to a higher ``sparsity``, :func:`rewind_pruned`, and so on. Optimizers hold the parameters
+    prune to a higher ``sparsity``, ``rewind_pruned``, and so on. Optimizers hold the parameters
     of the layers before; make new ones.
 
     Args:
         layer: changed in place, except where it is a linear itself.
         scores: a function of an nn.Linear or, where that is pruned already, a MaskedLinear
-            (default: :func:`magnitude`), which prunes all of them; or tensors of the weights'
+            (default: ``magnitude``), which prunes all of them; or tensors of the weights'
             shapes by the linears' names (``""`` for the layer itself), which prune those named and
             leave the others as they are. Higher is kept. Scores of weights that an earlier pruning
             dropped are not read. A linear that has several names needs one of them.
@@ -59,14 +59,14 @@ def prune_layer(
             before.
         structure: None, 16, 32 or 64 (whole blocks), or ``"2:4"``. Of a layer that is pruned to
             blocks already, None means its own blocks.
-        backend: of the new layers; see :func:`deqcore.masked_linear`.
+        backend: of the new layers; see ``deqcore.masked_linear``.
 
     Returns:
         ``layer``, or the MaskedLinear made of it.
 
     Raises:
         ValueError: nothing to prune, a name that is no linear, scores that do not fit, a layer that
-            is sparser than ``sparsity`` already, one that :meth:`MaskedLinear.from_linear` refuses
+            is sparser than ``sparsity`` already, one that ``MaskedLinear.from_linear`` refuses
             (parametrized, with hooks, a subclass with a forward of its own), or a parameter that
             something in ``layer`` shares which stays dense (an embedding, say). Nothing is changed
             then.
@@ -148,7 +148,7 @@ def rewind_pruned(layer: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     ICML 2020, arXiv 1912.05671).
 
     Args:
-        layer: pruned by :func:`prune_layer`; changed in place. Patterns stay as they are.
+        layer: pruned by ``prune_layer``; changed in place. Patterns stay as they are.
         state_dict: of the same layer, when it was dense or had kept at least as much.
 
     Returns:
@@ -213,7 +213,7 @@ def restore_pruned(
 
     Raises:
         ValueError: a pattern of the state dict belongs to no linear of the layer, or parameters
-            are shared that the state dict keeps apart (see :func:`prune_layer`), or a linear to
+            are shared that the state dict keeps apart (see ``prune_layer``), or a linear to
             replace has hooks, which would be lost.
         RuntimeError: from ``load_state_dict``.
     """
