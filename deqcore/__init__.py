@@ -69,9 +69,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("Diagnosis", "diagnose"):  # which a training run does not need
-        from deqcore import diagnosis
+if not TYPE_CHECKING:  # to whom each name that there is not would be Any
 
-        return getattr(diagnosis, name)
-    raise AttributeError(f"module 'deqcore' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in ("Diagnosis", "diagnose"):  # which a training run does not need
+            from deqcore import diagnosis
+
+            return getattr(diagnosis, name)
+        raise AttributeError(f"module 'deqcore' has no attribute {name!r}")

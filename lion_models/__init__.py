@@ -28,5 +28,5 @@ if TYPE_CHECKING:
     from lion_models.run import fit as fit
     from lion_models.run import load_run as load_run
     from lion_models.run.training import TrainingConfig as TrainingConfig
-
-__getattr__, __dir__, __all__ = exports(__name__, __file__)
+else:  # type checkers would take any name for one that is there
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -25,5 +25,5 @@ if TYPE_CHECKING:
     from lion_models.data.transforms import training_view as training_view
     from lion_models.data.verify import BadFilesWarning as BadFilesWarning
     from lion_models.data.verify import CopiesWarning as CopiesWarning
-
-__getattr__, __dir__, __all__ = exports(__name__, __file__)
+else:  # type checkers would take any name for one that is there
+    __getattr__, __dir__, __all__ = exports(__name__, __file__)
