@@ -114,7 +114,7 @@ def frozen_rows_are_alike(
     In a solve that takes a millisecond what costs is each operation, as nothing of it is in a cache
     yet, not the pass over f and z.
     """
-    if not _free(z) or len(z) > FEW_ROWS:
+    if not _free(z) or z.shape[0] > FEW_ROWS:
         return False
     now, before = measure.on_host(z, f), rows.residuals.tolist()
     other = [
@@ -140,7 +140,7 @@ def _comparable(converged: Tensor, before: Tensor, z: Tensor) -> Tensor:
 
 def _free(tensor: Tensor) -> bool:
     """Whether looking at a value costs no wait."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def _row_rms(f: Tensor, z: Tensor | None = None) -> Tensor:
@@ -180,6 +180,6 @@ def grown(rows: Rows) -> Tensor:
 
 def _none_grown(rows: Rows) -> bool:
     """Whether no row's residual is above its first, where that is free to know."""
-    if not _free(rows.residuals) or len(rows.residuals) > FEW_ROWS:
+    if not _free(rows.residuals) or rows.residuals.shape[0] > FEW_ROWS:
         return False
     return not any(row[BEST] > row[FIRST] for row in rows.residuals.tolist())

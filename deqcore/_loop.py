@@ -18,8 +18,9 @@ from deqcore._module_buffers import ModuleBuffers
 from deqcore._packing import Packing, check_layout
 from deqcore._parametrized import graph_free
 from deqcore._randomness import Draws
+from deqcore._solution import SolveReport
 from deqcore._transforms import refuse_mapped
-from deqcore.ops._rows import BEST, LATEST, STEPS, Rows
+from deqcore.ops._rows import LATEST, Rows
 from deqcore.solvers import Solver
 from deqcore.solvers._buffers import counting_changes
 from deqcore.solvers.base import StepContext
@@ -207,26 +208,16 @@ class Solved:
         value: Tensor = _ValueWithGradientOf.apply(source, self)
         return value
 
-    def report(self, problem: Problem) -> dict[str, Any]:
-        """The fields of a ``SolveReport``."""
+    def report(self, problem: Problem) -> SolveReport:
+        """The outcome without the value."""
         dtype = problem.packing.compute_dtype
-        trace = None if self.trace is None else self.trace.to(dtype)
-        fields = report_fields(self.rows, dtype, problem.calls, trace)
-        fields["draws_numbers"] = self.draws_numbers
-        return fields
-
-
-def report_fields(
-    rows: Rows, dtype: torch.dtype, evaluations: int | Tensor, trace: Tensor | None
-) -> dict[str, Any]:
-    """Those of a ``SolveReport``; some share memory with ``rows``."""
-    return {
-        "status": rows.status,
-        "residual": rows.residuals[:, BEST].to(dtype),
-        "steps": rows.counters[:, STEPS].clone(),
-        "evaluations": evaluations,
-        "trace": trace,
-    }
+        return SolveReport.of_rows(
+            self.rows,
+            dtype,
+            evaluations=problem.calls,
+            trace=None if self.trace is None else self.trace.to(dtype),
+            draws_numbers=self.draws_numbers,
+        )
 
 
 class _ValueWithGradientOf(torch.autograd.Function):
@@ -370,7 +361,7 @@ class _EndWatch:
     """
 
     def __init__(self, rows: Rows, check_every: int) -> None:
-        self.remaining, self.every, self.rows = rows.remaining, check_every, len(rows.status)
+        self.remaining, self.every, self.rows = rows.remaining, check_every, rows.status.shape[0]
         self.looks = 0
         self.last_count: int | float = 0  # above zero
         self.on_host = self.remaining.device.type == "cpu"

@@ -6,6 +6,7 @@ A batch whose rows depend on each other is one row of that matrix, [1, B * D].
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -62,28 +63,43 @@ class Packing:
         ``batch`` is one of ``BATCHES``.
         """
         coupled = is_coupled(batch)
+        if type(z0) is Tensor and z0.layout == torch.strided:  # the usual case
+            return _of_tensor(z0.shape, z0.dtype, z0.device, coupled)
         is_tensor = isinstance(z0, Tensor)
         leaves, spec = ([z0], _LEAF) if is_tensor else pytree.tree_flatten(z0)
         if not leaves:
             raise ValueError("z0: expected a tensor or a pytree of tensors, got an empty pytree")
         for index, leaf in enumerate(leaves):
             _check_leaf(leaf, index, leaves, coupled)
-        one_row = coupled or (len(leaves) == 1 and leaves[0].dim() == 0)
-        dtype = leaves[0].dtype
-        for leaf in leaves[1:]:
-            dtype = torch.promote_types(dtype, leaf.dtype)
+        shapes = tuple([leaf.shape for leaf in leaves])
         dtypes = tuple([leaf.dtype for leaf in leaves])
-        widths = tuple([math.prod(leaf.shape[0 if one_row else 1 :]) for leaf in leaves])
+        return cls._of_leaves(spec, shapes, dtypes, leaves[0].device, is_tensor, coupled)
+
+    @classmethod
+    def _of_leaves(
+        cls,
+        spec: pytree.TreeSpec,
+        shapes: tuple[torch.Size, ...],
+        dtypes: tuple[torch.dtype, ...],
+        device: torch.device,
+        is_tensor: bool,
+        coupled: bool,
+    ) -> Packing:
+        one_row = coupled or (len(shapes) == 1 and not shapes[0])
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        widths = tuple([math.prod(shape[0 if one_row else 1 :]) for shape in shapes])
         return cls(
             spec=spec,
-            shapes=tuple([leaf.shape for leaf in leaves]),
+            shapes=shapes,
             dtypes=dtypes,
             widths=widths,
-            batch=1 if one_row else leaves[0].shape[0],
+            batch=1 if one_row else shapes[0][0],
             dim=sum(widths),
             dtype=dtype,
             compute_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-            device=leaves[0].device,
+            device=device,
             uniform=len(set(dtypes)) == 1,
             is_tensor=is_tensor,
             coupled=coupled,
@@ -168,6 +184,17 @@ class Packing:
 
 
 _LEAF = pytree.tree_structure(None)
+
+
+@functools.lru_cache(maxsize=256)
+def _of_tensor(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, coupled: bool
+) -> Packing:
+    """Of a strided tensor; a solve of a few steps takes as long as to read one anew."""
+    _check_dtype(dtype, "z0")
+    return Packing._of_leaves(_LEAF, (shape,), (dtype,), device, True, coupled)
+
+
 BATCHES = ("rows", "coupled")
 
 
@@ -185,14 +212,7 @@ def _check_leaf(leaf: Any, index: int, leaves: list[Any], coupled: bool) -> None
     where = "z0" if len(leaves) == 1 else f"z0: leaf {index}"
     if not isinstance(leaf, Tensor):
         raise TypeError(f"{where}: expected a tensor, got {type(leaf).__name__}")
-    if not leaf.dtype.is_floating_point:
-        hint = "use torch.view_as_real" if leaf.dtype.is_complex else "use z0.float()"
-        raise TypeError(f"{where}: expected a floating-point tensor, got {leaf.dtype}; {hint}")
-    if leaf.dtype not in DTYPES:
-        raise TypeError(
-            f"{where}: expected float64, float32, bfloat16 or float16, got {leaf.dtype}; "
-            "use z0.float()"
-        )
+    _check_dtype(leaf.dtype, where)
     check_layout(leaf, where)
     if len(leaves) == 1:
         return
@@ -201,6 +221,16 @@ def _check_leaf(leaf: Any, index: int, leaves: list[Any], coupled: bool) -> None
     if leaf.device != leaves[0].device:
         raise ValueError(
             f"{where}: expected device {leaves[0].device} like leaf 0, got {leaf.device}"
+        )
+
+
+def _check_dtype(dtype: torch.dtype, where: str) -> None:
+    if not dtype.is_floating_point:
+        hint = "use torch.view_as_real" if dtype.is_complex else "use z0.float()"
+        raise TypeError(f"{where}: expected a floating-point tensor, got {dtype}; {hint}")
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"{where}: expected float64, float32, bfloat16 or float16, got {dtype}; use z0.float()"
         )
 
 

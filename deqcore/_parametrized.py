@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
+_NOTHING = contextlib.nullcontext()
+
 
 def graph_free() -> contextlib.AbstractContextManager[Any]:
     """``torch.no_grad()`` which leaves nothing without a graph in the cache for who wants one."""
-    if not parametrize._cache_enabled or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return _NOTHING
+    if not parametrize._cache_enabled:
         return torch.no_grad()
     stack = contextlib.ExitStack()
     stack.enter_context(torch.no_grad())

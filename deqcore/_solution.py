@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from deqcore._status import RANDOM_ADVICE, Status
+from deqcore.ops._rows import BEST, STEPS, Rows
 
 
 class ConvergenceError(RuntimeError):
@@ -47,6 +49,42 @@ class SolveReport:
     trace: Tensor | None = None
     draws_numbers: bool = False
     record: BackwardRecord = field(default_factory=BackwardRecord, repr=False)
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Rows,
+        dtype: torch.dtype,
+        *,
+        evaluations: int | Tensor,
+        trace: Tensor | None,
+        draws_numbers: bool = False,
+    ) -> Self:
+        """The outcome of ``rows``, which nothing changes any more.
+
+        Residual, in ``dtype``, and steps are made when they are asked for: together they take as
+        long as a step of a small solve.
+        """
+        report = object.__new__(cls)
+        vars(report).update(
+            status=rows.status, evaluations=evaluations, trace=trace, draws_numbers=draws_numbers,
+            record=BackwardRecord(), _rows=rows, _dtype=dtype,
+        )  # fmt: skip
+        if rows.status.is_cuda and torch.cuda.is_current_stream_capturing():
+            report.residual, report.steps  # noqa: B018  (so that replays write them)
+        return report
+
+    def __getattr__(self, name: str) -> Any:
+        rows: Rows | None = vars(self).get("_rows")
+        if rows is None or name not in ("residual", "steps"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = (
+            rows.counters[:, STEPS].clone()
+            if name == "steps"
+            else rows.residuals[:, BEST].to(self._dtype)
+        )
+        setattr(self, name, value)
+        return value
 
     @property
     def backward(self) -> SolveReport | None:
@@ -102,7 +140,15 @@ class Solution(SolveReport):
     value: Any = None
     aux: Any = None
 
+    @classmethod
+    def of(cls, report: SolveReport, record: BackwardRecord, value: Any, aux: Any) -> Solution:
+        """The solve of which ``report`` is the outcome."""
+        solution = object.__new__(cls)
+        vars(solution).update(vars(report), record=record, value=value, aux=aux)
+        return solution
+
     def report(self) -> SolveReport:
         """This solve's outcome without its value, so that keeping it keeps no graph alive."""
-        names = (item.name for item in fields(SolveReport))
-        return SolveReport(**{name: getattr(self, name) for name in names})
+        report = object.__new__(SolveReport)
+        vars(report).update({k: v for k, v in vars(self).items() if k not in ("value", "aux")})
+        return report

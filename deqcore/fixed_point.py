@@ -110,7 +110,7 @@ def fixed_point(
     start = problem.packing.pack(z0, "z0")
     solved, value, record = _solve(problem, start, solver, adjoint, relative=True)
     value = problem.packing.unpack(value, apart=True)
-    return Solution(**solved.report(problem), record=record, value=value, aux=problem.aux)
+    return Solution.of(solved.report(problem), record, value, problem.aux)
 
 
 @never_traced(
@@ -160,7 +160,7 @@ def root(
     problem = RootProblem(g, args, packing, norm, u_scale, f_scale, has_aux)
     solved, value, record = _solve(problem, problem.pack(z0), solver, adjoint, relative=False)
     value = problem.unpack(value)
-    return Solution(**solved.report(problem), record=record, value=value, aux=problem.aux)
+    return Solution.of(solved.report(problem), record, value, problem.aux)
 
 
 def _checked(z0: Any, batch: str, solver: Solver, adjoint: Adjoint) -> Packing:

@@ -161,7 +161,7 @@ def fall_back(
     if not inconsistent and not system.couples_rows():
         start = torch.where(failed[:, None], system.unit, u)
         solved, problem = system.solve_otherwise(solver, start, ~failed)
-        new = SolveReport(**solved.report(problem))
+        new = solved.report(problem)
         new.steps = report.steps + new.steps
         new.residual = torch.where(failed, new.residual, report.residual)
         new.evaluations += report.evaluations
@@ -173,7 +173,7 @@ def fall_back(
         system.f_dtypes,
     )
     solved, problem = whole.solve_otherwise(solver, whole.unit, whole.zero)
-    new = SolveReport(**solved.report(problem))
+    new = solved.report(problem)
     new.status, new.residual, new.steps = (
         one.expand(len(failed)).clone() for one in (new.status, new.residual, new.steps)
     )

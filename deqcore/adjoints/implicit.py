@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 
 from deqcore._loop import Problem, Solved
 from deqcore._notices import pending
-from deqcore._solution import BackwardRecord, SolveReport
+from deqcore._solution import BackwardRecord
 from deqcore._transforms import refuse_mapped, refuse_transforms
 from deqcore.adjoints._linear import graph_leaves, graph_nodes, vector_jacobian
 from deqcore.adjoints._saved import SavedOnce
@@ -117,7 +117,7 @@ class _LinearProblem:
         problem = system.problem()
         u0 = system.unit if self.guess is None else self.guess(system.unit)
         solved = problem.solve(u0, solver, frozen=system.zero)
-        report = SolveReport(**solved.report(problem))
+        report = solved.report(problem)
         if policy == "fallback":
             u, report = fall_back(system, solver, solved.value, report)
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deqcore.ops import _rows
-from deqcore.ops._library import pack_numbers
+from deqcore.ops._library import constant, pack_numbers
 from deqcore.ops._rows import Limits, Rows
 from deqcore.solvers import _stepwise
 from deqcore.solvers._options import Damping, options, require_bool, require_int, require_number
@@ -168,6 +168,8 @@ class Solver(abc.ABC):
         """float64 [T]: one entry for a constant, ``max_steps`` for a function of the step."""
         damping: Damping = getattr(self, "damping", 1.0)
         if not callable(damping):
+            if device.type == "cpu":
+                return constant((damping,))
             # Filled there: a copy from the host would wait for a GPU.
             return torch.full((1,), damping, dtype=torch.float64, device=device)
         values = [float(damping(step)) for step in range(1, self.max_steps + 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from deqcore import Anderson, Broyden, Picard, _kernels
 from deqcore.ops._library import number_names, pack_numbers, unpack_numbers
@@ -31,6 +32,17 @@ def test_numbers_come_back_from_their_tensor(numbers):
     assert again == numbers
     assert type(again) is type(numbers)
     assert isinstance(unpack_numbers(Limits, options).patience, int)
+
+
+def test_numbers_that_are_shared_are_tensors_anywhere():
+    numbers = LIMITS._replace(rtol=0.123)
+    with FakeTensorMode():
+        assert isinstance(pack_numbers(numbers), FakeTensor)
+    with torch.inference_mode():
+        options = pack_numbers(numbers)
+    assert type(options) is torch.Tensor
+    assert not options.is_inference()
+    assert pack_numbers(numbers) is options
 
 
 def test_names_are_those_of_all_fields_in_order():

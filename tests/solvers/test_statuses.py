@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -236,6 +237,21 @@ def test_a_report_outlives_its_solution_and_can_be_pickled(kind):
     assert report.evaluations == solution.evaluations
     assert torch.equal(report.backward.steps, solution.backward.steps)
     assert not hasattr(report, "value")
+
+
+def test_what_is_read_late_is_what_was_true_at_the_end(kind):
+    solver = kind(record_trace=True)
+    early = deqcore.fixed_point(lambda z: 0.5 * z + 1, torch.ones(2, 3), solver=solver)
+    report = early.report()
+    steps, residual = early.steps, early.residual
+    early.value.zero_()
+    for other in (copy.deepcopy(report), pickle.loads(pickle.dumps(report)), report):
+        assert torch.equal(other.steps, steps)
+        assert torch.equal(other.residual, residual)
+        assert torch.equal(other.residual, early.trace[:, -1])
+    assert "residual=" in repr(report)
+    with pytest.raises(AttributeError, match="'Solution' object has no attribute 'stepz'"):
+        early.stepz
 
 
 def test_scale_of_tolerance_is_that_of_f(kind):
