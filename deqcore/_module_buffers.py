@@ -19,7 +19,8 @@ class ModuleBuffers:
     """The buffers of the modules in training mode that f calls, as they were before.
 
     Which modules those are shows when they are called: f may be any callable. An evaluation within
-    ``unchanged`` leaves them as it found them.
+    ``unchanged`` leaves them as it found them. A module that is ``constant_in_solve`` sees to
+    that itself, as it remembers for which weight its buffers are.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class ModuleBuffers:
             if id(part) in self._known:
                 continue
             self._known[id(part)] = part
-            if part.training:
+            if part.training and not getattr(part, "constant_in_solve", False):
                 names = [name for name, value in part._buffers.items() if value is not None]
                 new = [_Buffer(part, name) for name in names]
                 self._buffers += new

@@ -127,6 +127,8 @@ def remove_normalization(cell: M) -> M:
 class _SpectralBound(nn.Module):
     """weight * min(1, bound / sigma), sigma = u^T W v with u, v held constant in backward."""
 
+    constant_in_solve = True  # u and v step when the weight has changed; put back they never would
+
     u: Tensor
     v: Tensor
 

@@ -79,6 +79,18 @@ def test_the_weight_does_not_move_while_it_is_used_and_follows_the_optimizer():
         assert largest(cell.inner) < 0.5 * 1.02
 
 
+@pytest.mark.parametrize("batch", ["rows", "coupled"])
+def test_bound_follows_a_weight_that_changed_before_a_solve(batch):
+    layer = spectral_normalize(nn.Linear(3, 3, bias=False), bound=0.5, iterations=50)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.copy_(torch.diag(torch.tensor([1.0, 2.0, 5.0])))
+        layer.parametrizations.weight.original[0, 1] = 0.5
+    x = torch.ones(4, 3)
+    solution = deqcore.fixed_point(lambda z: layer(z) + x, torch.zeros(4, 3), batch=batch)
+    solution.raise_for_status()
+    assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(0.5, rel=1e-4)
+
+
 def test_evaluation_mode_keeps_the_singular_vectors():
     cell = spectral_normalize(Cell(), bound=0.5).eval()
     vectors = {name: value.clone() for name, value in cell.named_buffers()}
