@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lion_models.backbones.tiny_vit import check_readout
 from lion_models.base.errors import UserError
 from lion_models.base.optional import require
 
-__all__ = ["load_huggingface"]
+__all__ = ["freeze_huggingface", "load_huggingface"]
 
 # Class token first, blocks that need nothing but tokens, one norm behind them.
 PLAIN_TRANSFORMERS = ("vit", "deit", "dinov2", "dinov2_with_registers")
@@ -62,28 +63,53 @@ def load_huggingface(
             "download the whole folder elsewhere (config.json, preprocessor_config.json, "
             "model.safetensors) and use 'hf:FOLDER'",
         ) from error
-    native = _preset_size(settings, network.config)
-    size = native if image_size is None else image_size
-    normalisation: Normalisation = (
-        tuple(settings.get("image_mean") or (0.5,) * 3),
-        tuple(settings.get("image_std") or (0.5,) * 3),
+    if readout is not None:
+        holder, attribute = _layers(network)
+        if holder is None:
+            raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
+        layers = getattr(holder, attribute)
+        setattr(holder, attribute, layers[: check_readout(readout, len(layers))])
+    return freeze_huggingface(
+        network,
+        name,
+        image_size=_preset_size(settings, network.config) if image_size is None else image_size,
+        normalisation=(
+            tuple(settings.get("image_mean") or (0.5,) * 3),
+            tuple(settings.get("image_std") or (0.5,) * 3),
+        ),
+        source=f"Hugging Face: {origin}",
     )
+
+
+def freeze_huggingface(
+    network: Any,
+    name: str,
+    *,
+    image_size: int | None = None,
+    normalisation: Normalisation,
+    source: str = "unknown",
+) -> FrozenBackbone:
+    """An image model that transformers has made, frozen; see `load_huggingface` for what is tuned.
+
+    Args:
+        network: as `AutoModel` gives it, without a head.
+        name: what the backbone will be called.
+        image_size: of the input in pixels; None means that of its configuration.
+        normalisation: `image_mean` and `image_std` of its preprocessor.
+        source: where the weights came from.
+    """
     common: dict[str, Any] = {
         "name": name,
         "channels": 3,
-        "image_size": size,
+        "image_size": _preset_size({}, network.config) if image_size is None else image_size,
         "normalisation": normalisation,
         "licence": "see the model's page",
-        "source": f"Hugging Face: {origin}",
+        "source": source,
     }
     holder, attribute = _layers(network)
-    if holder is not None:
-        layers = getattr(holder, attribute)
-        setattr(holder, attribute, layers[: check_readout(readout, len(layers))])
-        return _vit(network, list(getattr(holder, attribute)), common)
-    if readout is not None:
-        raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
-    return _pixels(network, common)
+    if holder is None:
+        return _pixels(network, common)
+    return _vit(network, list(getattr(holder, attribute)), common)
 
 
 def _preset_size(settings: dict[str, Any], config: Any) -> int:
@@ -121,7 +147,9 @@ class _Block(nn.Module):
 
 
 def _vit(network: Any, layers: list[nn.Module], common: dict[str, Any]) -> FrozenBackbone:
-    network.pooler = None  # a layer trained for another purpose, which nothing here reads
+    network = copy.copy(network)
+    # A layer trained for another purpose, which nothing here reads.
+    network._modules = {key: each for key, each in network._modules.items() if key != "pooler"}
     blocks = [_Block(layer) for layer in layers]
     options: dict[str, Any] = {}
     # DINOv2's embeddings resize their positions by themselves.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lion_models.backbones.frozen import FrozenBackbone
+from lion_models.backbones.frozen import FrozenBackbone, Normalisation
 from lion_models.base.errors import choose
 
-__all__ = ["NORMALISATIONS", "with_normalisation"]
+__all__ = ["NORMALISATIONS", "named_normalisation", "with_normalisation"]
 
 NORMALISATIONS = ("backbone", "imagenet", "half")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -33,12 +32,7 @@ def with_normalisation(backbone: FrozenBackbone, name: str) -> FrozenBackbone:
     choose("normalisation", name, NORMALISATIONS)
     if name == "backbone":
         return backbone
-    if name == "half":
-        mean, std = [0.5], [0.5]
-    elif backbone.channels == 3:
-        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
-    else:
-        mean, std = [sum(IMAGENET_MEAN) / 3], [sum(IMAGENET_STD) / 3]
+    mean, std = named_normalisation(name, backbone.channels)
     own_mean, own_std = (_per_channel(value) for value in backbone.normalisation)
     scale = own_std / _per_channel(std)
     shift = own_mean - _per_channel(mean) * scale
@@ -49,15 +43,19 @@ def with_normalisation(backbone: FrozenBackbone, name: str) -> FrozenBackbone:
 
     other = copy.copy(backbone)
     other.embed = normalised
-    other.normalisation = (_plain(mean), _plain(std))
+    other.normalisation = (mean, std)
     return other
+
+
+def named_normalisation(name: str, channels: int) -> Normalisation:
+    """Mean and deviation of `imagenet` or `half`; see `with_normalisation`."""
+    if name == "half":
+        return 0.5, 0.5
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
 
 
 def _per_channel(value: float | Sequence[float]) -> Tensor:
     """(C, 1, 1), or (1, 1, 1) for one number."""
     return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
-
-
-def _plain(values: list[float]) -> Any:
-    """One number where there is one, as `FrozenBackbone` describes a normalisation."""
-    return values[0] if len(values) == 1 else tuple(values)

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lion_models.backbones.blocks import with_modules
 from lion_models.backbones.files import load_weights, not_fetched, read_state
 from lion_models.backbones.frozen import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.tiny_vit import check_readout
 from lion_models.base.errors import UserError, did_you_mean
 from lion_models.base.optional import require
 
-__all__ = ["load_timm"]
+__all__ = ["freeze_timm", "load_timm"]
 
 
 def load_timm(
@@ -46,24 +47,51 @@ def load_timm(
         hint = did_you_mean(model_name, timm.list_models(), "timm:")
         raise UserError(f"`backbone`: timm has no model '{model_name}'{hint}")
     network = _create(timm, full, model_name, image_size, weights)
+    if readout is not None:
+        if not isinstance(network, timm.models.vision_transformer.VisionTransformer):
+            raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
+        network.blocks = network.blocks[: check_readout(readout, len(network.blocks))]
+    source = f"timm {timm.__version__}: {model_name}" if weights is None else str(weights)
+    return freeze_timm(network, name, image_size=image_size, source=source)
+
+
+def freeze_timm(
+    network: Any,
+    name: str,
+    *,
+    image_size: int | None = None,
+    normalisation: Normalisation | None = None,
+    source: str = "unknown",
+) -> FrozenBackbone:
+    """A network that timm has made, frozen; its head is left out, as with `num_classes=0`.
+
+    Args:
+        network: what `timm.create_model` returned; not changed, its weights are shared.
+        name: what the backbone will be called.
+        image_size: None means what the network was made for, or else the pretrained weights'.
+        normalisation: None means the pretrained weights'.
+        source: where the weights came from.
+    """
+    timm = require("timm", f"`backbone` {name}", "timm")
     settings = network.pretrained_cfg
-    size = settings["input_size"][-1] if image_size is None else image_size
-    normalisation: Normalisation = (tuple(settings["mean"]), tuple(settings["std"]))
+    parts = dict(network.named_modules())
+    network = with_modules(network, {h: nn.Identity() for h in _heads(network) if h in parts})
+    if image_size is None:
+        made_for = getattr(getattr(network, "patch_embed", None), "img_size", None)
+        image_size = (made_for or settings["input_size"])[-1]
+    if normalisation is None:
+        normalisation = (tuple(settings["mean"]), tuple(settings["std"]))
     common: dict[str, Any] = {
         "name": name,
         "channels": 3,
-        "image_size": size,
+        "image_size": image_size,
         "feature_dim": getattr(network, "head_hidden_size", None) or network.num_features,
         "normalisation": normalisation,
         "licence": settings.get("license") or "unknown",
-        "source": f"timm {timm.__version__}: {model_name}" if weights is None else str(weights),
+        "source": source,
     }
     if isinstance(network, timm.models.vision_transformer.VisionTransformer):
-        depth = check_readout(readout, len(network.blocks))
-        network.blocks = network.blocks[:depth]
         return _vit(network, common)
-    if readout is not None:
-        raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
     if isinstance(network, timm.models.swin_transformer.SwinTransformer):
         return _swin(network, common)
     return FrozenBackbone(
@@ -93,10 +121,15 @@ def _create(
             full, error, "fetch them elsewhere and add ',weights=FILE' to the name"
         ) from error
     if weights not in (None, "random"):
-        head = network.pretrained_cfg["classifier"]
-        heads = [f"{part}." for part in ([head] if isinstance(head, str) else head)]
+        heads = [f"{part}." for part in _heads(network)]
         load_weights(network, read_state(Path(str(weights)).expanduser()), full, heads)
     return network
+
+
+def _heads(network: Any) -> list[str]:
+    """The paths of a network's last linear layers, one but for distilled ones."""
+    head = network.pretrained_cfg["classifier"]
+    return [head] if isinstance(head, str) else list(head)
 
 
 def _vit(network: Any, common: dict[str, Any]) -> FrozenBackbone:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lion_models.backbones.blocks import with_modules
 from lion_models.backbones.files import load_weights, not_fetched, read_state
 from lion_models.backbones.frozen import FrozenBackbone, Normalisation, normalise
 from lion_models.backbones.tiny_vit import check_readout
@@ -15,7 +16,7 @@ from lion_models.backbones.vit import resize_positions
 from lion_models.base.errors import UserError, did_you_mean
 from lion_models.base.optional import require
 
-__all__ = ["load_torchvision"]
+__all__ = ["freeze_torchvision", "load_torchvision"]
 
 HEADS = ("fc", "classifier", "heads", "head")
 
@@ -61,23 +62,51 @@ def load_torchvision(
             positions = resize_positions(state["encoder.pos_embedding"], size // network.patch_size)
             state["encoder.pos_embedding"] = positions
         load_weights(network, state, full, [f"{head}." for head in HEADS])
-    normalisation: Normalisation = (tuple(preset.mean), tuple(preset.std))
+    if readout is not None:
+        if not vit:
+            raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
+        layers = network.encoder.layers
+        network.encoder.layers = layers[: check_readout(readout, len(layers))]
+    return freeze_torchvision(
+        network,
+        name,
+        image_size=size,
+        normalisation=(tuple(preset.mean), tuple(preset.std)),
+        source=str(default) if weights is None else weights,
+    )
+
+
+def freeze_torchvision(
+    network: Any,
+    name: str,
+    *,
+    image_size: int,
+    normalisation: Normalisation,
+    source: str = "unknown",
+) -> FrozenBackbone:
+    """A classifier that torchvision has made, frozen; its last linear layer is left out.
+
+    Args:
+        network: of `torchvision.models`; not changed, its weights are shared.
+        name: what the backbone will be called.
+        image_size: of the input in pixels.
+        normalisation: mean and deviation of the weights.
+        source: where the weights came from.
+    """
+    models = require("torchvision.models", f"`backbone` {name}", "torchvision")
+    network, width = _without_head(network)
     common: dict[str, Any] = {
         "name": name,
         "channels": 3,
-        "image_size": size,
-        "feature_dim": _remove_head(network),
+        "image_size": image_size,
+        "feature_dim": width,
         "normalisation": normalisation,
         "licence": "see the weights' page",
-        "source": str(default) if weights is None else weights,
+        "source": source,
     }
-    if vit:
-        layers = network.encoder.layers
-        network.encoder.layers = layers[: check_readout(readout, len(layers))]
+    if isinstance(network, models.VisionTransformer):
         return _vit(network, common)
-    if readout is not None:
-        raise UserError(f"`backbone` {full}: readout: only vision transformers have one")
-    if model_name.startswith("swin_"):
+    if isinstance(network, models.SwinTransformer):
         return _swin(network, common)
     return FrozenBackbone(
         network,
@@ -100,14 +129,13 @@ def _state(default: Any, full: str, weights: str | None) -> dict[str, Tensor]:
         ) from error
 
 
-def _remove_head(network: nn.Module) -> int:
-    """Put an identity in the place of the last linear layer; its input width."""
+def _without_head(network: nn.Module) -> tuple[Any, int]:
+    """The network with an identity in place of its last linear layer, and what enters that."""
     head = next(name for name in HEADS if hasattr(network, name))
     linears = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
     last = next(name for name in reversed(linears) if name.split(".")[0] == head)
-    width = network.get_submodule(last).in_features
-    network.set_submodule(last, nn.Identity())
-    return int(width)  # type: ignore[arg-type]
+    width = int(network.get_submodule(last).in_features)  # type: ignore[arg-type]
+    return with_modules(network, {last: nn.Identity()}), width
 
 
 def _vit(network: Any, common: dict[str, Any]) -> FrozenBackbone:

@@ -107,7 +107,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(
             f"{path}: no checkpoint; expected the folder of a finished run, such as "
-            "runs/NAME, or its checkpoint file"
+            "runs/NAME, or of save_pretrained, or its checkpoint file"
         )
     try:
         # Its bytes, not its name: the library opens no path that is not UTF-8.
@@ -158,6 +158,12 @@ def load_run(path: Path, backbone: FrozenBackbone | None = None) -> LoadedRun:
     config = RunConfig.from_dict(json.loads(metadata["config"]))
     classes = tuple(json.loads(metadata["classes"]))
     model = build_model(config, backbone, len(classes))
+    normalisation = json.dumps(model.backbone.normalisation)
+    if metadata.get("normalisation", normalisation) != normalisation:
+        raise UserError(
+            f"{file}: was trained with pixels of mean and deviation {metadata['normalisation']}, "
+            f"but '{backbone.name}' normalises by {normalisation}; use the original backbone"
+        )
     unfit = (
         f"{file}: its weights do not fit method '{config.method.name}': {{}}; "
         "it was written by another version"

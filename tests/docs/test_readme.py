@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +11,19 @@ import torch
 from tests.support.pages import fenced, run_python, text
 
 
-def test_readme_has_a_solver_and_a_tuning_example_of_about_15_lines():
+def test_examples_of_solving_tuning_and_a_loop_of_ones_own_have_about_15_lines():
     examples = [block.code for block in fenced("README.md") if block.language == "python"]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for code in examples:
         assert len([line for line in code.splitlines() if line.strip()]) <= 15
 
 
-def test_solver_example_has_a_gradient_and_tuning_example_learns():
+def test_solver_example_has_a_gradient_and_tuning_example_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # the last example saves a model
     torch.manual_seed(0)
-    solver, tuning = [output for _, output in run_python("README.md")]
+    solver, tuning, _ = [output for _, output in run_python("README.md")]
     steps = re.search(r"steps per row \[([\d, ]+)\], residuals up to ([\d.e+-]+)", solver)
     assert steps, solver
     assert len(steps[1].split(",")) == 8
