@@ -42,8 +42,8 @@ test: setup
 	$(MAKE) test-ref test-portable
 
 # Left out: what has no kernels, or looks at something else than what they compute.
-NOT_REF := build docs ops lion cuda solvers/test_newton_krylov.py adjoints/test_export.py test_imports.py \
-    test_peers.py
+NOT_REF := benchmarks build docs ops lion cuda solvers/test_newton_krylov.py adjoints/test_export.py test_imports.py \
+    test_peers.py test_repository.py
 test-ref: setup
 	DEQCORE_KERNELS=reference $(PYTEST) tests $(addprefix --ignore=tests/,$(NOT_REF))
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...] [--out FILE]`: time the CPU kernels and print a table."""
+"""`python -m benchmarks [NAME ...] [--short] [--out FILE]`: time the CPU kernels, print a table."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=HERE / "results" / "cpu.json", help="JSON file to write"
     )
+    parser.add_argument("--short", action="store_true", help="a few small shapes, in a minute")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in NAMES]
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
 
     torch.set_num_threads(1)
-    report = Report()
+    report = Report(short=options.short)
     print(header(), flush=True)
     for name in options.names or NAMES:
         with torch.no_grad():  # as a solve runs its steps

@@ -61,6 +61,7 @@ class Report:
     results: list[Result] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     previous: dict[tuple[str, str], float] = field(default_factory=dict)
+    short: bool = False  # a few small shapes, in a minute
 
     def compare_with(self, path: Path) -> None:
         """Show the ratios of an earlier run of the same work beside the new ones."""
