@@ -28,12 +28,16 @@ from deqcore._transforms import refuse_mapped
 from deqcore.adjoints import Adjoint, Implicit
 from deqcore.adjoints._linear import graph_leaves
 from deqcore.adjoints._system import failure_messages, raise_in_backward
-from deqcore.adjoints.implicit import not_twice
+from deqcore.adjoints._twice import not_again
 from deqcore.dropout import solve_of
 from deqcore.solvers import Anderson, Solver
 from deqcore.sparse.dense_weights import SolveWeights
 
 WARM_UP_STEPS = 2  # the first one writes what later ones read
+_TWICE = (
+    "deqcore.capture: the gradient of a gradient is not supported; use deqcore.fixed_point, or "
+    "ImplicitLayer(capture=False), where you need second derivatives"
+)
 LOOK_EVERY = 16  # replays between two looks at what is to be warned of, and at each of the first
 
 
@@ -333,7 +337,7 @@ class _Replay(torch.autograd.Function):
         with torch.no_grad():
             grads = captured._replay_backward(ctx.record, grad.detach())
         if torch.is_grad_enabled():
-            grads = [g if g is None else not_twice(g, grad) for g in grads]
+            grads = [g if g is None else not_again(_TWICE, g, grad) for g in grads]
         return None, None, *grads
 
 

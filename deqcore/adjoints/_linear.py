@@ -30,11 +30,12 @@ def scaled_back(u: Tensor, exponent: Tensor) -> Tensor:
     return (u.double() * _power_of_two(exponent)).to(u.dtype)
 
 
-def vector_jacobian(f: Tensor, z: Tensor, u: Tensor) -> Tensor:
+def vector_jacobian(f: Tensor, z: Tensor, u: Tensor, create_graph: bool = False) -> Tensor:
     """(df/dz)^T u, [B, D]; the graph of f stays for the next product."""
     (product,) = torch.autograd.grad(
-        f, z, u, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+        f, z, u,
+        retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
     return product
 
 

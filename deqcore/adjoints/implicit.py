@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from deqcore._transforms import refuse_mapped, refuse_transforms
 from deqcore.adjoints._linear import graph_leaves, graph_nodes, vector_jacobian
 from deqcore.adjoints._saved import SavedOnce
 from deqcore.adjoints._system import POLICIES, LinearSystem, act_on_failure, fall_back
+from deqcore.adjoints._twice import THIRD, FGraph, ThroughSolution, not_again
 from deqcore.adjoints.base import Adjoint
 from deqcore.solvers import Anderson, Broyden, Solver
 from deqcore.solvers._options import options, require_bool
@@ -30,7 +31,9 @@ class Implicit(Adjoint):
     Backward solves u = g + J^T u for the incoming gradient g and J = df/dz at the solution, by
     vector-Jacobian products. Each row of g is first scaled to unit size, by a power of two, so that
     the tolerances mean the same whatever the scale of the loss. The outcome of that solve is in
-    ``Solution.backward``. Not differentiable a second time: that raises; use ``Unrolled``.
+    ``Solution.backward``. Differentiated once more (``create_graph=True``), that solve is itself a
+    fixed point: two more linear problems, with J and with J^T, whose outcome is there next. A third
+    derivative raises; use ``Unrolled``.
 
     Args:
         solver: for the linear problem; its tolerances are relative to each row's gradient.
@@ -87,12 +90,13 @@ class Implicit(Adjoint):
         solved.state = None  # the history is not needed any more, and f's graph is yet to come
         z = solved.value.clone().requires_grad_()  # the caller may change the value in place
         saved = SavedOnce()
+        first_node = torch._C._autograd._get_sequence_nr()
         with saved.recording():
             f = problem.at_solution(z, solved)
         if all(leaf is z for leaf in graph_leaves(f)) and not _runs_python(f):
             return solved.value, solved
-        linear = _LinearProblem(z, f, saved, problem.f_dtypes, self, guess, record)
-        return _ImplicitGradient.apply(f, solved, linear), solved
+        linear = _LinearProblem(z, f, saved, problem.f_dtypes, self, guess, record, first_node)
+        return _ImplicitGradient.apply(f, [solved.value], linear), solved
 
 
 @dataclass(eq=False)
@@ -106,6 +110,7 @@ class _LinearProblem:
     adjoint: Implicit
     guess: Callable[[Tensor], Tensor] | None  # g -> first u
     record: BackwardRecord
+    first_node: int | None  # of that graph, by autograd's sequence numbers; None: u has no graph
 
     def solve(self, grad: Tensor) -> Tensor:
         """u for an incoming gradient [B, D], row by row at unit scale."""
@@ -122,47 +127,45 @@ class _LinearProblem:
             u, report = fall_back(system, solver, solved.value, report)
         else:
             u = system.unscaled(solved.value)
-        self.record.report = report
+        if report.evaluations or self.record.report is None:  # a zero gradient hides no other
+            self.record.report = report
         act_on_failure(policy, report, wait=solver.check_every > 0)
         return u
+
+    def with_graph(self, u: Tensor, grad: Tensor) -> Tensor:
+        """u, once differentiable: du = dg + d(J^T u), with all that J depends on."""
+        if self.first_node is None:
+            return not_again(THIRD, u, self.f, grad)
+        graph = FGraph(self.f, self.z, self.first_node)
+        once = replace(self, first_node=None)
+        solution = _ImplicitGradient.apply(self.f, [self.z.detach()], once)
+        zero, *zeros = ThroughSolution.apply(solution, graph, u)
+        graph.add_at_exits(tuple(zeros))
+        if zero is None:
+            return grad
+        leaf = u.clone().requires_grad_()
+        product = vector_jacobian(self.f, self.z, leaf, create_graph=True)
+        image = grad + product + zero
+        once = replace(once, z=leaf, f=image, saved=SavedOnce(), guess=None)
+        u_with_graph: Tensor = _ImplicitGradient.apply(image, [u.detach()], once)
+        return u_with_graph
 
 
 class _ImplicitGradient(torch.autograd.Function):
     """The solution in forward; in backward u goes to the graph of f at the solution."""
 
     @staticmethod
-    def forward(ctx: Any, f: Tensor, solved: Solved, linear: _LinearProblem) -> Tensor:
+    def forward(ctx: Any, f: Tensor, value: list[Tensor], linear: _LinearProblem) -> Tensor:
         ctx.linear = linear
-        return solved.value  # not an input, hence no view: it may be changed in place
+        return value[0]  # not an input, hence no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         refuse_mapped(grad)
         u = ctx.linear.solve(grad.detach())
         if torch.is_grad_enabled():
-            u = not_twice(u, ctx.linear.f, grad)
+            u = ctx.linear.with_graph(u, grad)
         return u, None, None
-
-
-def not_twice(u: Tensor, *sources: Tensor) -> Tensor:
-    """u, of which no gradient can be had by way of what it came from."""
-    once: Tensor = _NotTwice.apply(u, *sources)
-    return once
-
-
-class _NotTwice(torch.autograd.Function):
-    """Identity whose backward raises, reached from whatever the first gradient depends on."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, *sources: Tensor) -> Tensor:
-        return u.view_as(u)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError(
-            "deqcore.Implicit: the gradient of a gradient is not supported; solve with "
-            "adjoint=deqcore.Unrolled() where you need second derivatives"
-        )
 
 
 def _runs_python(f: Tensor) -> bool:

@@ -209,22 +209,6 @@ def test_backward_a_second_time_without_the_graph_raises():
         value.sum().backward()
 
 
-def test_gradient_of_the_gradient_raises_and_names_the_alternative():
-    shift = wave_batch(2, 3, seed=6)[1].requires_grad_()
-    value = solve(shift).value
-    (grad,) = torch.autograd.grad(value.square().sum(), shift, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"gradient of a gradient.*deqcore\.Unrolled"):
-        grad.sum().backward()
-
-
-def test_gradient_of_the_gradient_raises_even_for_a_linear_loss():
-    """There the incoming gradient is constant, and silence would mean a second derivative of 0."""
-    shift = wave_batch(2, 3, seed=6)[1].requires_grad_()
-    (grad,) = torch.autograd.grad(solve(shift).value.sum(), shift, create_graph=True)
-    with pytest.raises(RuntimeError, match="gradient of a gradient"):
-        torch.autograd.grad(grad.sum(), shift)
-
-
 @pytest.mark.parametrize(
     "adjoint", [Implicit(), Phantom(steps=2), Unrolled()], ids=lambda a: type(a).__name__
 )
