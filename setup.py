@@ -16,7 +16,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-from native import BUILD_CHOICES, BuildNative, Plan, make_plan  # noqa: E402
+from native import BUILD_CHOICES, BuildNative, Plan, make_plan
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
 

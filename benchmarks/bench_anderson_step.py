@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import deqcore
@@ -42,7 +44,7 @@ def check_answers() -> None:
     agree(ours, torchdeq_anderson(f, z0, 60, MEMORY), f, 1e-3)
 
 
-def our_step(batch: int, dim: int):  # type: ignore[no-untyped-def]
+def our_step(batch: int, dim: int) -> Callable[[], object]:
     """A call of the op with a full history, as the loop makes it."""
     f = free_function(batch, dim)
     x = torch.randn(batch, dim)
@@ -62,13 +64,13 @@ def our_step(batch: int, dim: int):  # type: ignore[no-untyped-def]
     return step
 
 
-def torchdeq_step(batch: int, dim: int):  # type: ignore[no-untyped-def]
+def torchdeq_step(batch: int, dim: int) -> Callable[[], object]:
     """STEPS steps of a solve; its set-up is a small part and is left in."""
     f, z0 = free_function(batch, dim), torch.zeros(batch, dim)
     return lambda: torchdeq_anderson(f, z0, STEPS, MEMORY)
 
 
-def lean(batch: int, dim: int, compiled: bool):  # type: ignore[no-untyped-def]
+def lean(batch: int, dim: int, compiled: bool) -> Callable[[], object]:
     f, x = free_function(batch, dim), torch.randn(batch, dim)
     state = LeanAnderson(x, MEMORY)
     if not compiled:

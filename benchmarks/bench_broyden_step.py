@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import deqcore
@@ -34,7 +36,7 @@ def check_answers() -> None:
     agree(ours, torchdeq_broyden(f, z0, 40), f, 1e-3)
 
 
-def our_step(batch: int, dim: int, stored: int):  # type: ignore[no-untyped-def]
+def our_step(batch: int, dim: int, stored: int) -> Callable[[], object]:
     """One op with `stored` steps in the history, again and again."""
     generator = torch.Generator().manual_seed(2)  # not that of f: a residual of 0 ends the row
     f = free_function(batch, dim)
@@ -61,7 +63,7 @@ def our_step(batch: int, dim: int, stored: int):  # type: ignore[no-untyped-def]
     return step
 
 
-def torchdeq_step(batch: int, dim: int, stored: int):  # type: ignore[no-untyped-def]
+def torchdeq_step(batch: int, dim: int, stored: int) -> Callable[[], object]:
     """The part of torchdeq's loop that belongs to one step, with `stored` pairs in its history."""
     from torchdeq.solver import broyden as peer
     from torchdeq.solver.utils import init_solver_info, update_state

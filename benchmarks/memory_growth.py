@@ -16,6 +16,7 @@ import itertools
 import platform
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def rounds() -> Iterator[Callable[[], None]]:
             deqcore.fixed_point(f, z0, x, **way).value.square().mean().backward()
 
     for number, way in enumerate(itertools.cycle(ways)):
-        yield lambda way=way, number=number: solve(way, number % 10 == 9)  # type: ignore[misc]
+        yield partial(solve, way, number % 10 == 9)
 
 
 def resident() -> int:

@@ -24,8 +24,8 @@ def never_traced(reason: str) -> Callable[[F], F]:
 
     def mark(function: F) -> F:
         # At a call that is being traced: the graph breaks there, for this reason.
-        function._torchdynamo_disable = True  # type: ignore[attr-defined]
-        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch's mark
+        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]  # likewise
         # At the call itself: its frame is no start of a trace, and neither is one below it.
         frames.set_code_exec_strategy(function.__code__, _UNTRACED)
         return function
@@ -35,5 +35,5 @@ def never_traced(reason: str) -> Callable[[F], F]:
 
 def constant_when_traced(function: F) -> F:
     """``torch.compiler.assume_constant_result``: called while tracing, its result is a constant."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's mark
     return function

@@ -272,7 +272,7 @@ def _state(device: torch.device, grad: bool) -> tuple[Any, ...]:
         grad,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # made at run time
         torch.are_deterministic_algorithms_enabled(),
         _stream(device),
     )

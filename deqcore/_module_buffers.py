@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,8 @@ class _Buffer:
     name: str
 
     def __post_init__(self) -> None:
-        self.tensor: Tensor = self.module._buffers[self.name]  # type: ignore[assignment]
+        # One that is None has no entry here: only tensors are looked at.
+        self.tensor = cast(Tensor, self.module._buffers[self.name])
         self.before = self.tensor.detach().clone()
         self.version = _version(self.tensor)
 

@@ -79,11 +79,12 @@ class _Noted:
         return int(self._layout.most_steps(self._buffer)) + self._more
 
 
+# A property of theirs stands where the base has a field, which mypy takes for an error.
 class CapturedReport(_Noted, SolveReport):  # type: ignore[override, misc]
     """A ``SolveReport`` of a captured solve; ``evaluations`` is read from the device."""
 
 
-class CapturedSolution(_Noted, Solution):  # type: ignore[override, misc]
+class CapturedSolution(_Noted, Solution):  # type: ignore[override, misc]  # likewise
     """A ``Solution`` of a captured solve; ``evaluations`` is read from the device."""
 
     def __init__(self, value: Any, report: CapturedReport) -> None:

@@ -45,8 +45,8 @@ def capture(
     f: Callable[..., Any],
     z0: Any,
     *args: Any,
-    solver: Solver = Anderson(),  # noqa: B008  (frozen)
-    adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
+    solver: Solver = Anderson(),
+    adjoint: Adjoint = Implicit(),
     batch: Literal["rows", "coupled"] = "rows",
 ) -> CapturedSolver:
     """Record ``fixed_point(f, z0, *args)`` as a CUDA graph, to be replayed with new inputs.

@@ -30,8 +30,8 @@ def fixed_point(
     f: Callable[..., Any],
     z0: Any,
     *args: Any,
-    solver: Solver = Anderson(),  # noqa: B008  (frozen)
-    adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
+    solver: Solver = Anderson(),
+    adjoint: Adjoint = Implicit(),
     batch: Literal["rows", "coupled"] = "rows",
     has_aux: bool = False,
 ) -> Solution:
@@ -121,8 +121,8 @@ def root(
     g: Callable[..., Any],
     z0: Any,
     *args: Any,
-    solver: Solver = Anderson(),  # noqa: B008  (frozen)
-    adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
+    solver: Solver = Anderson(),
+    adjoint: Adjoint = Implicit(),
     batch: Literal["rows", "coupled"] = "rows",
     has_aux: bool = False,
     norm: Literal["rms", "max"] = "rms",

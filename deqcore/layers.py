@@ -60,8 +60,8 @@ class ImplicitLayer(nn.Module):
     def __init__(
         self,
         cell: nn.Module,
-        solver: Solver = Anderson(),  # noqa: B008  (frozen)
-        adjoint: Adjoint = Implicit(),  # noqa: B008  (frozen)
+        solver: Solver = Anderson(),
+        adjoint: Adjoint = Implicit(),
         batch: Literal["rows", "coupled"] = "rows",
         capture: Literal["auto"] | bool = "auto",
         has_aux: bool = False,

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 # Their asserts say as much as those of the tests.
 pytest.register_assert_rewrite("tests.support")
 
-from tests.support.kernels import Kernels, named_kernels  # noqa: E402
+from tests.support.kernels import Kernels, named_kernels  # noqa: E402  (after it)
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **_COMMON)

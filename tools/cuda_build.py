@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-from graph import Graph  # noqa: E402
+from graph import Graph
 
 BUILD_PACKAGES = ("setuptools>=77.0.3", "ninja", "pybind11>=3")
 ARCHITECTURES = ("80", "90")

@@ -18,10 +18,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.masked_cases import NAMES, check_result, run_op_on  # noqa: E402
-from tests.support.masked_cases import make as masked_case  # noqa: E402
-from tests.support.step_cases import anderson_case, broyden_case  # noqa: E402
-from tests.support.step_checks import check_kernel_against_float64  # noqa: E402
+from tests.support.masked_cases import NAMES, check_result, run_op_on
+from tests.support.masked_cases import make as masked_case
+from tests.support.step_cases import anderson_case, broyden_case
+from tests.support.step_checks import check_kernel_against_float64
 
 # Rows of a warp, of a block, of several chunks; aligned and not; one pass over the history or more.
 SHAPES = [(6, 130, 5), (5, 64, 20), (3, 1100, 7), (3, 1029, 40), (2, 8196, 5), (2, 9001, 12)]

@@ -26,8 +26,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.cuda_build import ARCHITECTURES, Kernel, compile_kernels, short_name  # noqa: E402
-from tools.emulation import TYPES, Emulator, build  # noqa: E402
+from tools.cuda_build import ARCHITECTURES, Kernel, compile_kernels, short_name
+from tools.emulation import TYPES, Emulator, build
 
 LIBRARYS_CHOICE = -1  # of a path
 

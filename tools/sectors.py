@@ -29,10 +29,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.masked_cases import arguments  # noqa: E402
-from tests.support.masked_cases import make as masked_case  # noqa: E402
-from tests.support.step_cases import anderson_case, broyden_case, full_rows  # noqa: E402
-from tools.emulation import MASKED_PATHS, PATHS, Emulator, Traffic, build  # noqa: E402
+from tests.support.masked_cases import arguments
+from tests.support.masked_cases import make as masked_case
+from tests.support.step_cases import anderson_case, broyden_case, full_rows
+from tools.emulation import MASKED_PATHS, PATHS, Emulator, Traffic, build
 
 KINDS = ("load", "store", "copy")
 # The tensors of an op in the order in which emulate.cpp reads them.

@@ -22,7 +22,7 @@ T = TypeVar("T")
 def options(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass whose constructor names the option a typo was meant for."""
     decorated = dataclass(frozen=True, kw_only=True)(cls)
-    fields = [field.name for field in dataclasses.fields(decorated)]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(decorated)]  # type: ignore[arg-type]  # it is a dataclass now
     generated = decorated.__init__
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ def options(cls: type[T]) -> type[T]:
                 )
         generated(self, **kwargs)
 
-    decorated.__init__ = functools.wraps(generated)(checked)  # type: ignore[method-assign]
+    decorated.__init__ = functools.wraps(generated)(checked)  # type: ignore[method-assign]  # meant
     return decorated
 
 
@@ -71,21 +71,21 @@ def require_bool(owner: object, name: str) -> None:
         raise ValueError(_message(owner, name, "True or False", value))
 
 
-def require_damping(owner: object) -> None:
-    if not callable(getattr(owner, "damping")):  # noqa: B009  (not every options class has it)
+def require_damping(owner: Any) -> None:
+    if not callable(owner.damping):
         require_number(owner, "damping", 0.0, 2.0, above=True)
 
 
-def require_history_dtype(owner: object) -> None:
-    value = getattr(owner, "history_dtype")  # noqa: B009  (not every options class has it)
+def require_history_dtype(owner: Any) -> None:
+    value = owner.history_dtype
     if value not in (None, torch.bfloat16):
         expected = "None (the iterate's own) or torch.bfloat16, which has float32's range"
         raise ValueError(_message(owner, "history_dtype", expected, value))
 
 
-def storage_dtype(owner: object, x: Tensor) -> torch.dtype:
+def storage_dtype(owner: Any, x: Tensor) -> torch.dtype:
     """In which the solver ``owner`` keeps its history of iterates like ``x``."""
-    dtype: torch.dtype | None = getattr(owner, "history_dtype")  # noqa: B009  (likewise)
+    dtype: torch.dtype | None = owner.history_dtype
     if dtype is not None and x.dtype != torch.float32:
         raise ValueError(
             f"{type(owner).__name__}: history_dtype={dtype} needs a float32, bfloat16 or float16 "

@@ -93,14 +93,20 @@ def _speedup(
     sparse: Callable[[], Tensor]
     dense: Callable[[], Tensor]
     if op == "linear":
-        sparse = lambda: masked_linear(x, values, pattern, backend="sparse")  # noqa: E731
-        dense = lambda: masked_linear(x, values, pattern, backend="dense")  # noqa: E731
+        sparse, dense = (
+            functools.partial(masked_linear, x, values, pattern, backend=backend)
+            for backend in ("sparse", "dense")
+        )
     else:
         outer = torch.ops.deqcore.masked_outer
-        sparse = lambda: outer(grad, x, pattern.indices, size, size, block)  # noqa: E731
-        dense = lambda: pattern.from_dense(grad.t() @ x)  # noqa: E731
+        sparse = functools.partial(outer, grad, x, pattern.indices, size, size, block)
+        dense = functools.partial(_dense_gradient, grad, x, pattern)
     clock = _cpu_seconds if device.type == "cpu" else gpu_seconds
     return statistics.median(_ratios(dense, sparse, seconds, clock))
+
+
+def _dense_gradient(grad: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
+    return pattern.from_dense(grad.t() @ x)
 
 
 @functools.lru_cache(maxsize=64)

@@ -53,7 +53,7 @@ def read_vit(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
         model = VisionTransformer(ViTConfig(**metadata["config"]))
         model.load_state_dict(state)
     except (SafetensorError, OSError) as error:

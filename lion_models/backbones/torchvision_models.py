@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,8 +134,8 @@ def _without_head(network: nn.Module) -> tuple[Any, int]:
     head = next(name for name in HEADS if hasattr(network, name))
     linears = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
     last = next(name for name in reversed(linears) if name.split(".")[0] == head)
-    width = int(network.get_submodule(last).in_features)  # type: ignore[arg-type]
-    return with_modules(network, {last: nn.Identity()}), width
+    linear = cast(nn.Linear, network.get_submodule(last))
+    return with_modules(network, {last: nn.Identity()}), linear.in_features
 
 
 def _vit(network: Any, common: dict[str, Any]) -> FrozenBackbone:

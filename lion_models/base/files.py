@@ -67,8 +67,8 @@ def replacing(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     # The process's own name, so that two processes never write into the same temporary file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-        with open(partial, mode, **text) as file:  # type: ignore[call-overload]
+        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with open(partial, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

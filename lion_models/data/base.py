@@ -160,7 +160,7 @@ class FolderSource(DecodingSource):
         """Paths of the files below the folder that they share."""
         paths = [path.as_posix() for path in self.paths]
         # Letter by letter, then cut at a slash: commonpath refuses lists that mix kinds of paths.
-        start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071
+        start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071  (see above)
         return [path[start:] for path in paths]
 
 

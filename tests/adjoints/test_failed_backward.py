@@ -35,7 +35,7 @@ def steep(z, w):
     return STEEP * z + w
 
 
-def gradient(on_failure, solver=Picard(), w=None, rows=1, **options):  # noqa: B008
+def gradient(on_failure, solver=Picard(), w=None, rows=1, **options):
     w = torch.ones(rows, 3, dtype=torch.float64, requires_grad=True) if w is None else w
     adjoint = Implicit(solver=solver, on_failure=on_failure)
     solution = deqcore.fixed_point(

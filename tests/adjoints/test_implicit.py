@@ -32,7 +32,7 @@ def smooth(z, shift):
     return 0.5 * z.roll(1, 1) - 0.3 * z + 0.4 * z / (1 + z * z) + shift
 
 
-def solve(shift, z0=None, backward=Anderson(), forward=Anderson(rtol=1e-8), **options):  # noqa: B008
+def solve(shift, z0=None, backward=Anderson(), forward=Anderson(rtol=1e-8), **options):
     z0 = torch.zeros_like(shift) if z0 is None else z0
     adjoint = Implicit(solver=backward, **options)
     return deqcore.fixed_point(smooth, z0, shift, solver=forward, adjoint=adjoint)

@@ -23,7 +23,7 @@ def x():
     return torch.randn(4, 16, requires_grad=True)
 
 
-def block_of(weight, adjoint=Implicit()):  # noqa: B008  (frozen)
+def block_of(weight, adjoint=Implicit()):
     f = Counted(lambda z, x: torch.tanh(z @ weight + x))
 
     def block(x):

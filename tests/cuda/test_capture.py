@@ -65,7 +65,7 @@ def capture(request):
         device = request.getfixturevalue("cuda_device")
         return deqcore.capture, device
 
-    def on_the_host(f, z0, *args, solver, adjoint=Implicit(), recorder=None):  # noqa: B008
+    def on_the_host(f, z0, *args, solver, adjoint=Implicit(), recorder=None):
         return _capture(f, z0, args, solver, adjoint, recorder or OnTheHost())
 
     return on_the_host, torch.device("cpu")
@@ -319,10 +319,10 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
 
     def as_stream(self, name):
-        wait = lambda other: self.log.append(f"{name} waits for {other.name}")  # noqa: E731
+        wait = lambda other: self.log.append(f"{name} waits for {other.name}")
         return types.SimpleNamespace(name=name, cuda_stream=name, device_index=0, wait_stream=wait)
 
-    def Stream(self):  # noqa: N802
+    def Stream(self):  # noqa: N802  (torch's name)
         return self.as_stream("side")
 
     def current_stream(self):

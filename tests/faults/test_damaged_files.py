@@ -77,7 +77,7 @@ def test_a_packed_pattern(structure, damage):
     try:
         read = SparsityPattern.from_packed(tensor)
     except ValueError as error:
-        assert "packed: " in str(error)  # noqa: PT017
+        assert "packed: " in str(error)  # noqa: PT017  (it may also succeed)
     else:
         assert (read, read.structure) == (whole, whole.structure)
 
@@ -169,7 +169,7 @@ def test_a_checkpoint(damage, checkpoint, vit):
     try:
         read = load_run(copy, vit)
     except UserError as error:
-        assert str(copy) in str(error)  # noqa: PT017
+        assert str(copy) in str(error)  # noqa: PT017  (it may also succeed)
     else:
         assert same({k: v.detach() for k, v in trained_state(read.model).items()}, weights)
         assert (read.config, read.classes) == (config, ("cat", "dog", "hen"))
@@ -195,7 +195,7 @@ def test_the_state_of_an_interrupted_run(damage, tmp_path_factory):
     try:
         read = read_state(path)
     except UserError as error:
-        assert "training_state.pt: damaged" in str(error)  # noqa: PT017
+        assert "training_state.pt: damaged" in str(error)  # noqa: PT017  (it may also succeed)
     else:
         assert same(read.weights, weights)
         assert str(asdict(read)) == str(asdict(state))
@@ -211,4 +211,4 @@ def test_weights_of_a_backbone(damage, tmp_path_factory):
         try:
             read(path)
         except UserError as error:
-            assert str(path) in str(error)  # noqa: PT017
+            assert str(path) in str(error)  # noqa: PT017  (it may also succeed)

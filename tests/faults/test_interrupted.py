@@ -97,7 +97,7 @@ def ambient():
     )
 
 
-def solve(cell, batch, adjoint, solver=Anderson(max_steps=30)):  # noqa: B008
+def solve(cell, batch, adjoint, solver=Anderson(max_steps=30)):
     """Value and gradients of one step of training."""
     x = torch.randn(6, 5, generator=generator(2)).requires_grad_()
     cell.zero_grad()

@@ -89,14 +89,14 @@ def test_moved_data_is_the_same_data_and_older_runs_are_measured(config: RunConf
 def test_interrupted_run_goes_on_with_the_data_it_began_with_alone(
     config: RunConfig, photos: Path, tmp_path: Path
 ):
-    class Stop(Exception):  # noqa: N818
+    class StopError(Exception):
         pass
 
     def stop(state: FitState) -> None:
-        raise Stop
+        raise StopError
 
     run = tmp_path / "run"
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         Run(run, config).train(on_epoch=stop, plot=False, state_seconds=0)
     record = json.loads((run / "data.json").read_text())
     Image.new("L", (16, 16)).save(photos / "middle" / "extra.png")

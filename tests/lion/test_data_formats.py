@@ -95,13 +95,13 @@ def test_heic_is_read_where_its_package_is_installed(
 
         def _open(self) -> None:
             self._mode, self._size = "L", (8, 8)
-            self.tile = [("raw", (0, 0, 8, 8), 16, ("L", 0, 1))]  # type: ignore[list-item]
+            self.tile = [("raw", (0, 0, 8, 8), 16, ("L", 0, 1))]
 
     def register_heif_opener() -> None:
         Image.register_open("HEIF", Heif, lambda start: start[4:12] == b"ftypheic")
 
     package = types.ModuleType("pillow_heif")
-    package.register_heif_opener = register_heif_opener  # type: ignore[attr-defined]
+    package.register_heif_opener = register_heif_opener
     monkeypatch.setitem(sys.modules, "pillow_heif", package)
     for cached in (formats._heic_is_read, formats._formats):
         cached.cache_clear()

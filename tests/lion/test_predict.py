@@ -46,7 +46,7 @@ def test_an_answer_below_the_threshold_is_unsure_and_one_at_it_is_not():
 )
 def test_what_cannot_be_told_is_refused(given: dict[str, object], message: str):
     with pytest.raises(UserError, match=message):
-        Answers(**{"classes": CLASSES, **given})  # type: ignore[arg-type]
+        Answers(**{"classes": CLASSES, **given})
 
 
 def test_top_and_threshold_are_in_table_csv_and_json(

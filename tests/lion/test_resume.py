@@ -203,15 +203,15 @@ def test_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
 def test_state_of_every_method_continues_bit_for_bit(
     method: str, config: RunConfig, tmp_path: Path
 ):
-    class Stop(Exception):  # noqa: N818
+    class StopError(Exception):
         pass
 
     def stop(state: object) -> None:
-        if len(state.history) == 3:  # type: ignore[attr-defined]
-            raise Stop
+        if len(state.history) == 3:
+            raise StopError
 
     config = config.but(method=method, amp="none")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         Run(tmp_path / "run", config).train(test=False, on_epoch=stop, state_seconds=0)
     assert finish(tmp_path / "run", config) == finish(tmp_path / "whole", config)
 

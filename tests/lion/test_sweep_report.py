@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def content() -> dict[str, Any]:
 
 
 def shown(content: dict[str, Any], width: int = 80) -> str:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     for table in sweep_tables(content, "title"):
         console.print(table)
     return console.export_text()

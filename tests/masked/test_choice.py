@@ -93,7 +93,7 @@ def test_an_unmeasured_gpu_multiplies_densely_but_where_counting_leaves_a_margin
     gpu: dict[str, crossovers.Line], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prefers(pattern: SparsityPattern, dtype: torch.dtype, op: Any = "linear", n: Any = 8192):
-        return choice.prefers_sparse(op, n, pattern, OnGpu(dtype))  # type: ignore[arg-type]
+        return choice.prefers_sparse(op, n, pattern, OnGpu(dtype))
 
     high, blocks = large(0.97), large(0.97, 64)
     assert high.sparsity > 0.95

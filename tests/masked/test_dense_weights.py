@@ -131,7 +131,7 @@ def test_a_call_like_one_before_is_checked_as_it_was(
         with pytest.raises(ValueError, match=message):
             multiply(*bad)
     with pytest.raises(ValueError, match="backend: expected 'auto', 'sparse' or 'dense'"):
-        masked_linear(x, values, pattern, bias, backend="other")  # type: ignore[arg-type]
+        masked_linear(x, values, pattern, bias, backend="other")
     with torch.autocast("cpu", torch.bfloat16):
         assert multiply(x, values, pattern, bias).dtype == torch.bfloat16
     assert torch.equal(multiply(x, values, pattern, bias), expected)

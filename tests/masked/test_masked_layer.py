@@ -208,14 +208,14 @@ def test_bad_masks_and_linears() -> None:
     with pytest.raises(TypeError, match=r"expected dtype torch\.bool, got torch\.float32"):
         MaskedLinear.from_linear(linear, torch.ones(4, 6))
     with pytest.raises(TypeError, match=r"expected an nn\.Linear, got Conv2d"):
-        MaskedLinear.from_linear(nn.Conv2d(1, 1, 1), torch.ones(1, 1))  # type: ignore[arg-type]
+        MaskedLinear.from_linear(nn.Conv2d(1, 1, 1), torch.ones(1, 1))
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
     with pytest.raises(ValueError, match="remove_parametrizations first"):
         MaskedLinear.from_linear(normed, torch.ones(4, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="expected a SparsityPattern, got Tensor"):
-        MaskedLinear(torch.ones(4, 6))  # type: ignore[arg-type]
+        MaskedLinear(torch.ones(4, 6))
     with pytest.raises(ValueError, match="backend: expected"):
-        MaskedLinear(layer().pattern, backend="fast")  # type: ignore[arg-type]
+        MaskedLinear(layer().pattern, backend="fast")
 
 
 def test_compiles_as_a_module() -> None:

@@ -248,6 +248,6 @@ def test_bad_inputs_say_what_was_expected_what_came_and_what_to_do() -> None:
     with message(r"values: expected x's device cpu, got meta; move one"):
         masked_linear(x, values.to("meta"), pattern)
     with message(r"backend: expected 'auto', 'sparse' or 'dense', got 'fast'"):
-        masked_linear(x, values, pattern, backend="fast")  # type: ignore[arg-type]
+        masked_linear(x, values, pattern, backend="fast")
     with message(r"pattern: expected a SparsityPattern, got Tensor.*from_mask", TypeError):
-        masked_linear(x, values, pattern.mask())  # type: ignore[arg-type]
+        masked_linear(x, values, pattern.mask())

@@ -16,7 +16,7 @@ from tests.solvers.test_coupled_rows import TIGHT, Normed, late, statistics, swa
 from tests.support.problems import equal
 
 
-def captured(f, z0, *args, solver=Anderson(), adjoint=Implicit(), batch="rows"):  # noqa: B008
+def captured(f, z0, *args, solver=Anderson(), adjoint=Implicit(), batch="rows"):
     return _capture(f, z0, args, solver, adjoint, OnTheHost(), batch)
 
 
@@ -76,7 +76,7 @@ def test_captured_gradient_of_swapped_rows_says_that_it_is_wrong_by_rows():
 
 def test_captured_backward_can_raise_and_refuses_to_fall_back():
     w = torch.ones(1, 2, requires_grad=True)
-    f = lambda z, w: torch.tensor([3.0, 0.5]) * z + w  # noqa: E731
+    f = lambda z, w: torch.tensor([3.0, 0.5]) * z + w
     adjoint = Implicit(solver=Picard(max_steps=5), on_failure="raise")
     solution = captured(f, torch.zeros(1, 2), w, adjoint=adjoint)(torch.zeros(1, 2), w)
     with pytest.raises(deqcore.ConvergenceError, match="backward"):

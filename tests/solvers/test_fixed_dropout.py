@@ -131,7 +131,7 @@ def test_a_checkpointed_region_of_two_solves_has_both_masks_again(adjoint):
         out.square().sum().backward()
         return out.detach(), x.grad, [p.grad for p in layer.parameters()]
 
-    twice = lambda x: layer(layer(x))  # noqa: E731
+    twice = lambda x: layer(layer(x))
     plain = gradients(twice)
     again = gradients(lambda x: checkpoint(twice, x, use_reentrant=False))
     torch.testing.assert_close(plain, again, rtol=0, atol=0)
@@ -147,14 +147,14 @@ def gradient_with_a_checkpoint_inside(f, cell, x, adjoint):
 @pytest.mark.parametrize("adjoint", ADJOINTS[:3], ids=str)
 def test_a_checkpoint_inside_of_f_is_refused(adjoint):
     cell, x = Cell(), torch.randn(4, 6, dtype=torch.float64)
-    f = lambda z, x: checkpoint(cell, z, x, use_reentrant=False)  # noqa: E731
+    f = lambda z, x: checkpoint(cell, z, x, use_reentrant=False)
     with pytest.raises(RuntimeError, match="checkpoint the whole solve"):
         gradient_with_a_checkpoint_inside(f, cell, x, adjoint)
 
 
 def test_a_checkpoint_inside_of_f_is_right_where_steps_are_checkpointed():
     cell, x = Cell(), torch.randn(4, 6, dtype=torch.float64)
-    f = lambda z, x: checkpoint(cell, z, x, use_reentrant=False)  # noqa: E731
+    f = lambda z, x: checkpoint(cell, z, x, use_reentrant=False)
     again = gradient_with_a_checkpoint_inside(f, cell, x, Unrolled(checkpoint_every=2))
     plain = gradient_with_a_checkpoint_inside(cell, cell, x, Unrolled())
     torch.testing.assert_close(again, plain, rtol=0, atol=0)

@@ -182,7 +182,7 @@ def test_the_forward_inverse_of_a_narrow_history_starts_the_backward_solve_neare
     for reuse_forward in (False, True):
         inputs = shift.clone().requires_grad_()
         solution = deqcore.fixed_point(
-            lambda z: 0.5 * z.roll(1, 1) - 0.3 * z + 0.4 * z / (1 + z * z) + inputs,  # noqa: B023
+            lambda z: 0.5 * z.roll(1, 1) - 0.3 * z + 0.4 * z / (1 + z * z) + inputs,  # noqa: B023  (called at once)
             torch.zeros_like(shift),
             solver=Broyden(history_dtype=NARROW, rtol=1e-6, atol=0.0, max_steps=60),
             adjoint=Implicit(solver=Broyden(rtol=1e-5), reuse_forward=reuse_forward),

@@ -88,7 +88,7 @@ def test_a_root_is_found(kind, name, adjoint):
 
 
 def test_a_small_function_is_not_done_after_one_step(kind):
-    g = lambda z: 1e-4 * (z * z - 2)  # noqa: E731
+    g = lambda z: 1e-4 * (z * z - 2)
     solution = deqcore.root(g, tensor(1.9), solver=kind(atol=0.0, max_steps=60))
     assert solution.steps > 1
     if solution.converged:
@@ -108,7 +108,7 @@ def test_a_start_that_is_a_root_takes_one_evaluation(kind):
 def test_rows_of_a_root_end_by_themselves(kind):
     target = torch.tensor([[1.0], [5.0], [-3.0]], dtype=torch.float64)
     factor = torch.tensor([[1.0], [0.7], [0.3]], dtype=torch.float64)
-    g = lambda z, t, c: c * (t - z) + 0.1 * torch.sin(t - z)  # noqa: E731
+    g = lambda z, t, c: c * (t - z) + 0.1 * torch.sin(t - z)
     together = deqcore.root(g, torch.zeros_like(target), target, factor, solver=kind(max_steps=90))
     together.raise_for_status()
     for i in range(3):
@@ -125,7 +125,7 @@ def test_norm_and_scales_decide_when_a_row_is_done():
     units = torch.tensor([[1.0, 1e6]], dtype=torch.float64)
     target = torch.tensor([[1.0, 2e6]], dtype=torch.float64)
     speed = torch.tensor([[0.3, 0.9]], dtype=torch.float64)
-    g = lambda z: speed * (target - z)  # noqa: E731
+    g = lambda z: speed * (target - z)
     z0 = torch.zeros_like(target)
     coarse = deqcore.root(g, z0, solver=Picard(max_steps=200, atol=0.0))
     fine = deqcore.root(
@@ -142,7 +142,7 @@ def test_norm_and_scales_decide_when_a_row_is_done():
 
 def test_max_norm_is_that_of_the_worst_component(kind):
     target = torch.linspace(-2, 3, 7, dtype=torch.float64)[None]
-    g = lambda z: 0.8 * (target - z) + 0.1 * torch.sin(z).roll(1, 1)  # noqa: E731
+    g = lambda z: 0.8 * (target - z) + 0.1 * torch.sin(z).roll(1, 1)
     solution = deqcore.root(g, torch.zeros_like(target), solver=kind(), norm="max")
     solution.raise_for_status()
     assert solution.residual.item() == pytest.approx(g(solution.value).abs().max().item(), rel=1e-6)
@@ -152,7 +152,7 @@ def test_u_scale_makes_steps_independent_of_units():
     """The same problem in metres and in millimetres takes the same steps to the same place."""
     mixed = torch.tensor([[1.0, 1024.0, 2.0**-10]], dtype=torch.float64)
     base = torch.tensor([[0.3, -1.2, 0.8]], dtype=torch.float64)
-    g = lambda y: torch.cos(y.roll(1, 1)) * 0.7 + base - y  # noqa: E731
+    g = lambda y: torch.cos(y.roll(1, 1)) * 0.7 + base - y
     z0 = torch.zeros(1, 3, dtype=torch.float64)
     for solver in (Anderson(), Broyden()):
         plain = deqcore.root(g, z0, solver=solver)
@@ -179,7 +179,7 @@ def test_gradient_of_a_root_is_that_of_its_equation():
 
 def test_unrolled_and_checkpointed_roots_agree_with_the_loop():
     target = torch.tensor([[1.0, 2.0], [5.0, 0.1]], dtype=torch.float64)
-    g = lambda z, t: 0.6 * (t - z) + 0.1 * torch.sin(z * t)  # noqa: E731
+    g = lambda z, t: 0.6 * (t - z) + 0.1 * torch.sin(z * t)
     solutions = [
         deqcore.root(g, torch.zeros_like(target), target, solver=Anderson(), adjoint=adjoint)
         for adjoint in (deqcore.Implicit(), Unrolled(), Unrolled(checkpoint_every=2))
@@ -192,7 +192,7 @@ def test_unrolled_and_checkpointed_roots_agree_with_the_loop():
 
 
 def test_residual_of_a_row_that_failed_is_that_of_its_value(kind):
-    g = lambda z: torch.cat([1 + z[:, :1] ** 2, 3 - z[:, 1:]], 1)  # noqa: E731
+    g = lambda z: torch.cat([1 + z[:, :1] ** 2, 3 - z[:, 1:]], 1)
     z0 = torch.tensor([[0.4, 0.0]], dtype=torch.float64)
     for norm, measure in (("rms", rms), ("max", lambda x: x.abs().amax(1))):
         solution = deqcore.root(g, z0, solver=kind(max_steps=30), norm=norm)
@@ -203,7 +203,7 @@ def test_residual_of_a_row_that_failed_is_that_of_its_value(kind):
 
 
 def test_options_of_root_are_refused_by_name():
-    g = lambda z: 1 - z  # noqa: E731
+    g = lambda z: 1 - z
     z0 = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="norm: expected 'rms' or 'max', got 'l2'"):
         deqcore.root(g, z0, norm="l2")

@@ -133,7 +133,7 @@ def test_keys_of_a_dict_may_come_in_another_order(solve):
 
 def test_scales_of_a_root_go_by_key():
     z0 = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 1)}
-    g = lambda z: {"b": 2 - 0.5 * z["b"], "a": 1 - 0.5 * z["a"]}  # noqa: E731
+    g = lambda z: {"b": 2 - 0.5 * z["b"], "a": 1 - 0.5 * z["a"]}
 
     def steps(scale):
         return deqcore.root(g, z0, u_scale=scale, f_scale=scale, solver=TIGHT).residual
@@ -225,7 +225,7 @@ def test_a_cache_of_parametrizations_still_saves_work():
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 def test_dropout_in_f_is_named_where_it_keeps_rows_from_converging(solver, adjoint, grad):
     x = torch.ones(32, 8, requires_grad=True)
-    f = lambda z: 0.5 * nn.functional.dropout(z, 0.3) + x  # noqa: E731
+    f = lambda z: 0.5 * nn.functional.dropout(z, 0.3) + x
     with torch.set_grad_enabled(grad):
         solution = deqcore.fixed_point(f, torch.zeros(32, 8), solver=solver, adjoint=adjoint)
     assert solution.draws_numbers

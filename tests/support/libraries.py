@@ -21,7 +21,7 @@ def package(name: str) -> ModuleType:
     """
     if importlib.util.find_spec("torchvision") and "torchvision" not in sys.modules:
         try:
-            import torchvision  # noqa: F401
+            import torchvision  # noqa: F401  (does it load?)
         except RuntimeError:
             for module in [key for key in sys.modules if key.partition(".")[0] == "torchvision"]:
                 del sys.modules[module]

@@ -32,9 +32,7 @@ def steps() -> Iterator[tuple[str, Op]]:
                 name = f"{kind} {batch} x {dim} {dtype}"
                 yield (
                     name,
-                    lambda case=case: [  # type: ignore[misc]
-                        t for t in case.run(case.op).values() if t is not None
-                    ],
+                    lambda case=case: [t for t in case.run(case.op).values() if t is not None],
                 )
 
 
@@ -55,22 +53,22 @@ def products() -> Iterator[tuple[str, Op]]:
                 name = f"{tokens} tokens, {structure}, {dtype}"
                 block = pattern.block
 
-                def forward(x=x, values=values, bias=bias, rest=rest, block=block):  # type: ignore[no-untyped-def]
+                def forward(x=x, values=values, bias=bias, rest=rest, block=block):
                     return [ops.masked_linear(x, values, rest[0], bias, *rest[1:], block, False,
                                               False)]  # fmt: skip
 
-                def back(y=y, values=values, rest=rest, block=block):  # type: ignore[no-untyped-def]
+                def back(y=y, values=values, rest=rest, block=block):
                     return [ops.masked_linear(y, values, rest[0], None, *rest[1:], block, True,
                                               False)]  # fmt: skip
 
-                def outer(x=x, y=y, rest=rest, block=block):  # type: ignore[no-untyped-def]
+                def outer(x=x, y=y, rest=rest, block=block):
                     return [ops.masked_outer(y, x, *rest, block)]
 
                 yield f"masked_linear, {name}", forward
                 yield f"its transpose, {name}", back
                 yield f"masked_outer, {name}", outer
 
-            def dense(values=values, pattern=pattern, sizes=sizes):  # type: ignore[no-untyped-def]
+            def dense(values=values, pattern=pattern, sizes=sizes):
                 full = ops.masked_to_dense(values, pattern.indices, *sizes)
                 expanded = ops.masked_expand(values, pattern._words, pattern.indices, *sizes)
                 return [full, expanded, ops.masked_from_dense(full, pattern.indices)]
@@ -87,7 +85,7 @@ def main() -> None:
         expected = op()
         library.use_threads(4)
 
-        def run(_, op=op):  # type: ignore[no-untyped-def]
+        def run(_, op=op):
             with torch.no_grad():  # of this thread
                 return op()
 
