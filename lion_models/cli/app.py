@@ -32,6 +32,7 @@ COMMANDS = (
     "info",
     "list",
     "data",
+    "backbone",
 )
 
 

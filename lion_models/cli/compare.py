@@ -13,7 +13,7 @@ import rich_click as click
 
 from lion_models.cli import options
 from lion_models.cli.console import out
-from lion_models.cli.fitting import fitted_shots
+from lion_models.cli.fitting import fitted
 from lion_models.cli.progress import TrialBars
 from lion_models.cli.summary import announced
 from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
@@ -62,10 +62,7 @@ def command(
     runner = TrialRunner(jobs, machine.threads, options.trials_on(machine))
     if seeds is None:
         seeds = ONE_SEED if base["folds"] else SEEDS
-    if "shots" not in given.names and base["folds"]:
-        base |= {"shots": None}
-    elif "shots" not in given.names:
-        base |= {"shots": fitted_shots([run_of(base, method=names[0])], runner.bench)}
+    base |= fitted(base, given.names, names, runner.bench)
     shots = "all" if base["shots"] is None else base["shots"]
     folds = f"-{base['folds']}folds" if base["folds"] else ""
     folder = folder_in(runs, name, f"compare-{short_name(base['data'])}-{shots}{folds}")

@@ -8,9 +8,9 @@ import rich_click as click
 
 from lion_models.cli import options
 from lion_models.cli.compare import compare
-from lion_models.cli.fitting import fitted_shots
+from lion_models.cli.fitting import fitted
 from lion_models.methods import SHOWN_METHODS
-from lion_models.run.config import all_options, run_of
+from lion_models.run.config import all_options
 from lion_models.study.runner import TrialRunner
 
 __all__ = ["command"]
@@ -46,5 +46,5 @@ def command(
     folder = runs / ("demo-vit" if vit else "demo")
     runner = TrialRunner(options=options.trials_on(machine))
     if data is not None:
-        base |= {"shots": fitted_shots([run_of(base, method=SHOWN_METHODS[0])], runner.bench)}
+        base |= fitted(base, (), SHOWN_METHODS, runner.bench)
     compare(folder, base, SHOWN_METHODS, [42], [], overwrite, runner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,11 +98,17 @@ class Given(NamedTuple):
 
 
 def option_of(
-    each: Field[Any], kinds: tuple[type, ...], panel: str | None = None, *, needed: bool = True
+    each: Field[Any],
+    kinds: tuple[type, ...],
+    panel: str | None = None,
+    *,
+    needed: bool = True,
+    default: Any = MISSING,
 ) -> Any:
     """The option of a command that is declared by a field of `Options`.
 
-    One without a default has to be given, unless it is not `needed`.
+    One without a default has to be given, unless it is not `needed`; the command may have another
+    `default`.
     """
     said = declared(each)
     kind: Any = next(kind for kind in kinds if kind is not type(None))
@@ -115,21 +121,24 @@ def option_of(
         more = {"type": _NameOrFile(*said.names)}
     elif said.word:
         more = {"type": _NumberOr(said.word)}
-    if each.default is MISSING:
+    default = each.default if default is MISSING else default
+    if default is MISSING:
         more |= {"required": needed}
     else:
-        more |= {"default": each.default, "show_default": dashed(said.unset) or True}
+        more |= {"default": default, "show_default": dashed(said.unset) or True}
     name = f"--{each.name.replace('_', '-')}"
     return click.option(name, help=dashed(said.help), panel=panel, **more)
 
 
 def run_options(
-    *omitted: str, optional: Sequence[str] = ()
+    *omitted: str, optional: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command all options of runs but those `omitted`; it is called with `Given` first.
 
-    Those of `optional` may be left out although they have no default, and are None then.
+    Those of `optional` may be left out although they have no default, and are None then; those of
+    `defaults` have another one here.
     """
+    own_defaults = defaults or {}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         options: dict[str, Any] = {}
@@ -141,7 +150,10 @@ def run_options(
                 if each.name not in (*omitted, *options):
                     panel = " and ".join(owners[each.name]) if title in METHODS else title
                     needed = each.name not in optional
-                    options[each.name] = option_of(each, kinds, panel, needed=needed)
+                    default = own_defaults.get(each.name, MISSING)
+                    options[each.name] = option_of(
+                        each, kinds, panel, needed=needed, default=default
+                    )
 
         @functools.wraps(function)
         def command(**values: Any) -> None:

