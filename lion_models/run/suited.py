@@ -22,9 +22,8 @@ COLOUR_TELLS = 0.25  # how much more often than brightness
 LEAST = 0.6
 FEWEST = 10  # images, from which colour is judged
 SMALL, TIMES = 64, 8  # pixels of a backbone's side, and of the pictures' in such sides
-# What is taken where it is on the machine, best first, and what is fetched where none is.
-INSTEAD = ("vit-s14-focus,image_size=112,readout=11", "efficientnet-lite0,image_size=112")
-TO_FETCH = INSTEAD[1]
+# What is taken where it is on the machine, best first; the first is fetched where none is.
+INSTEAD = ("efficientnet-lite0,image_size=112", "vit-s14-focus,image_size=112,readout=11")
 
 
 class BackboneWarning(UserWarning):
@@ -42,12 +41,14 @@ def warn_unsuited(source: Source, rows: Tensor, backbone: FrozenBackbone) -> Non
     reasons = unseen(source, rows, backbone)
     if reasons:
         here = suited_here()
-        how = "on this machine" if here else f"'lion backbone prepare {_bare(TO_FETCH)}' fetches it"
+        how = (
+            "on this machine" if here else f"'lion backbone prepare {_bare(INSTEAD[0])}' fetches it"
+        )
         shape = f"{backbone.image_size} x {backbone.image_size}"
         colour = " grey" if backbone.channels == 1 else ""
         warnings.warn(
             f"`backbone` {backbone.name}: sees {shape}{colour} pixels, and "
-            f"{' and '.join(reasons)}; `backbone` {[*here, TO_FETCH][0]} sees more ({how}), and "
+            f"{' and '.join(reasons)}; `backbone` {[*here, *INSTEAD][0]} sees more ({how}), and "
             "so do timm:NAME and torchvision:NAME",
             BackboneWarning,
             stacklevel=3,
