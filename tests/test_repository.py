@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import deqcore
+from tools.import_graph import imports
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -66,3 +67,17 @@ def test_the_gpu_job_fails_where_no_gpu_answers() -> None:
     )
     assert done.returncode != 0
     assert "CUDA" in done.stderr
+
+
+def test_what_tests_of_a_wheel_import_is_copied_beside_them() -> None:
+    """Away from the sources, so that the installed package is what is tested."""
+    folders = ("ops", "solvers", "adjoints", "support")
+    files = [path for folder in folders for path in (ROOT / "tests" / folder).rglob("*.py")]
+    tops = {module.split(".")[0] for path in files for module, _ in imports(path)}
+    wanted = {top for top in tops - {"deqcore", "lion_models"} if (ROOT / top).is_dir()}
+    assert {"tests", "tools"} <= wanted
+    wheels = re.search(r"^test-sources = \[(.*)\]", PROJECT, re.MULTILINE)[1]
+    assert wanted <= set(re.findall(r'"(\w+)"', wheels))
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    copied = re.search(r"cp -r (.*) elsewhere/", workflow)[1]
+    assert wanted <= set(copied.split())
