@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 # One thread a worker, so that two workers share two cores; tests of threads ask for two themselves.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
-              --no-loadscope-reorder
+              --no-loadscope-reorder --durations=25 --durations-min=2
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 

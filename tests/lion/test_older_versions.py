@@ -114,4 +114,10 @@ def test_a_study_of_finished_runs_trains_nothing(
     assert weights_below(folder) == before
     assert len(before) > 1
     now = json.loads((folder / f"{command}.json").read_text())
+    for cell in now["cells"]:  # 0.1.0 left them in result.json alone
+        if "test_images" in cell:
+            assert (
+                cell.pop("test_images")
+                == stored(command, cell["run"], "result.json")["test"]["images"]
+            )
     assert now == stored(command, f"{command}.json")
