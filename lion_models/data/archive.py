@@ -17,6 +17,14 @@ from lion_models.data.files import is_clutter, list_folder
 
 __all__ = ["unpacked"]
 
+# Pictures are packed already: what shrinks so much is made to fill a disk.
+BOMB_BYTES, BOMB_TIMES = 2**27, 100
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.ENAMETOOLONG: "shorten the names in it, or unpack it yourself and name the folder",
+}
+
 
 def unpacked(archive: Path) -> Path:
     """The folder that holds what a zip file holds.
@@ -46,14 +54,39 @@ def unpacked(archive: Path) -> Path:
     return folder
 
 
+def _set_names_right(archive: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Take `\\` for `/` where an archive has that alone, as some programs of Windows write.
+
+    Raises:
+        UserError: a name leads out of the folder, which no honest archive's does.
+    """
+    if not any("/" in each.filename for each in members):
+        for each in members:
+            each.filename = each.filename.replace("\\", "/")
+    for each in members:
+        if each.filename.startswith("/") or ".." in each.filename.split("/"):
+            raise UserError(
+                f"`data`: {archive} is not unpacked: '{each.filename}' in it leads out of the "
+                "folder; unpack it yourself and name the folder"
+            )
+
+
 def _unpack(archive: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as file:
+            everything = file.infolist()
+            _set_names_right(archive, everything)
             members = [
-                each for each in file.infolist()
+                each for each in everything
                 if not any(is_clutter(part) for part in Path(each.filename).parts)
             ]  # fmt: skip
             size = sum(each.file_size for each in members)
+            packed = archive.stat().st_size
+            if size > BOMB_BYTES and size > BOMB_TIMES * packed:
+                raise UserError(
+                    f"`data`: {archive} holds {size / 2**30:.1f} GiB in {packed / 2**20:.1f} MiB, "
+                    "as no pictures do; unpack it yourself and name the folder"
+                )
             free = shutil.disk_usage(folder.parent).free
             if size > free:
                 raise UserError(
@@ -69,6 +102,6 @@ def _unpack(archive: Path, folder: Path) -> None:
             f"`data`: {archive} cannot be unpacked ({error}); unpack it and name the folder"
         ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room" if full else "copy it again"
+        code = error.errno if isinstance(error, OSError) else None
+        advice = _ADVICE.get(code or 0, "copy it again")
         raise UserError(f"`data`: {archive} cannot be unpacked ({error}); {advice}") from error

@@ -12,7 +12,7 @@ from typing import IO
 
 from PIL import Image
 
-__all__ = ["HEIC_EXTRA", "image_suffixes", "is_heic", "open_picture", "unread_suffixes"]
+__all__ = ["HEIC_EXTRA", "image_suffixes", "is_heic", "is_tiff", "open_picture", "unread_suffixes"]
 
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "TGA",
            "PCX", "SGI", "SUN", "QOI", "DDS", "ICO")  # fmt: skip
@@ -64,3 +64,9 @@ def is_heic(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(12)
     return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
+
+
+def is_tiff(path: Path) -> bool:
+    """Whether a file begins as TIFF does."""
+    with path.open("rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

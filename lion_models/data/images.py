@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lion_models.base.errors import UserError
-from lion_models.data.formats import HEIC_EXTRA, is_heic, open_picture
+from lion_models.data.formats import HEIC_EXTRA, is_heic, is_tiff, open_picture
 from lion_models.data.levels import Extent, Levels, extent_of, grey_values, is_wide
 from lion_models.data.transforms import Geometry
 
@@ -36,6 +36,7 @@ __all__ = [
 # the filters that an application has set.
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF's tag and one of its values
 GDAL_NODATA = 42113  # a TIFF's tag: the value that stands for none
 # EINVAL is what a seek to a place before the file's beginning gives.
 _ERRNO_OF_DAMAGE = (None, errno.EINVAL)
@@ -107,6 +108,8 @@ def check_whole(path: Path) -> Extent:
 def upright(image: Image.Image) -> Image.Image:
     """A picture, decoded, as its EXIF says that it is to be looked at."""
     image.load()
+    if is_wide(image) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        image.info["white_is_zero"] = True  # which Pillow turns round for 8 bits alone
     with suppress(Exception):  # no such tag, or a damaged one
         image.info["nodata"] = float(str(getattr(image, "tag_v2", {}).get(GDAL_NODATA)).strip("\0"))
     try:
@@ -119,6 +122,8 @@ def upright(image: Image.Image) -> Image.Image:
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         if not path.is_file():
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; expected an image")
             link = f" (a link to '{os.readlink(path)}')" if path.is_symlink() else ""
             raise UserError(f"{path}: no such file{link}; expected an image")
         with open_picture(path) as image:
@@ -126,6 +131,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         if is_heic(path):
             raise UserError(f"{path}: a HEIC picture; to read it, run: {HEIC_EXTRA}") from error
+        if is_tiff(path):
+            raise UserError(
+                f"{path}: a TIFF of a kind that is not read (bits, bands or compression); save it "
+                "with 8 or 16 bits, or in grey with floats of 32 bits"
+            ) from error
         raise UserError(
             f"{path}: not an image ({path.stat().st_size} bytes of something else); "
             "expected PNG, JPEG or another raster format; remove or replace it"
@@ -160,7 +170,10 @@ def _eight_bits(image: Image.Image, levels: Levels | None) -> Image.Image:
         return image
     values = grey_values(image)
     low, high = _range_of(image.mode, values, levels)
-    shades = np.nan_to_num((values - low) / (high - low), nan=0.0, posinf=1.0, neginf=0.0)
+    shades = (values - low) / (high - low)
+    if image.info.get("white_is_zero"):
+        shades = 1 - shades
+    shades = np.nan_to_num(shades, nan=0.0, posinf=1.0, neginf=0.0)
     grey = Image.fromarray(np.clip(shades * 255 + 0.5, 0, 255).astype(np.uint8))
     clear = image.info.get("transparency")
     if clear is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,9 +46,11 @@ def open_label_list(path: Path, geometry: Geometry, checks: FileChecks) -> Folde
         values = [row[at].strip() if at < len(row) else "" for at in columns]
         if not values[0] or not values[1]:
             raise UserError(f"{place}: expected a path and a label, got {row}; add what is missing")
-        if values[0] in seen:
+        file = _file(path.parent, values[0])
+        known = os.path.normpath(file)
+        if known in seen:
             raise UserError(
-                f"{place}: {values[0]} is listed in line {seen[values[0]]} already; several labels "
+                f"{place}: {values[0]} is listed in line {seen[known]} already; several labels "
                 "of one picture are not supported; keep one"
             )
         if any(mark in values[1] for mark in ";|"):
@@ -55,8 +58,8 @@ def open_label_list(path: Path, geometry: Geometry, checks: FileChecks) -> Folde
                 f"{place}: '{values[1]}' looks like several labels, which are not supported; keep "
                 "one for each picture"
             )
-        seen[values[0]] = number
-        files.append(path.parent / values[0])
+        seen[known] = number
+        files.append(file)
         names.append(values[1])
         if len(columns) > 2:
             parts.append(_part(place, values[2]))
@@ -70,6 +73,13 @@ def open_label_list(path: Path, geometry: Geometry, checks: FileChecks) -> Folde
     return file_source(
         str(path), classes, labels, files, path.parent, geometry, checks, parts or None
     )
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The picture that a name stands for; lists of Windows have `\\` for `/`."""
+    file = folder / name
+    other = folder / name.replace("\\", "/")
+    return other if "\\" in name and not file.exists() and other.exists() else file
 
 
 def _in_order(label: str) -> tuple[bool, int, str]:
