@@ -13,7 +13,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
 .PHONY: setup demo demo-vit test test-ref test-portable emulation cuda-kernels cuda-build gpu-check gpu-wheels \
-    lint format bench docs wheel clean
+    lint format bench docs notebooks wheel clean
 
 setup: $(STAMP)
 
@@ -22,7 +22,7 @@ setup: $(STAMP)
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --editable ".[lion,test,bench,docs,dev]"
+	$(BIN)/python -m pip install --editable ".[lion,examples,test,bench,docs,dev]"
 	@touch $@
 
 demo: setup
@@ -43,7 +43,7 @@ test: setup
 
 # Left out: what has no kernels, or looks at something else than what they compute.
 NOT_REF := benchmarks build docs ops lion cuda solvers/test_newton_krylov.py adjoints/test_export.py test_imports.py \
-    test_peers.py test_repository.py
+    test_peers.py test_repository.py test_examples.py
 test-ref: setup
 	DEQCORE_KERNELS=reference $(PYTEST) tests $(addprefix --ignore=tests/,$(NOT_REF))
 
@@ -101,6 +101,11 @@ bench: setup
 # The site, into site/: open site/index.html. It takes nothing from a network, and neither do its readers.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The examples that are notebooks, run anew, with what they print and draw.
+notebooks: setup
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[notebooks]"
+	$(BIN)/python tools/notebooks.py
 
 wheel: setup
 	$(BIN)/python -m build --no-isolation --outdir dist .

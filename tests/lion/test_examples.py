@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from examples import image_folder
 from lion_models.backbones import fingerprint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -22,3 +23,11 @@ def test_network_of_ones_own_is_tuned_through_the_protocol():
     names = runpy.run_path(str(EXAMPLES / "adapt_backbone.py"))
     assert names["chosen"]["validation_accuracy"] > 0.6
     assert names["backbone"].fingerprint == fingerprint(names["network"].state_dict())
+
+
+def test_folder_of_images_becomes_a_file_that_answers_as_the_run_does(tmp_path: Path):
+    shown = image_folder.main(["--small", "--out", str(tmp_path)])
+    assert shown["test"] > 0.5  # chance is 0.25
+    assert shown["right"] > 0.5
+    assert shown["same"] == 1
+    assert (tmp_path / "image_folder.png").stat().st_size > 10_000
