@@ -53,6 +53,7 @@ def run_trial(
     split = split_source(source, seed, shots, test_cap=IMAGES)
     torch.manual_seed(seed)
     model = LionConfig(iterations=FORMS[form]).build(backbone, len(source.classes))
+    assert isinstance(model, Lion)  # of the form `ends`
     state = fit(model, take_task(source, split), TrainingConfig(seed=seed, epochs=epochs))
     best = state.history[state.best_epoch - 1]
     images, truth = source.load(split.test).float() / 255, source.labels[split.test]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lion_models.methods.linear import LinearProbe as LinearProbe
     from lion_models.methods.lion import Lion as Lion
     from lion_models.methods.lion import LionConfig as LionConfig
+    from lion_models.methods.lion_ladder import LionLadder as LionLadder
     from lion_models.methods.lora import LoRA as LoRA
     from lion_models.methods.lora import LoRAConfig as LoRAConfig
     from lion_models.methods.vpt import VPTDeep as VPTDeep
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lion_models.prompts.cdr import CDR as CDR
     from lion_models.prompts.cdr import RobustOptimizer as RobustOptimizer
     from lion_models.prompts.implicit_prompt import ImplicitPrompt as ImplicitPrompt
+    from lion_models.prompts.ladder import ImplicitLadder as ImplicitLadder
     from lion_models.run import Run as Run
     from lion_models.run import RunConfig as RunConfig
     from lion_models.run import build_model as build_model

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,24 @@ from torch import Tensor, nn
 import deqcore
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError
-from lion_models.prompts.implicit_prompt import ImplicitPrompt
+from lion_models.prompts.solved import SolvedModule
 
 __all__ = [
     "ParameterCount",
+    "Recipe",
     "TunedClassifier",
     "count_parameters",
     "load_trained",
     "trained_state",
 ]
+
+
+class Recipe(NamedTuple):
+    """What a method chooses for itself on validation data."""
+
+    lr: float = 0.03
+    weight_decay: float = 0.01
+    augment: str = "none"
 
 
 class TunedClassifier(nn.Module, ABC):
@@ -33,10 +43,12 @@ class TunedClassifier(nn.Module, ABC):
 
     Attributes:
         method: the name that it is registered under; empty for a class of one's own.
+        recipe: of a class that does not go by its method's.
         replaced: number of the backbone's parameters that a method computes with copies of.
     """
 
     method: str = ""
+    recipe: ClassVar[Recipe | None] = None
     replaced: int = 0
 
     def __init__(self, backbone: FrozenBackbone, classes: int) -> None:
@@ -62,7 +74,7 @@ class TunedClassifier(nn.Module, ABC):
         """The rest: output of `frozen` -> logits (B, classes)."""
 
     @property
-    def implicit_layers(self) -> dict[str, ImplicitPrompt]:
+    def implicit_layers(self) -> Mapping[str, SolvedModule]:
         """The method's implicit layers by their names in figures and pictures."""
         return {}
 

@@ -13,15 +13,18 @@ from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.frozen import SPACES
 from lion_models.base.errors import UserError, choose
 from lion_models.base.options import Need, option
-from lion_models.methods.base import TunedClassifier
-from lion_models.methods.registry import MethodConfig, Recipe, register
-from lion_models.prompts.implicit_prompt import ImplicitPrompt, Solver
+from lion_models.methods.base import Recipe, TunedClassifier
+from lion_models.methods.lion_ladder import LADDER_RECIPE, LionLadder
+from lion_models.methods.registry import MethodConfig, register
+from lion_models.prompts.implicit_prompt import ImplicitPrompt
 from lion_models.prompts.pruning import Pruning, check_prunable
+from lion_models.prompts.solved import Solver
 
 __all__ = ["Lion", "LionConfig"]
 
 SIDES = ("both", "input", "output")
 OUTPUT_INPUTS = ("pooled", "embedding")
+FORMS = ("ends", "ladder")
 
 
 class Lion(TunedClassifier):
@@ -161,6 +164,14 @@ _SOLVES = Need(
     "is about solving for the equilibrium, and `iterations` applies explicit layers instead; "
     "leave one out",
 )
+_ENDS = Need(
+    lambda run: run.method.form == "ends",
+    "is about the layers of `form` ends, and `form` ladder has none of them; leave one out",
+)
+_LADDER = Need(
+    lambda run: run.method.form == "ladder",
+    "is about `form` ladder, which is not there; add it, or leave `{name}` out",
+)
 _INPUT = Need(
     lambda run: run.method.sides != "output",
     "is about the input layer, which `sides` output leaves out; leave one out",
@@ -174,13 +185,18 @@ _OUTPUT = Need(
 @register("lion", Lion, Recipe(augment="affine"), colour="#D55E00")
 @dataclass(frozen=True)
 class LionConfig(MethodConfig):
-    """The implicit layers, how they are solved, and what is pruned of them."""
+    """Where the implicit layers are, how they are solved, and what is pruned of them."""
 
     implicit = True
 
-    sides: str = option("both", "Where there is an implicit layer.", choices=SIDES)
-    hidden: int = option(8, "Bottleneck width.", low=1)
-    strength: float = option(1.0, "Initial lambda of both layers.", expected="a number such as 1.0")
+    sides: str = option("both", "Where there is an implicit layer.", choices=SIDES, needs=(_ENDS,))
+    hidden: int = option(8, "Bottleneck width; of the ladder, numbers taken of each token.", low=1)
+    strength: float = option(
+        1.0,
+        "Initial lambda of both layers.",
+        expected="a number such as 1.0",
+        needs=(_ENDS,),
+    )
     solver: str = option("anderson", "Of the equilibrium.", choices=_SOLVERS, needs=(_SOLVES,))
     rtol: float | None = option(
         None,
@@ -199,10 +215,10 @@ class LionConfig(MethodConfig):
         "Where the input layer acts.",
         choices=SPACES,
         unset="token where the backbone has tokens",
-        needs=(_INPUT,),
+        needs=(_ENDS, _INPUT),
     )
     output_input: str = option(
-        "pooled", "What drives the output layer.", choices=OUTPUT_INPUTS, needs=(_OUTPUT,)
+        "pooled", "What drives the output layer.", choices=OUTPUT_INPUTS, needs=(_ENDS, _OUTPUT)
     )
     sparsity: float = option(
         0.0,
@@ -212,6 +228,20 @@ class LionConfig(MethodConfig):
         expected="a share from 0 to below 1",
     )
     prune_at: int | None = option(None, "Epoch that ends with pruning.", low=1, unset="the last")
+    form: str = option(
+        "ends",
+        "A layer in front of the backbone and one behind it, or a ladder beside it, which reads "
+        "the tokens of every block.",
+        choices=FORMS,
+        silent=True,
+    )
+    patch_grid: int = option(
+        4,
+        "Rows and columns that the ladder averages patches to, at most.",
+        low=1,
+        needs=(_LADDER,),
+        silent=True,
+    )
 
     def check(self) -> None:
         if self.prune_at is not None and not self.sparsity:
@@ -226,24 +256,37 @@ class LionConfig(MethodConfig):
         return Pruning(self.sparsity, epoch)
 
     @property
+    def own_recipe(self) -> Recipe:
+        return LADDER_RECIPE if self.form == "ladder" else self.recipe
+
+    @property
     def goes_back(self) -> bool:
-        return self.sides != "output"
+        return self.form == "ends" and self.sides != "output"
 
     def __str__(self) -> str:
-        return self.name if self.goes_back else "lion with `sides` output"
+        if self.goes_back:
+            return self.name
+        return f"{self.name} with `{'form` ladder' if self.form == 'ladder' else 'sides` output'}"
 
-    def build(self, backbone: FrozenBackbone, classes: int) -> Lion:
-        model = Lion(
-            backbone,
-            classes,
-            self.sides,
-            self.hidden,
-            self.strength,
-            _SOLVERS[self.solver](rtol=self.rtol, max_steps=self.max_steps),
-            self.iterations,
-            self.space,
-            self.output_input,
-        )
+    def build(self, backbone: FrozenBackbone, classes: int) -> Lion | LionLadder:
+        solver = _SOLVERS[self.solver](rtol=self.rtol, max_steps=self.max_steps)
+        model: Lion | LionLadder
+        if self.form == "ladder":
+            model = LionLadder(
+                backbone, classes, self.hidden, self.patch_grid, solver, self.iterations
+            )
+        else:
+            model = Lion(
+                backbone,
+                classes,
+                self.sides,
+                self.hidden,
+                self.strength,
+                solver,
+                self.iterations,
+                self.space,
+                self.output_input,
+            )
         if self.sparsity:
             check_prunable(model)
         return model

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, TypeVar
 
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError, choose
 from lion_models.base.options import Options
-from lion_models.methods.base import TunedClassifier
+from lion_models.methods.base import Recipe, TunedClassifier
 from lion_models.prompts.pruning import Pruning
 
 __all__ = [
@@ -25,14 +25,6 @@ __all__ = [
 
 # For methods without a colour; Tol's muted scheme, told apart with any colour vision.
 _PALETTE = ("#332288", "#88CCEE", "#117733", "#999933", "#CC6677", "#882255", "#AA4499")
-
-
-class Recipe(NamedTuple):
-    """What a method chooses for itself on validation data."""
-
-    lr: float = 0.03
-    weight_decay: float = 0.01
-    augment: str = "none"
 
 
 class MethodConfig(Options):
@@ -63,6 +55,11 @@ class MethodConfig(Options):
             UserError: at an epoch that no training reaches.
         """
         return None
+
+    @property
+    def own_recipe(self) -> Recipe:
+        """The recipe of the classifier that these options make."""
+        return self.recipe
 
     @property
     def goes_back(self) -> bool:
@@ -123,5 +120,7 @@ def colour_of(name: str) -> str:
 
 
 def recipe_of(model: TunedClassifier) -> Recipe:
-    """The recipe of a model's method; for a class of one's own, the one that suits most."""
+    """The recipe of a model or its method; for a class of one's own, the one that suits most."""
+    if model.recipe is not None:
+        return model.recipe
     return _methods[model.method].recipe if model.method in _methods else Recipe()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TypeAlias
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import deqcore
 from lion_models.backbones.frozen import SPACES
 from lion_models.base.errors import UserError, choose
+from lion_models.prompts.solved import SolvedModule, Solver
 
-__all__ = ["BottleneckCell", "ConvCell", "ImplicitPrompt", "Solver"]
-
-Solver: TypeAlias = deqcore.Anderson | deqcore.Broyden | deqcore.Picard
+__all__ = ["BottleneckCell", "ConvCell", "ImplicitPrompt"]
 
 UP_GAIN = 0.5
 
@@ -71,20 +66,15 @@ class ConvCell(nn.Module):
         return self.up(F.gelu(self.norm(self.down(z + x))))
 
 
-class ImplicitPrompt(nn.Module):
+class ImplicitPrompt(SolvedModule):
     """x -> x + strength * z*, where z* = f(z*, normalised x) [fusion and f: ours].
-
-    The gradient is that of the equilibrium (implicit function theorem), so memory does not grow
-    with the solver's steps [paper].
 
     Args:
         dim: D, width of x; C in the space `pixel`.
         hidden: h, width of the bottleneck; D (2h + 1) + 2h + 1 parameters in all, in the space
             `pixel` C (18h + 1) + 2h + 1.
         strength: initial value of the learned scalar lambda.
-        solver: for z* and for the backward solve; None means Anderson with its defaults.
-        iterations: None for the equilibrium; k replaces it by k explicit applications of f from
-            zero with ordinary backpropagation (an ablation: k layers that share their weights).
+        solver, iterations: see `SolvedModule`.
         space: `token` for x (B, ..., D) and f a `BottleneckCell` on each row; `pixel` for images
             (B, C, H, W) and a `ConvCell`.
     """
@@ -98,19 +88,13 @@ class ImplicitPrompt(nn.Module):
         iterations: int | None = None,
         space: str = "token",
     ) -> None:
-        super().__init__()
         choose("space", space, SPACES)
         if hidden < 1:
             raise UserError(f"`hidden`: expected 1 or more, got {hidden}")
-        solver = deqcore.Anderson() if solver is None else solver
+        cell = (BottleneckCell if space == "token" else ConvCell)(dim, hidden)
+        super().__init__(cell, solver, iterations)
         self.space = space
-        self.layer = deqcore.ImplicitLayer(
-            (BottleneckCell if space == "token" else ConvCell)(dim, hidden),
-            solver=solver,
-            adjoint=deqcore.Implicit(solver=solver),
-        )
         self.strength = nn.Parameter(torch.tensor(float(strength)))
-        self.iterations = iterations
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """x with the equilibrium added.
@@ -119,32 +103,10 @@ class ImplicitPrompt(nn.Module):
             x: (B, ..., D), or (B, C, H, W) in the space `pixel`.
             source: what drives the equilibrium, shaped like x; None means x itself.
         """
-        injected = self._normalise(x if source is None else source)
-        if self.iterations is None:
-            return x + self.strength * self.layer(injected)
-        z = torch.zeros_like(injected)
-        for _ in range(self.iterations):
-            z = self.layer.cell(z, injected)
-        return x + self.strength * z
+        return x + self.strength * self.solve(self.injected(x if source is None else source))
 
-    @torch.no_grad()
-    def residual_trace(self, source: Tensor) -> Tensor | None:
-        """Residual after each step for every row, (B, n); None for explicit layers.
-
-        Args:
-            source: what drives the equilibrium in the network, (B, ..., D) or (B, C, H, W).
-        """
-        if self.iterations is not None:
-            return None
-        injected = self._normalise(source)
-        cell, z0 = self.layer.cell, torch.zeros_like(injected)
-        solver = replace(self.layer.solver, record_trace=True)
-        return deqcore.fixed_point(cell, z0, injected, solver=solver).trace
-
-    @property
-    def matrices(self) -> list[nn.Parameter]:
-        """The dense matrices of f, `down` and `up`, which robust training acts on."""
-        return [p for p in self.layer.cell.parameters() if p.dim() >= 2]
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:]) if self.space == "token" else F.group_norm(x, 1)
+    def injected(self, source: Tensor) -> Tensor:
+        """The normalised source, like it in shape."""
+        if self.space == "token":
+            return F.layer_norm(source, source.shape[-1:])
+        return F.group_norm(source, 1)

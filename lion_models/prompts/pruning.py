@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import deqcore
 from lion_models.base.errors import UserError
 from lion_models.prompts.cdr import RobustOptimizer
-from lion_models.prompts.implicit_prompt import ImplicitPrompt
+from lion_models.prompts.solved import SolvedModule
 
 __all__ = ["Pruning", "check_prunable", "prune_and_rebuild", "prune_model"]
 
@@ -64,15 +64,14 @@ def prune_model(
         What is kept of each weight, by the weight's name before.
     """
     patterns: dict[str, deqcore.SparsityPattern] = {}
-    for place, prompt in _prunable(model).items():
-        cell = prompt.layer.cell
-        linears = {n: m for n, m in cell.named_modules() if isinstance(m, nn.Linear)}
+    for place, solved in _prunable(model).items():
+        linears = _linears(solved)
         scores = {n: _scores(m.weight, critical_of(m.weight)) for n, m in linears.items()}
-        deqcore.prune_layer(cell, scores, sparsity)
+        deqcore.prune_layer(solved, scores, sparsity)
         for name in linears:
-            masked = cell.get_submodule(name)
+            masked = solved.get_submodule(name)
             assert isinstance(masked, deqcore.MaskedLinear)
-            patterns[f"{place}.layer.cell.{name}.weight"] = masked.pattern
+            patterns[f"{place}.{name}.weight"] = masked.pattern
     return patterns
 
 
@@ -114,10 +113,14 @@ def prune_and_rebuild(
     return new
 
 
-def _prunable(model: nn.Module) -> dict[str, ImplicitPrompt]:
-    """The implicit layers that are made of linears, by their place in the model."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ImplicitPrompt)}
-    return {place: layer for place, layer in layers.items() if layer.space == "token"}
+def _prunable(model: nn.Module) -> dict[str, SolvedModule]:
+    """The implicit layers with linears, by their place in the model."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SolvedModule)}
+    return {place: layer for place, layer in layers.items() if _linears(layer)}
+
+
+def _linears(layer: SolvedModule) -> dict[str, nn.Linear]:
+    return {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
 def _kept(value: object, pattern: deqcore.SparsityPattern | None) -> object:

@@ -112,7 +112,7 @@ class RunConfig:
     @property
     def recipe(self) -> Recipe:
         """Learning rate, weight decay and augmentation, those left open from the method's own."""
-        return self.training.recipe(self.method.recipe, self.data.transform)
+        return self.training.recipe(self.method.own_recipe, self.data.transform)
 
     def resolved(self) -> RunConfig:
         """The same run with its recipe written out, so that later defaults do not change it."""
