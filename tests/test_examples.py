@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import runpy
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pytest
 import torch
-from PIL import Image
 
-from examples import deblur, flip_flop, graph_communities
 from tools.notebooks import EXAMPLES, NAMES, script_of
 
 
+@pytest.fixture
+def extra() -> None:
+    for package in ("matplotlib", "sklearn", "skimage", "tqdm", "networkx"):
+        pytest.importorskip(package, reason="the extra [examples] is not installed")
+
+
+def run_main(name: str, out: Path) -> dict[str, Any]:
+    return importlib.import_module(f"examples.{name}").main(["--small", "--out", str(out)])
+
+
 def run_script(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    import matplotlib.pyplot
+
     matplotlib.use("Agg")
     monkeypatch.setattr("sys.argv", [name, "--small", "--out", str(out)])
     names = runpy.run_path(str(EXAMPLES / f"{name}.py"))
@@ -26,18 +36,20 @@ def run_script(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def assert_picture(path: Path) -> None:
+    from PIL import Image
+
     with Image.open(path) as picture:
         assert min(picture.size) > 200
 
 
-def test_an_implicit_layer_separates_two_moons(tmp_path, monkeypatch):
+def test_an_implicit_layer_separates_two_moons(tmp_path, monkeypatch, extra):
     shown = run_script("two_moons", tmp_path, monkeypatch)
     assert shown["accuracy"] > 0.93
     assert shown["steps"]["Anderson"] < shown["steps"]["Picard"]
     assert_picture(tmp_path / "two_moons.png")
 
 
-def test_heat_agrees_with_scipy_and_its_source_is_found(tmp_path, monkeypatch):
+def test_heat_agrees_with_scipy_and_its_source_is_found(tmp_path, monkeypatch, extra):
     shown = run_script("heat_plate", tmp_path, monkeypatch)
     assert len(shown["differences"]) == 4
     assert max(shown["differences"].values()) < 1e-8
@@ -48,8 +60,8 @@ def test_heat_agrees_with_scipy_and_its_source_is_found(tmp_path, monkeypatch):
     assert_picture(tmp_path / "heat_plate.png")
 
 
-def test_an_equilibrium_sees_further_than_a_stack_and_keeps_less(tmp_path):
-    shown = flip_flop.main(["--small", "--out", str(tmp_path)])
+def test_an_equilibrium_sees_further_than_a_stack_and_keeps_less(tmp_path, extra):
+    shown = run_main("flip_flop", tmp_path)
     stack, equilibrium = shown["stack of 8"], shown["equilibrium"]
     assert equilibrium["far"] > 0.9
     assert stack["far"] < 0.7
@@ -58,14 +70,14 @@ def test_an_equilibrium_sees_further_than_a_stack_and_keeps_less(tmp_path):
     assert_picture(tmp_path / "flip_flop.png")
 
 
-def test_an_implicit_graph_network_sees_further_than_two_layers(tmp_path):
-    shown = graph_communities.main(["--small", "--out", str(tmp_path)])
+def test_an_implicit_graph_network_sees_further_than_two_layers(tmp_path, extra):
+    shown = run_main("graph_communities", tmp_path)
     assert shown["implicit"] > shown["GCN of 2 layers"] + 0.05
     assert_picture(tmp_path / "graph_communities.png")
 
 
-def test_a_photograph_is_deblurred(tmp_path):
-    shown = deblur.main(["--small", "--out", str(tmp_path)])
+def test_a_photograph_is_deblurred(tmp_path, extra):
+    shown = run_main("deblur", tmp_path)
     assert shown["equilibrium"] > shown["blurred"] + 2
     assert_picture(tmp_path / "deblur.png")
 

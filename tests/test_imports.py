@@ -24,7 +24,12 @@ CLIENTS = [
 # Of lion_models, from the ground up: a room knows those before it alone.
 ROOMS = ("base", "data", "backbones", "prompts", "methods", "run", "study", "cli")
 # Sub-packages that are public by their own name.
-PUBLIC_MODULES = {"deqcore", "deqcore.compat", "deqcore.compat.torchdeq"}
+PUBLIC_MODULES = {
+    "deqcore",
+    "deqcore.compat",
+    "deqcore.compat.torchdeq",
+    "deqcore.normalization",
+}
 
 
 def attributes_of_deqcore(path: Path) -> set[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from examples import image_folder
 from lion_models.backbones import fingerprint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -26,6 +25,10 @@ def test_network_of_ones_own_is_tuned_through_the_protocol():
 
 
 def test_folder_of_images_becomes_a_file_that_answers_as_the_run_does(tmp_path: Path):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason="the extra [export] is not installed")
+    from examples import image_folder
+
     shown = image_folder.main(["--small", "--out", str(tmp_path)])
     assert shown["test"] > 0.5  # chance is 0.25
     assert shown["right"] > 0.5
