@@ -20,7 +20,7 @@ PYTHON = {
     if (blocks := [block for block in fenced(page) if block.language == "python"])
 }
 # What blocks may need that a machine that runs these tests may lack, and how many do.
-NEEDS = {"gpu": 0, "network": 0}
+NEEDS = {"gpu": 1, "network": 0, "jaxopt": 1, "optimistix": 1, "peft": 1, "transformers": 1}
 
 
 def shape(output: str) -> str:
@@ -57,6 +57,8 @@ def test_commands_of_lion_parse(page: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     for line in shell_lines(page):
         words = shlex.split(line)
+        if "-m lion_models " in line:  # by python or torchrun
+            words = ["lion", *words[words.index("lion_models") + 1 :]]
         if words[0] != "lion" or "|" in words:
             continue
         arguments = [word for word in words[1:] if word != "..."]
