@@ -23,7 +23,8 @@ from deqcore.solvers import Anderson, Solver
 # A solve takes as many steps as its values need: there is nothing to trace. Without this the tracer
 # would find that out call by call, in some twenty graphs that together are slower than none.
 @never_traced(
-    reason="a solve takes as many steps as values need; compile f instead, and for torch.export "
+    reason="a solve takes as many steps as values need; compile f itself, or make "
+    "it the cell of a deqcore.ImplicitLayer, which is compiled as one op. For torch.export "
     "pass strict=False and a solver with check_every=0"
 )
 def fixed_point(
@@ -114,7 +115,8 @@ def fixed_point(
 
 
 @never_traced(
-    reason="a solve takes as many steps as values need; compile g instead, and for torch.export "
+    reason="a solve takes as many steps as values need; compile g itself, or make "
+    "z + g(z) the cell of a deqcore.ImplicitLayer, which is compiled as one op. For torch.export "
     "pass strict=False and a solver with check_every=0"
 )
 def root(

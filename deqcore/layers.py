@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from deqcore._compile import never_traced
+from deqcore._compile import constant_when_traced, never_traced
+from deqcore._layer_call import attribute_names
 from deqcore._layer_graphs import LayerGraphs, zeros_like
+from deqcore._layer_op import call_op, has_an_op, numbered
 from deqcore._packing import Packing, is_coupled
 from deqcore._solution import Solution, SolveReport
 from deqcore._transforms import values_are_unknown
@@ -84,11 +87,47 @@ class ImplicitLayer(nn.Module):
         self.has_aux = has_aux
         self.report: SolveReport | None = None
         self._graphs = LayerGraphs()
+        self._number = numbered(self)
 
     def forward(self, x: Any, *args: Any, z0: Any = None) -> Any:
         """The solution, shaped like ``z0``; from zeros shaped like ``x`` unless ``z0`` is given."""
-        value, self.report, aux = _solve(self, z0, (x, *args))
+        if (
+            torch.compiler.is_dynamo_compiling()
+            and not torch.compiler.is_exporting()
+            and has_an_op(self, z0, (x, *args))
+        ):
+            return call_op(self, z0, (x, *args))
+        value, aux = self._solve(z0, (x, *args))
         return (value, aux) if self.has_aux else value
+
+    @never_traced(
+        reason="a solve takes as many steps as values need. An ImplicitLayer is compiled as one op "
+        "where its cell is a module, its arguments are made of tensors, numbers, strings, None, "
+        "lists, tuples and dictionaries, and has_aux is False; for torch.export pass strict=False "
+        "and a solver with check_every=0"
+    )
+    def _solve(self, z0: Any, args: tuple[Any, ...], replay: bool = True) -> tuple[Any, Any]:
+        """(value, aux) of ``self(*args, z0=z0)``, never traced; recordings only with ``replay``."""
+        solution: Solution | None = None
+        is_replica = "_is_replica" in vars(self)  # of nn.DataParallel
+        if replay and self.capture and not self.has_aux and not is_replica:
+            solution = self._graphs.solve(self, z0, args)
+        if solution is None:
+            solution = fixed_point(
+                self.cell,
+                _zeros_like(args[0]) if z0 is None else z0,
+                *args,
+                solver=self.solver,
+                adjoint=self.adjoint,
+                batch=self.batch,
+                has_aux=self.has_aux,
+            )
+        self.report = None if values_are_unknown(solution.status) else solution.report()
+        return solution.value, solution.aux
+
+    @constant_when_traced
+    def _attribute_names(self) -> tuple[tuple[int, str], ...]:
+        return attribute_names(self.cell)
 
     def extra_repr(self) -> str:
         return (
@@ -97,38 +136,15 @@ class ImplicitLayer(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the recordings, which copies make for themselves."""
-        return {name: value for name, value in vars(self).items() if name != "_graphs"}
+        """All but the recordings and the number, which copies get for themselves."""
+        own = ("_graphs", "_number")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Versions before 0.2 had none of these.
         super().__setstate__({"capture": "auto", "has_aux": False} | state)
         self._graphs = LayerGraphs()
-
-
-@never_traced(
-    reason="a solve takes as many steps as values need; compile the cell instead, and for "
-    "torch.export pass strict=False and a solver with check_every=0"
-)
-def _solve(
-    layer: ImplicitLayer, z0: Any, args: tuple[Any, ...]
-) -> tuple[Any, SolveReport | None, Any]:
-    solution: Solution | None = None
-    is_replica = "_is_replica" in vars(layer)  # of nn.DataParallel
-    if layer.capture and not layer.has_aux and not is_replica:
-        solution = layer._graphs.solve(layer, z0, args)
-    if solution is None:
-        solution = fixed_point(
-            layer.cell,
-            _zeros_like(args[0]) if z0 is None else z0,
-            *args,
-            solver=layer.solver,
-            adjoint=layer.adjoint,
-            batch=layer.batch,
-            has_aux=layer.has_aux,
-        )
-    report = None if values_are_unknown(solution.status) else solution.report()
-    return solution.value, report, solution.aux
+        self._number = numbered(self)
 
 
 def _zeros_like(x: Any) -> Any:
