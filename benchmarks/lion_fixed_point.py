@@ -52,7 +52,7 @@ def run_trial(
     seed, data, shots, form = trial
     split = split_source(source, seed, shots, test_cap=IMAGES)
     torch.manual_seed(seed)
-    model = LionConfig(iterations=FORMS[form]).build(backbone, len(source.classes))
+    model = LionConfig(form="ends", iterations=FORMS[form]).build(backbone, len(source.classes))
     assert isinstance(model, Lion)  # of the form `ends`
     state = fit(model, take_task(source, split), TrainingConfig(seed=seed, epochs=epochs))
     best = state.history[state.best_epoch - 1]
