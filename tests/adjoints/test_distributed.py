@@ -1,0 +1,104 @@
+"""DDP and FSDP2, two processes: the gradients are those of one process with all rows."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import deqcore
+from deqcore import Anderson, Implicit, Phantom, Unrolled
+
+ROOT = Path(__file__).parents[2]
+TIGHT = Anderson(rtol=1e-11, atol=1e-12, max_steps=200)
+ADJOINTS = {"implicit": Implicit(solver=TIGHT), "phantom": Phantom(steps=3), "unrolled": Unrolled()}
+KINDS = ("ddp", "fsdp2", "fsdp2, each layer")
+ROWS = 6
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        nn.init.orthogonal_(self.linear.weight, gain=0.7)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(z) + x)
+
+
+def model_and_rows(adjoint: str) -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    layer = deqcore.ImplicitLayer(Cell(), solver=TIGHT, adjoint=ADJOINTS[adjoint])
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 1)).double()
+    return model, torch.randn(ROWS, 4, dtype=torch.float64)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    full = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        full[name.removeprefix("module.")] = getattr(grad, "full_tensor", lambda g=grad: g)()
+    return full
+
+
+def wrapped(model: nn.Sequential, kind: str) -> nn.Module:
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    if kind == "fsdp2, each layer":
+        for module in model:
+            fully_shard(module)
+    fully_shard(model)
+    return model
+
+
+def run_rank(rank: int, store: str) -> None:
+    """What each of the two processes does: compare with one process, on its half of the rows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for kind, adjoint in itertools.product(KINDS, ADJOINTS):
+        alone, x = model_and_rows(adjoint)
+        alone(x).square().mean().backward()
+        expected = gradients(alone)
+        model = wrapped(model_and_rows(adjoint)[0], kind)
+        for _ in range(2):  # the second step finds the parameters as the first left them
+            model.zero_grad()
+            model(x.tensor_split(2)[rank]).square().mean().backward()
+            found = gradients(model)
+            assert found.keys() == expected.keys()
+            for name, grad in expected.items():
+                torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-10)
+        layer = (model.module if kind == "ddp" else model)[1]
+        report = layer.report
+        assert report.status.shape == (ROWS // 2,)  # of this process's rows
+        assert report.converged.all()
+        assert adjoint != "implicit" or report.backward.converged.all()
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path):
+    code = "from tests.adjoints.test_distributed import run_rank; run_rank({}, {!r})"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code.format(rank, str(tmp_path / "store"))],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, output
