@@ -52,14 +52,13 @@ class LinearSystem:
         """
         unit, vjp = self.unit, self.vjp
         factors = _row_factors_for(unit) if len(unit) > 1 else ()
-        every = 1 if unit.numel() <= SMALL else 2
         products = itertools.count(-1)
 
         def image(u: Tensor) -> Tensor:
             product = next(products)
-            if product < 0 or product % every or not factors:
+            if product < 0 or not factors:
                 return unit + vjp(u)
-            factor, inverse = factors[product // every % len(factors)]
+            factor, inverse = factors[product % len(factors)]
             return torch.addcmul(unit, inverse, vjp(u * factor))
 
         return Problem(image, (), Packing.of(unit), self.f_dtypes)
@@ -108,8 +107,6 @@ class LinearSystem:
         u = u[:, :, 0].to(self.unit.dtype)
         return torch.where(u.isfinite().all(1, keepdim=True), u, otherwise)
 
-
-SMALL = 1 << 14  # elements of all rows: up to here a pass over them costs nothing that shows
 
 FACTORS = (-1.0, 2.0, -0.5, -2.0, 0.5, 1.0, -4.0)
 # float16 has no exponents to spare.

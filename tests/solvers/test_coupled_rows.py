@@ -91,6 +91,39 @@ def test_gradient_of_swapped_rows_says_so_where_all_rows_have_one(scale):
     assert not solution.backward.converged.all()
 
 
+@pytest.mark.parametrize(
+    ("coupling", "mix", "decades"),
+    [
+        (0.001, lambda z: z.mean(0).expand_as(z), 6),
+        (0.003, lambda z: z.roll(1, 0), 6),
+        (0.01, lambda z: z.flip(0), 0),
+        (0.03, lambda z: z.mean(0).expand_as(z), 6),
+    ],
+    ids=["mean", "ring", "flip", "more_mean"],
+)
+def test_rows_of_many_elements_that_are_weakly_coupled_do_not_converge_in_backward(
+    coupling, mix, decades
+):
+    """Their gradients, up to ``decades`` apart, are wrong by more than a hundredth."""
+    g = generator(0)
+    a = torch.rand(1100, generator=g) * 1.2 - 0.6
+    grad = torch.randn(16, 1100, generator=g)
+    grad *= 10.0 ** (decades * (torch.rand(16, 1, generator=g) - 0.5))
+    w = torch.zeros(16, 1100, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        solution = deqcore.fixed_point(
+            lambda z: a * z + coupling * mix(z) + w, torch.zeros(16, 1100)
+        )
+        (solution.value * grad).sum().backward()
+    rows = torch.eye(16)
+    system = torch.diag_embed(1 - a[:, None].expand(-1, 16)) - coupling * mix(rows).t()
+    exact = torch.linalg.solve(system, grad.t()[:, :, None])[:, :, 0].t()
+    error = (w.grad - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.max() > 0.01
+    assert not solution.backward.converged.all()
+
+
 def test_row_that_others_move_after_it_has_converged_is_inconsistent(kind):
     with torch.no_grad(), pytest.warns(ConvergenceWarning, match="batch='coupled'"):
         solution = deqcore.fixed_point(late, torch.zeros(2, 1), solver=kind(max_steps=200))
