@@ -76,6 +76,8 @@ def decode_image(path: Path, channels: int, size: int, transform: str = "square"
 def decode_file(path: Path, geometry: Geometry, training: bool = False) -> Tensor:
     """`decode_image` with its options in one; `training` keeps the margin of random crops."""
     with _opened(path) as image:
+        if geometry.draft_size is not None:
+            image.draft(None, geometry.draft_size)  # does nothing but for JPEG
         return to_tensor(upright(image), geometry, training)
 
 

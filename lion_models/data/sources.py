@@ -57,6 +57,7 @@ def open_source(
     verify: str = "full",
     levels: Levels | Literal["auto"] | None = "auto",
     classes: tuple[str, ...] | None = None,
+    draft: bool = False,
 ) -> Source:
     """Open the data that `data` names.
 
@@ -74,13 +75,14 @@ def open_source(
         levels: which values of pictures with more than 8 bits are black and white; `auto` finds one
             rule for all files of a folder, None is the rule of `Geometry`.
         classes: of a trained model, of which the data may hold one alone.
+        draft: decode large JPEG files at a part of their size; see `Geometry`.
 
     Raises:
         UserError: the name is neither known nor a folder, a package is missing, or the folder does
             not hold two classes with images.
     """
     given = None if levels == "auto" else levels
-    geometry = Geometry(channels, size, transform, given)
+    geometry = Geometry(channels, size, transform, given, draft)
     checks = FileChecks(bad_files, verify, levels == "auto", classes)
     path = Path(name).expanduser()
     kind, _, rest = name.partition(":")

@@ -36,6 +36,8 @@ _CROPPED = ("fgvc", "fgvc-resized")
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's conversion to grey
+# Pillow averages 2 x 2 pixels or more of what is decoded for each that is shown.
+DRAFT_TIMES = 2
 LONGEST = 4  # times the shorter side; what a cropped picture has beyond is never shown
 
 View = Callable[[Tensor], Tensor]
@@ -52,12 +54,15 @@ class Geometry:
             `fgvc-resized` keep the shape, resize the shorter side to 8/7 S and take the middle.
         levels: which values of pictures with more than 8 bits are black and white; None takes 65535
             for whole numbers, and for floats 1 where none is larger, else 255.
+        draft: decode a JPEG at a half, a quarter or an eighth of its sides, as long as both are
+            twice those of the square or more.
     """
 
     channels: int
     size: int
     transform: str = "square"
     levels: Levels | None = None
+    draft: bool = False
 
     def __post_init__(self) -> None:
         choose("transform", self.transform, TRANSFORMS)
@@ -71,6 +76,12 @@ class Geometry:
     def training_size(self) -> int:
         """R: S, or 8/7 S where training crops at random."""
         return round(self.size * 8 / 7) if self.transform in _CROPPED else self.size
+
+    @property
+    def draft_size(self) -> tuple[int, int] | None:
+        """The least width and height that a JPEG is decoded at; None for its own."""
+        side = DRAFT_TIMES * self.training_size
+        return (side, side) if self.draft else None
 
     def empty(self, training: bool = False) -> Tensor:
         """No image at all: uint8 (0, C, S, S), or R for S in training."""

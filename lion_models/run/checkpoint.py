@@ -49,8 +49,9 @@ class LoadedRun:
     @property
     def geometry(self) -> Geometry:
         """How pictures become its input."""
-        backbone, transform = self.model.backbone, self.config.data.transform
-        return Geometry(backbone.channels, backbone.image_size, transform, self.levels)
+        backbone, data = self.model.backbone, self.config.data
+        shape = backbone.channels, backbone.image_size
+        return Geometry(*shape, data.transform, self.levels, data.draft)
 
 
 def save_checkpoint(

@@ -120,7 +120,7 @@ def export_run(
             "weights_sha256": run.weights,
             "steps": steps if has_steps else None,
             "preprocessing": preprocessing(
-                run.model.backbone, run.config.data.transform, run.levels
+                run.model.backbone, run.config.data.transform, run.levels, run.config.data.draft
             ),
             "input": f"float32 (batch, {', '.join(map(str, pixels.shape[1:]))}) in [0, 1]",
             "compared_images": len(pixels),

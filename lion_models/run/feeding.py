@@ -13,7 +13,10 @@ __all__ = ["example", "preprocessing"]
 
 
 def preprocessing(
-    backbone: FrozenBackbone, transform: str, levels: Levels | None = None
+    backbone: FrozenBackbone,
+    transform: str,
+    levels: Levels | None = None,
+    draft: bool = False,
 ) -> dict[str, Any]:
     """What is done to a picture before the exported network sees it, in the order of the keys.
 
@@ -21,14 +24,16 @@ def preprocessing(
         backbone: takes the pictures.
         transform: how they are fitted to its square; see `Geometry`.
         levels: how its data's pictures of more than 8 bits were read.
+        draft: whether large JPEG files are decoded at a part of their size.
 
     Returns:
-        `orientation`, `bits`, `ground` (the colour under transparency), `mode` (Pillow's name) and
-        `grey_weights`, `longest` (more than so many times the shorter side is cut off the ends),
-        `resize` (before `crop`), `scale`, `layout` and `dtype`. `normalisation` is inside of the
-        network, and said for those who compare.
+        `draft` (the least width and height that a JPEG is decoded at, by halving; None for all of
+        it), `orientation`, `bits`, `ground` (the colour under transparency), `mode` (Pillow's
+        name) and `grey_weights`, `longest` (more than so many times the shorter side is cut off
+        the ends), `resize` (before `crop`), `scale`, `layout` and `dtype`. `normalisation` is
+        inside of the network, and said for those who compare.
     """
-    geometry = Geometry(backbone.channels, backbone.image_size, transform)
+    geometry = Geometry(backbone.channels, backbone.image_size, transform, levels, draft)
     grey, side, keeps = backbone.channels == 1, backbone.image_size, geometry.keeps_shape
     mean, std = (
         list(value) if isinstance(value, tuple) else [value] * backbone.channels
@@ -40,6 +45,7 @@ def preprocessing(
     else:
         resize |= {"height": side, "width": side}
     return {
+        "draft": list(geometry.draft_size) if geometry.draft_size else None,
         "orientation": "exif",
         "bits": _bits(levels),
         "ground": [255, 255, 255],
@@ -71,7 +77,10 @@ from PIL import Image, ImageOps
 
 
 def prepare(path, how):
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.open(path)
+    if how["draft"]:
+        image.draft(None, how["draft"])
+    image = ImageOps.exif_transpose(image).convert("RGBA")
     ground = Image.new("RGBA", image.size, (*how["ground"], 255))
     image = Image.alpha_composite(ground, image).convert(how["mode"])
     if how["crop"]:

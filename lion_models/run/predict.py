@@ -251,6 +251,7 @@ def evaluate_on(
         bad_files=run.config.data.bad_files if bad_files is None else bad_files,
         levels=run.levels,
         classes=run.classes,
+        draft=geometry.draft,
     )
     known = _known_labels(source.classes, run.classes, data)
     all_labels = known[source.labels]

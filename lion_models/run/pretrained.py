@@ -59,7 +59,9 @@ def write_pretrained(folder: Path, run: LoadedRun, pixels: str) -> None:
         "options": {each.name: getattr(config.method, each.name) for each in fields(config.method)},
         "classes": list(run.classes),
         "pixels": pixels,
-        "preprocessing": preprocessing(backbone, config.data.transform, run.levels),
+        "preprocessing": preprocessing(
+            backbone, config.data.transform, run.levels, config.data.draft
+        ),
         "backbone": backbone.describe(),
         "weights": {"file": CHECKPOINT, "sha256": run.weights},
         "parameters": count_parameters(model).to_dict(),

@@ -62,7 +62,7 @@ class Workbench:
         if data.value_range is not None:
             levels = parse_range(data.value_range)
         shape = backbone.channels, backbone.image_size
-        reading = {key: getattr(data, key) for key in ("transform", "bad_files", "verify")}
+        reading = {key: getattr(data, key) for key in ("transform", "bad_files", "verify", "draft")}
 
         def key(rule: object) -> tuple[object, ...]:
             return (data.data, *shape, *reading.values(), rule)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lion_models.backbones import FrozenBackbone, freeze_vit
 from lion_models.data import decode_image
@@ -21,6 +21,7 @@ from lion_models.run.export import export_run
 from lion_models.run.feeding import example, preprocessing
 from lion_models.run.predict import predict
 from tests.support.command import Lion
+from tests.support.pictures import followed
 from tests.support.small import small_vit
 
 TURNED = 6  # EXIF: by 90 degrees
@@ -37,24 +38,6 @@ def photo(tmp_path: Path) -> Path:
     exif[274] = TURNED
     image.save(tmp_path / "photo.png", exif=exif)
     return tmp_path / "photo.png"
-
-
-def followed(path: Path, how: dict[str, Any]) -> np.ndarray:
-    """What the words of a record come to, by who knows nothing else."""
-    image: Image.Image = Image.open(path)
-    assert how["orientation"] == "exif"
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    if how["grey_weights"]:
-        values = np.asarray(image, np.float64) @ np.array(how["grey_weights"])
-        image = Image.fromarray(np.floor(values + 0.5).astype(np.uint8))
-    assert how["resize"]["kernel"] == "bilinear"
-    assert how["resize"]["antialias"]  # as Pillow's
-    size = how["resize"]["width"], how["resize"]["height"]
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    assert how["layout"] == "batch, channel, height, width"
-    pixels = np.asarray(image).reshape(*size[::-1], -1).transpose(2, 0, 1)[None]
-    assert how["normalisation"]["inside"]
-    return (pixels * how["scale"]).astype(how["dtype"])
 
 
 @pytest.mark.parametrize("form", ["torch-export", "onnx"])
