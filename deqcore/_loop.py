@@ -34,12 +34,15 @@ class Problem:
     note of their inputs (running statistics) they note of that last evaluation alone.
 
     Attributes:
+        relative: whether a row's residual is compared with the size of f, which may grow.
         calls: evaluations so far.
         aux: what f returned beside the state at the solution, without a graph, with ``has_aux``.
         f_dtypes: whose rounding bounds the residual, known after the first call: those that f
             returned and, under autocast, the one that it computes in, which the sum with a float32
             input hides. ``f_dtypes`` given at the start are kept.
     """
+
+    relative = True
 
     def __init__(
         self,
@@ -65,12 +68,17 @@ class Problem:
 
     def at_solution(self, z: Tensor, solved: Solved) -> Tensor:
         """f(z) for z = ``solved.value``, which shows whether rows are still what they were."""
+        f = self.evaluate_at_solution(z)
+        with torch.no_grad():
+            solved.check(self, z, f)
+        return f
+
+    def evaluate_at_solution(self, z: Tensor) -> Tensor:
+        """f(z), with what f's modules note of it, and aux."""
         with contextlib.nullcontext() if self.buffers is None else self.buffers.changing():
             f = self.evaluate(z)
         if self.has_aux:
             self.aux, self._needs_aux = pytree.tree_map(_detached, self._latest_aux), False
-        with torch.no_grad():
-            solved.check(self, z, f)
         return f
 
     def finish(self, solved: Solved) -> None:
@@ -135,6 +143,10 @@ class Problem:
         Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps. Without
         ``check``, ``at_solution`` is yet to show whether rows depend on each other.
         """
+        if torch._C._are_functorch_transforms_active():
+            from deqcore._layers import solve_through_layers
+
+            return solve_through_layers(self, z0, solver)
         with graph_free():
             run = Run(self, z0, solver, frozen)
             watch = _EndWatch(run.rows, solver.check_every)
@@ -205,6 +217,8 @@ class Solved:
 
     def with_gradient_of(self, source: Tensor) -> Tensor:
         """``value``, whose gradient goes to ``source`` [B, D] as it is."""
+        if torch._C._are_functorch_transforms_active():
+            return self.value + (source - source.detach())
         value: Tensor = _ValueWithGradientOf.apply(source, self)
         return value
 
@@ -238,7 +252,8 @@ class _ValueWithGradientOf(torch.autograd.Function):
 def _refuse_forward_mode(f: Tensor) -> None:
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(f).tangent is not None:
         raise RuntimeError(
-            "forward-mode differentiation (jvp) of a solve: only adjoint=deqcore.Unrolled() has it"
+            "forward-mode differentiation of a solve: expected torch.func.jvp or jacfwd, got "
+            "torch.autograd.forward_ad, which only adjoint=deqcore.Unrolled() has"
         )
 
 

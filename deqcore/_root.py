@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from deqcore._loop import Problem
 from deqcore._packing import Packing
 from deqcore._status import Status
-from deqcore._transforms import values_are_unknown
+from deqcore._transforms import unwrapped, values_are_unknown
 from deqcore.ops._rows import ACTIVE, BEST, BEST_STEP, FIRST, LATEST, STEPS, Rows, count_active
 from deqcore.solvers.base import StepContext
 
@@ -150,6 +150,7 @@ class RootProblem(Problem):
         g: [B, D], g of the latest evaluation in the caller's units, without a graph.
     """
 
+    relative = False
     g: Tensor
 
     def __init__(
@@ -217,7 +218,8 @@ def packed_scale(scale: Any, packing: Packing, z0: Any, name: str) -> Tensor | N
                 f"{tuple(leaf.shape)}"
             ) from None
     packed = torch.cat(wide, dim=1)
-    if not bool(((packed > 0) & packed.isfinite()).all()):
+    values = unwrapped(packed)
+    if not bool(((values > 0) & values.isfinite()).all()):
         raise ValueError(
             f"{name}: expected positive finite numbers, such as 1 / a component's usual size"
         )

@@ -1,4 +1,4 @@
-"""torch.func and traces around a solve: errors that say what works, not PyTorch's of internals."""
+"""Transforms and traces that a solve cannot serve: errors that say what works."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ import torch
 from torch import Tensor
 
 _MAPPED = (
-    "vmap (or is_grads_batched) over a solve or its backward is not supported: its rows are a "
-    "batch already; make the mapped dimension a part of dim 0 of z0 and of f's inputs, or loop"
+    "vmap over a solve needs adjoint=deqcore.Implicit() or deqcore.Phantom(), whose steps are "
+    "taken outside of it, got Unrolled(); or make the mapped dimension a part of dim 0 of z0 and "
+    "of f's inputs"
 )
-
-
-def refuse_transforms(adjoint: object) -> None:
-    """Raise inside of a transform, through which ``adjoint``'s own graph nodes cannot go."""
-    if not torch._C._are_functorch_transforms_active():
-        return
-    top = torch._C._functorch.peek_interpreter_stack().key()
-    if top == torch._C._functorch.TransformType.Vmap:
-        raise RuntimeError(_MAPPED)
-    raise RuntimeError(
-        "torch.func transforms (grad, vjp, jacrev, jvp) of a solve need "
-        f"adjoint=deqcore.Unrolled(), got {type(adjoint).__name__}; or use torch.autograd"
-    )
+_BATCHED = (
+    "is_grads_batched=True (vectorize=True) over the backward of a solve is not supported: use "
+    "torch.func.jacrev, or torch.func.vmap over torch.autograd.grad, or loop"
+)
 
 
 def values_are_unknown(z0: Tensor) -> bool:
@@ -50,8 +42,15 @@ def refuse_mapped(*tensors: Tensor) -> None:
         return
     for tensor in tensors:
         if torch._C._functorch.is_legacy_batchedtensor(tensor):  # of is_grads_batched
-            raise RuntimeError(_MAPPED)
+            raise RuntimeError(_BATCHED)
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             if torch._C._functorch.is_batchedtensor(tensor):
                 raise RuntimeError(_MAPPED)
             tensor = torch._C._functorch.get_unwrapped(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The values of a tensor in transforms, mapped dimensions included, in any order."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor

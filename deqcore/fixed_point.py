@@ -109,7 +109,7 @@ def fixed_point(
         raise TypeError(f"f: expected a callable, got {type(f).__name__}")
     problem = Problem(f, args, _checked(z0, batch, solver, adjoint), has_aux=has_aux)
     start = problem.packing.pack(z0, "z0")
-    solved, value, record = _solve(problem, start, solver, adjoint, relative=True)
+    solved, value, record = _solve(problem, start, solver, adjoint)
     value = problem.packing.unpack(value, apart=True)
     return Solution.of(solved.report(problem), record, value, problem.aux)
 
@@ -160,7 +160,7 @@ def root(
     u_scale = packed_scale(u_scale, packing, z0, "u_scale")
     f_scale = packed_scale(f_scale, packing, z0, "f_scale")
     problem = RootProblem(g, args, packing, norm, u_scale, f_scale, has_aux)
-    solved, value, record = _solve(problem, problem.pack(z0), solver, adjoint, relative=False)
+    solved, value, record = _solve(problem, problem.pack(z0), solver, adjoint)
     value = problem.unpack(value)
     return Solution.of(solved.report(problem), record, value, problem.aux)
 
@@ -180,7 +180,7 @@ def _checked(z0: Any, batch: str, solver: Solver, adjoint: Adjoint) -> Packing:
 
 
 def _solve(
-    problem: Problem, z0: Tensor, solver: Solver, adjoint: Adjoint, *, relative: bool
+    problem: Problem, z0: Tensor, solver: Solver, adjoint: Adjoint
 ) -> tuple[Solved, Tensor, BackwardRecord]:
     pending.tell()
     record = BackwardRecord()
@@ -195,7 +195,7 @@ def _solve(
         problem.finish(solved)
     finally:
         solving.masks = outer
-    if not unknown:
+    if not unknown and solved.measure is not None:
         wait = solver.check_every > 0
-        warn_of_forward(solved.rows, solved.inconsistent, relative=relative, wait=wait)
+        warn_of_forward(solved.rows, solved.inconsistent, relative=problem.relative, wait=wait)
     return solved, value, record

@@ -56,8 +56,8 @@ class ImplicitLayer(nn.Module):
 
     Attributes:
         report: outcome of the last forward solve (status, residual, steps, evaluations, trace),
-            with ``report.backward`` for its backward solve; None before the first. It holds no
-            graph.
+            with ``report.backward`` for its backward solve; None before the first, and after
+            one under ``torch.func.vmap``. It holds no graph.
     """
 
     def __init__(
@@ -122,7 +122,9 @@ class ImplicitLayer(nn.Module):
                 batch=self.batch,
                 has_aux=self.has_aux,
             )
-        self.report = None if values_are_unknown(solution.status) else solution.report()
+        status = solution.status
+        unknown = values_are_unknown(status) or torch._C._functorch.is_batchedtensor(status)
+        self.report = None if unknown else solution.report()
         return solution.value, solution.aux
 
     @constant_when_traced

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import GradientEdge
 
 Edge = tuple[Any, int]  # a node of autograd's graph, and which of its inputs
@@ -118,7 +120,7 @@ class ThroughSolution(torch.autograd.Function):
             outputs, ctx.graph.z, incoming, retain_graph=True, allow_unused=True
         )
         if again and grad_z is not None:
-            grad_z = not_again(THIRD, grad_z, ctx.graph.f, *incoming)
+            grad_z = not_again(THIRD, grad_z.detach(), ctx.graph.f, *incoming)
         return grad_z, None, None
 
 
@@ -129,18 +131,19 @@ THIRD = (
 
 
 def not_again(message: str, u: Tensor, *sources: Tensor) -> Tensor:
-    """u, of which no gradient can be had by way of what it came from."""
-    once: Tensor = _NotAgain.apply(message, u, *sources)
+    """u, a tensor without a graph of its own, of which no gradient can be had by way of sources."""
+    with enable_single_level_autograd_function():
+        once: Tensor = _NotAgain.apply(message, [u], *sources)  # type: ignore[attr-defined]
     return once
 
 
-class _NotAgain(torch.autograd.Function):
+class _NotAgain(_SingleLevelFunction):
     """Identity whose backward raises, reached from whatever the first gradient depends on."""
 
     @staticmethod
-    def forward(ctx: Any, message: str, u: Tensor, *sources: Tensor) -> Tensor:
+    def forward(ctx: Any, message: str, u: list[Tensor], *sources: Tensor) -> Tensor:
         ctx.message = message
-        return u.view_as(u)
+        return u[0]  # as it is: an operation here would be hidden from outer transforms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

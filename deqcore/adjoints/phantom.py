@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deqcore._loop import Problem, Solved
 from deqcore._solution import BackwardRecord
-from deqcore._transforms import refuse_transforms
 from deqcore.adjoints.base import Adjoint
 from deqcore.solvers import Solver
 from deqcore.solvers._options import options, require_int, require_number
@@ -38,9 +38,7 @@ class Phantom(Adjoint):
     def solve(
         self, problem: Problem, z0: Tensor, solver: Solver, record: BackwardRecord
     ) -> tuple[Tensor, Solved]:
-        if torch.is_grad_enabled():
-            refuse_transforms(self)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             solved = problem.solve(z0, solver)
             return solved.value, solved
         solved = problem.solve(z0, solver, check=False)
