@@ -222,14 +222,23 @@ def told(problem: Problem, solved: Solved, solver: Solver) -> Solved:
     return solved
 
 
-def solve_through_layers(problem: Problem, z0: Tensor, solver: Solver) -> Solved:
-    """``problem.solve(z0, solver)``, whose value is a constant to all transforms."""
+def look_through(problem: Problem) -> None:
+    """Make ``problem.solve`` one without any transform, whose value is a constant to all of them.
 
-    def bottom(problem: Problem, z0: Tensor) -> tuple[Tensor, Solved]:
-        solved = problem.solve(z0, solver)
-        return solved.value, told(problem, solved, solver)
+    An adjoint then needs to know of none, if all it does is to solve and to evaluate f.
+    """
 
-    return through_layers(problem, z0, bottom)[1]
+    def solve(
+        z0: Tensor, solver: Solver, frozen: Tensor | None = None, *, check: bool = True
+    ) -> Solved:
+        def bottom(problem: Problem, z0: Tensor) -> tuple[Tensor, Solved]:
+            solved = problem.solve(z0, solver)
+            return solved.value, told(problem, solved, solver)
+
+        seen: Solved = through_layers(problem, z0, bottom)[1]
+        return seen
+
+    problem.solve = solve  # type: ignore[method-assign]
 
 
 def is_over(leaf: Tensor) -> bool:

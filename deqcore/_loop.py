@@ -143,10 +143,6 @@ class Problem:
         Rows of ``frozen`` (bool [B]) keep their z0 and count as converged in no steps. Without
         ``check``, ``at_solution`` is yet to show whether rows depend on each other.
         """
-        if torch._C._are_functorch_transforms_active():
-            from deqcore._layers import solve_through_layers
-
-            return solve_through_layers(self, z0, solver)
         with graph_free():
             run = Run(self, z0, solver, frozen)
             watch = _EndWatch(run.rows, solver.check_every)

@@ -204,3 +204,15 @@ def test_cells_with_masked_weights_have_the_second_derivatives_of_dense_ones():
     theirs = second_derivatives(solved(dense, Unrolled()), (x, values))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_phantom_has_the_second_derivative_of_its_steps():
+    leaves, phantom = inputs(3, 3, seed=10), deqcore.Phantom(steps=2)
+
+    def two_steps(*leaves):
+        z = solution_of(*leaves).detach()
+        return coupled_elements(coupled_elements(z, *leaves), *leaves)
+
+    ours = second_derivatives(lambda *leaves: solution_of(*leaves, adjoint=phantom), leaves)
+    for one, other in zip(ours, second_derivatives(two_steps, leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)

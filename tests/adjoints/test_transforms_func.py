@@ -351,3 +351,32 @@ def test_default_solvers_in_single_precision():
     theirs = grad(loss_of(UNROLLED), ALL)(*[leaf.double() for leaf in leaves])
     for one, other in zip(grad(loss_of(solved), ALL)(*leaves), theirs, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("adjoint", [Phantom(), Unrolled()], ids=["Phantom", "Unrolled"])
+def test_steps_that_autograd_follows_have_what_it_has(adjoint):
+    """A mapped backward, autograd twice inside of a transform, and a third derivative."""
+    solved, leaves = with_adjoint(adjoint), inputs()
+    value = solved(*leaves)
+    basis = torch.eye(4, dtype=torch.float64).view(4, 2, 2)
+
+    def backward(g):
+        return torch.autograd.grad(value, leaves, g, retain_graph=True)
+
+    rows = [torch.stack(r) for r in zip(*(backward(g) for g in basis), strict=True)]
+    check_close(vmap(backward)(basis), rows)
+
+    def penalty(x):
+        (slope,) = torch.autograd.grad(solved(x, *leaves[1:]).pow(3).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    (expected,) = torch.autograd.grad(penalty(leaves[0]), leaves[0])
+    check_close(grad(penalty)(leaves[0].detach()), expected)
+
+    w = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    slope = deqcore.fixed_point(
+        lambda z: 0.5 * z + w**3, torch.zeros_like(w), solver=TIGHT, adjoint=adjoint
+    ).value
+    for _ in range(3):
+        (slope,) = torch.autograd.grad(slope.sum(), w, create_graph=True)
+    check_close(slope, torch.full_like(w, 6.0 if isinstance(adjoint, Phantom) else 12.0))
