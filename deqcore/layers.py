@@ -12,6 +12,7 @@ from deqcore._layer_call import attribute_names
 from deqcore._layer_graphs import LayerGraphs, zeros_like
 from deqcore._layer_op import call_op, has_an_op, numbered
 from deqcore._packing import Packing, is_coupled
+from deqcore._sharded import refuse_sharded
 from deqcore._solution import Solution, SolveReport
 from deqcore._transforms import values_are_unknown
 from deqcore.adjoints import Adjoint, Implicit
@@ -53,6 +54,9 @@ class ImplicitLayer(nn.Module):
 
     ``torch.export.export(layer, ...)`` takes the steps of a solver with ``check_every=0``, all of
     them: see ``deqcore.fixed_point``.
+
+    Raises:
+        RuntimeError: in forward, the cell or a part of it is sharded by FSDP; shard the layer.
 
     Attributes:
         report: outcome of the last forward solve (status, residual, steps, evaluations, trace),
@@ -108,6 +112,7 @@ class ImplicitLayer(nn.Module):
     )
     def _solve(self, z0: Any, args: tuple[Any, ...], replay: bool = True) -> tuple[Any, Any]:
         """(value, aux) of ``self(*args, z0=z0)``, never traced; recordings only with ``replay``."""
+        refuse_sharded(self.cell)
         solution: Solution | None = None
         is_replica = "_is_replica" in vars(self)  # of nn.DataParallel
         if replay and self.capture and not self.has_aux and not is_replica:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -102,3 +103,16 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path):
             rank.kill()
     for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, output
+
+
+def test_a_sharded_cell_would_wait_for_ever_and_is_an_error():
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = deqcore.ImplicitLayer(nn.Sequential(nn.Linear(4, 4)))
+        fully_shard(layer.cell[0], mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.raises(RuntimeError, match=r"cell\.0 is sharded.*fully_shard on the Implicit"):
+            layer(torch.randn(2, 4))
+    finally:
+        dist.destroy_process_group()
