@@ -21,7 +21,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
        vertical-align: top; overflow-wrap: anywhere }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-img.wide { max-width: 100%; height: auto }
+img.wide, svg { max-width: 100%; height: auto }
 .mistakes { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 0; width: 9rem; overflow-wrap: anywhere; font-size: 13px }
 figure img { width: 8rem; image-rendering: pixelated; border: 1px solid #ccc }
@@ -65,6 +65,7 @@ def write_page(
     parts.append(_section("Options", _table(("option", "value"), rows)))
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
@@ -146,7 +147,8 @@ def _reliability(calibration: Mapping[str, Any]) -> str:
     shapes.append(f'<text x="14" y="{side / 2}" text-anchor="middle" '
                   f'transform="rotate(-90 14 {side / 2})">accuracy</text>')  # fmt: skip
     svg = (
-        f'<svg width="{left + side + 20}" height="{side + below}" font-size="12" role="img" '
+        f'<svg width="{left + side + 20}" viewBox="0 0 {left + side + 20} {side + below}" '
+        'font-size="12" role="img" '
         f'aria-label="reliability diagram">{"".join(shapes)}</svg>'
     )
     rows = [

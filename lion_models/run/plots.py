@@ -188,7 +188,12 @@ def dress(axis: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
     axis.set_ylabel(y)
     quiet_grid(axis)
     if x in ("epoch", "solver step"):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        low, high = axis.get_xlim()
+        if high - low < 1:  # one epoch alone, which is no line and has no whole number beside it
+            axis.set_xlim(low - 0.5, high + 0.5)
+            for line in axis.lines:
+                line.set_marker("o")
     if legend:
         axis.legend(fontsize=8, frameon=False)
 

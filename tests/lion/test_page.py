@@ -12,6 +12,7 @@ import torch
 
 from lion_models.run import RunConfig
 from lion_models.run.page import write_page
+from lion_models.run.plots import dress, new_figure
 from lion_models.run.reliability import (
     calibration,
     confused_pairs,
@@ -98,3 +99,18 @@ def test_the_best_five_and_the_confused_pairs():
         ("a", "b", 3), ("c", "b", 3), ("b", "a", 1),
     ]  # fmt: skip
     assert pairs[1]["share"] == 0.75
+
+
+def test_a_phone_shows_the_page_in_its_own_width(trained: Path):
+    assert 'name="viewport" content="width=device-width' in (trained / "report.html").read_text()
+
+
+def test_a_run_of_one_epoch_is_drawn_as_a_dot_with_whole_numbers():
+    figure, [[axis]] = new_figure(4, 3)
+    axis.plot([1], [50.0], label="validation")
+    dress(axis, "Accuracy", "epoch", "accuracy (%)")
+    figure.canvas.draw()
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    assert ticks == [1]
+    assert axis.lines[0].get_marker() == "o"
