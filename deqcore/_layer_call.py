@@ -80,7 +80,7 @@ class Filling:
 
 
 def refilled(tree: Any, tensors: list[Tensor]) -> Any:
-    """``tree`` with these tensors in place of its own; traced, unlike :class:`Filling`."""
+    """``tree`` with these tensors in place of its own; traced, unlike ``Filling``."""
     if isinstance(tree, Tensor):
         return tensors.pop(0)
     if type(tree) in (list, tuple):

@@ -162,7 +162,7 @@ class _Run:
         )
 
     def now(self) -> list[Tensor]:
-        """What the cell may have changed, within :meth:`cell`."""
+        """What the cell may have changed, within ``cell``."""
         return [self.own[i].place[self.own[i].name].detach() for i in self.call.updated]
 
     @contextlib.contextmanager
@@ -185,7 +185,7 @@ class _Run:
 
     @contextlib.contextmanager
     def masks_of(self, generator: Tensor) -> Iterator[None]:
-        """A solve that draws the masks of the one before which :meth:`generator` was called."""
+        """A solve that draws the masks of the one before which ``generator`` was called."""
         device = self.tensors[0].device
         with contextlib.ExitStack() as stack:
             stack.enter_context(solve_of({}))

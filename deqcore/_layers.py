@@ -99,7 +99,7 @@ class Layer:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Within :meth:`left`."""
+        """Within ``left``."""
         _functorch.push_dynamic_layer_stack(self._layer)
         try:
             yield
