@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from deqcore import _layers
+from deqcore import _transform_layers
 from deqcore._checks import warn_of_forward
 from deqcore._compile import never_traced
 from deqcore._loop import Problem, Solved
@@ -189,8 +189,8 @@ def _solve(
     if unknown:
         refuse_steps_by_values(solver.check_every)
         adjoint = Unrolled()  # whose steps are PyTorch's own operations
-    if _layers.are_active():
-        _layers.look_through(problem)
+    if _transform_layers.are_active():
+        _transform_layers.look_through(problem)
     outer = solving.masks
     solving.masks = masks_of_solve()
     try:

@@ -14,12 +14,12 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction, _SingleLevelFunction
 
-from deqcore import _layers
-from deqcore._layers import Layer
+from deqcore import _transform_layers
 from deqcore._loop import Problem, Solved
 from deqcore._notices import pending
 from deqcore._packing import Packing
 from deqcore._solution import BackwardRecord
+from deqcore._transform_layers import Layer
 from deqcore._transforms import refuse_mapped
 from deqcore.adjoints._linear import graph_leaves, graph_nodes, vector_jacobian
 from deqcore.adjoints._saved import SavedOnce
@@ -42,14 +42,14 @@ def solve_with_gradient(
     adjoint: Implicit, problem: Problem, z0: Tensor, solver: Solver, record: BackwardRecord
 ) -> tuple[Tensor, Solved]:
     """A solution [B, D] and its gradients and tangents, of any transform that is active."""
-    if not _layers.are_active():
+    if not _transform_layers.are_active():
         return _solve(adjoint, solver, record, problem, z0)
 
     def bottom(problem: Problem, z0: Tensor) -> tuple[Tensor, Solved]:
         value, solved = _solve(adjoint, solver, record, problem, z0)
-        return value, _layers.told(problem, solved, solver)
+        return value, _transform_layers.told(problem, solved, solver)
 
-    return _layers.through_layers(problem, z0, bottom, _Attach(adjoint, record))
+    return _transform_layers.through_layers(problem, z0, bottom, _Attach(adjoint, record))
 
 
 def _solve(
@@ -106,9 +106,9 @@ class LinearProblem:
             return _functorch.unwrap_if_dead(vector_jacobian(self.f, self.z, u, create_graph=again))
 
         problem = Problem(product, (), Packing.of(grad), self.f_dtypes)
-        alive = self.level == BASE or not _layers.is_over(self.z)
+        alive = self.level == BASE or not _transform_layers.is_over(self.z)
         attach = _Attach(self.adjoint, self.record, linear=True, closed=self if alive else None)
-        return _layers.through_layers(problem, grad, attach.linear_bottom, attach)[0]
+        return _transform_layers.through_layers(problem, grad, attach.linear_bottom, attach)[0]
 
     def with_graph(self, u: Tensor, grad: Tensor) -> Tensor:
         """u, once differentiable: du = dg + d(J^T u), with all that J depends on."""
@@ -167,7 +167,7 @@ class ImplicitGradient(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if _layers.are_active():
+        if _transform_layers.are_active():
             return ctx.linear.solve_transformed(grad), None, None
         refuse_mapped(grad)
         u = ctx.linear.solve(grad.detach())
@@ -199,8 +199,8 @@ class _Attach:
             return self._with_tangent(layer, problem, value, start)
         if not layer.is_gradient or not torch.is_grad_enabled():
             return value
-        leaf = _layers.leaf_of(layer, value)
-        here = _layers.wrapped(layer, value)
+        leaf = _transform_layers.leaf_of(layer, value)
+        here = _transform_layers.wrapped(layer, value)
         return self._with_gradient(problem, leaf, here, start, layer.level)
 
     def linear_bottom(self, problem: Problem, start: Tensor) -> tuple[Tensor, None]:
@@ -233,14 +233,14 @@ class _Attach:
 
     def _with_tangent(self, layer: Layer, problem: Problem, value: Tensor, start: Tensor) -> Tensor:
         """v = df + J v, by the same means as a gradient."""
-        tangent = _layers.tangent_outside(layer, self._image(problem, value, start))
+        tangent = _transform_layers.tangent_outside(layer, self._image(problem, value, start))
         if tangent is None:
             return value
         product = problem if self.linear else _jacobian_vector(layer, problem, value)
         with layer.left():
-            product = _layers.Outside(product, layer, value)
+            product = _transform_layers.Outside(product, layer, value)
             attach = replace(self, linear=True, closed=None)
-            v, _ = _layers.through_layers(product, tangent, attach.linear_bottom, attach)
+            v, _ = _transform_layers.through_layers(product, tangent, attach.linear_bottom, attach)
         dual: Tensor = forward_ad.make_dual(value, v)
         return dual
 
@@ -251,8 +251,8 @@ def _jacobian_vector(layer: Layer, problem: Problem, value: Tensor) -> Problem:
     Forward mode cannot be told of v alone: f has tangents of its own.
     """
     with torch.enable_grad():
-        z = _layers.leaf_of(layer, value)
-        u = _layers.leaf_of(layer, torch.zeros_like(z))
+        z = _transform_layers.leaf_of(layer, value)
+        u = _transform_layers.leaf_of(layer, torch.zeros_like(z))
         product = vector_jacobian(problem(z), z, u, create_graph=True)
 
     def jacobian_vector(v: Tensor) -> Tensor:
