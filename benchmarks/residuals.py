@@ -82,20 +82,23 @@ def traces(problem: Problem, solver: deqcore.Solver) -> Tensor:
 def draw_residuals(path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(PROBLEMS), sharey=True)
-    for axis, (title, make) in zip(axes, PROBLEMS.items(), strict=True):
+    figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)  # four in a row are too small on a phone
+    for axis, (title, make) in zip(axes.flat, PROBLEMS.items(), strict=True):
         for name, (solver, colour) in SOLVERS.items():
             rows = traces(make(), solver)
             middle, steps = rows.median(0).values, range(1, rows.shape[1] + 1)
             axis.fill_between(steps, rows.amin(0), rows.amax(0), color=colour, alpha=0.15, lw=0)
             axis.plot(steps, middle, color=colour, label=name)
         axis.axhline(1e-4, color="black", lw=0.7, ls=":")
-        axis.set(title=title, xlabel="evaluations of f", yscale="log", xlim=(1, MOST))
+        axis.set(title=title, yscale="log", xlim=(1, MOST))
         axis.set_ylim(1e-12, 10)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("relative residual")
-    axes[0].legend(fontsize=8, loc="lower right")
+    for axis in axes[-1]:
+        axis.set_xlabel("evaluations of f")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("relative residual")
+    axes[0, 0].legend(fontsize=8, loc="lower right")
     save_figure(path, figure)
 
 
