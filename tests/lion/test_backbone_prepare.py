@@ -84,7 +84,10 @@ def test_weights_are_fetched_once_and_then_loaded_without_the_package(
 
 
 def test_what_cannot_be_fetched_says_why(lion: Lion, alone: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
+    def none_is_there(name: str) -> None:
+        raise packaged.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packaged.metadata, "distribution", none_is_there)
     assert "this Python has no pip" in lion("backbone", "prepare", NAME).err
     assert "did you mean 'efficientnet-lite0'?" in lion("backbone", "prepare", "efficientnet").err
     assert "is a part of this package" in lion("backbone", "prepare", "tiny-vit").out

@@ -64,9 +64,9 @@ def test_equal_classes_show_one(lion: Lion, trained: Path):
 
 
 def cell(method: str, balanced: float | None) -> dict[str, object]:
-    return {"method": method, "test_accuracy": 0.81, "validation_accuracy": 0.8, "trained": 4620,
-            "without_head": 0, "kept": 4620, "kept_without_head": 0, "nonzero_without_head": 0,
-            "seconds": 1.0, "solver_steps": None,
+    return {"method": method, "seed": 1, "test_accuracy": 0.81, "validation_accuracy": 0.8,
+            "trained": 4620, "without_head": 0, "kept": 4620, "kept_without_head": 0,
+            "nonzero_without_head": 0, "seconds": 1.0, "solver_steps": None,
             **({} if balanced is None else {"test_balanced_accuracy": balanced})}  # fmt: skip
 
 
