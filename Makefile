@@ -43,7 +43,7 @@ test: setup
 
 # Left out: what has no kernels, or looks at something else than what they compute.
 NOT_REF := benchmarks build docs ops lion cuda solvers/test_newton_krylov.py adjoints/test_export.py test_imports.py \
-    test_peers.py test_repository.py test_examples.py
+    adjoints/test_compiled_layers.py adjoints/test_distributed.py test_peers.py test_repository.py test_examples.py
 test-ref: setup
 	DEQCORE_KERNELS=reference $(PYTEST) tests $(addprefix --ignore=tests/,$(NOT_REF))
 
