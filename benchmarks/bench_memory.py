@@ -13,6 +13,7 @@ from torch import Tensor
 
 import deqcore
 from benchmarks.harness import Report, Result, peak_bytes
+from benchmarks.peers import torchdeq_step
 
 BATCH, DIM, HISTORY = 16, 4096, 5
 STEPS = (5, 10, 20, 40, 80)
@@ -44,7 +45,7 @@ def measure(steps: int) -> list[Result]:
     peaks = {
         "Implicit": _ours(cell, x, solver, deqcore.Implicit(solver=solver, on_failure="ignore")),
         "Unrolled": _ours(cell, x, solver, deqcore.Unrolled()),
-        "torchdeq m=6, implicit": _torchdeq(cell, x, steps),
+        "torchdeq m=6, implicit": torchdeq_step(cell, x, steps),
     }
     states = {name: peak_bytes(step) / (4 * BATCH * DIM) for name, step in peaks.items()}
     ours = states.pop("Implicit")
@@ -62,18 +63,3 @@ def _ours(
 ) -> Callable[[], object]:
     layer = deqcore.ImplicitLayer(cell, solver=solver, adjoint=adjoint)
     return lambda: layer(x).square().mean().backward()
-
-
-def _torchdeq(cell: Cell, x: Tensor, steps: int) -> Callable[[], object]:
-    from torchdeq import get_deq
-
-    solve = get_deq(
-        f_solver="anderson", b_solver="anderson", f_max_iter=steps, b_max_iter=steps,
-        f_tol=0.0, b_tol=0.0, ift=True,
-    )  # fmt: skip
-
-    def step() -> None:
-        values, _ = solve(lambda z: cell(z, x), torch.zeros_like(x))
-        values[-1].square().mean().backward()
-
-    return step

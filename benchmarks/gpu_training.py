@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import deqcore
 from benchmarks.gpu_bench import Bench
+from benchmarks.peers import torchdeq_step
 
 EVALUATIONS = 24  # of the cell, forward, and as many of its derivative backward
 
@@ -53,7 +54,7 @@ def bench_training(bench: Bench) -> None:
         with torch.enable_grad():
             contestants = {
                 "deqcore": our_step(cell, x),
-                "torchdeq": torchdeq_step(cell, x),
+                "torchdeq": torchdeq_step(cell, x, EVALUATIONS),
             }
             gates = {} if gate is None else {"torchdeq": gate}
             bench.compare(f"G7 training step {name}", contestants, gates)
@@ -68,20 +69,5 @@ def our_step(cell: nn.Module, x: Tensor) -> Callable[[], None]:
     def step() -> None:
         value = layer(x)
         value.square().mean().backward()
-
-    return step
-
-
-def torchdeq_step(cell: nn.Module, x: Tensor) -> Callable[[], None]:
-    from torchdeq import get_deq
-
-    solve = get_deq(
-        f_solver="anderson", b_solver="anderson", f_max_iter=EVALUATIONS, b_max_iter=EVALUATIONS,
-        f_tol=0.0, b_tol=0.0, ift=True,
-    )  # fmt: skip
-
-    def step() -> None:
-        values, _ = solve(lambda z: cell(z, x), torch.zeros_like(x))
-        values[-1].square().mean().backward()
 
     return step

@@ -25,6 +25,24 @@ def torchdeq_broyden(f: Callable[[Tensor], Tensor], z0: Tensor, steps: int) -> T
     return value
 
 
+def torchdeq_step(
+    cell: Callable[[Tensor, Tensor], Tensor], x: Tensor, evaluations: int
+) -> Callable[[], None]:
+    """A training step with torchdeq 0.1.0's implicit gradient, as its users write it."""
+    from torchdeq import get_deq
+
+    solve = get_deq(
+        f_solver="anderson", b_solver="anderson", f_max_iter=evaluations, b_max_iter=evaluations,
+        f_tol=0.0, b_tol=0.0, ift=True,
+    )  # fmt: skip
+
+    def step() -> None:
+        values, _ = solve(lambda z: cell(z, x), torch.zeros_like(x))
+        values[-1].square().mean().backward()
+
+    return step
+
+
 class LeanAnderson:
     """Incremental Gram row, one batched solve, no statistics, no safety: an honest lower bound."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ __all__ = ["SolvedModule", "Solver"]
 Solver: TypeAlias = deqcore.Anderson | deqcore.Broyden | deqcore.Picard
 
 
-class SolvedModule(nn.Module):
+class SolvedModule(nn.Module, ABC):
     """A module around one equilibrium z* = cell(z*, u).
 
     The gradient is that of the equilibrium (implicit function theorem), so memory does not grow
@@ -49,9 +50,9 @@ class SolvedModule(nn.Module):
             z = self.layer.cell(z, injected)
         return z
 
+    @abstractmethod
     def injected(self, source: Tensor) -> Tensor:
         """What drives the equilibrium, made of what drives the module."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def residual_trace(self, source: Tensor) -> Tensor | None:

@@ -195,53 +195,6 @@ def test_a_failed_backward_warns_under_activation_checkpointing():
         checkpoint(block, w, use_reentrant=False).sum().backward()
 
 
-def test_a_fallback_on_one_rank_leaves_both_with_the_mean_gradient(tmp_path):
-    """DDP: only rank 0 has rows that need it, and no rank waits for the other's."""
-    script = tmp_path / "rank.py"
-    script.write_text(
-        textwrap.dedent("""
-        import os, sys, torch, deqcore
-        import torch.distributed as dist
-        from deqcore import Broyden, Implicit, Picard
-        torch.set_num_threads(1)
-        rank = int(sys.argv[1])
-        store = "file://" + sys.argv[2]
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-        class Layer(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-            def forward(self, factors):
-                return deqcore.fixed_point(
-                    lambda z: factors * z + self.w, torch.zeros_like(factors), solver=Broyden(
-                        rtol=1e-12, atol=1e-13, max_steps=60),
-                    adjoint=Implicit(
-                        solver=Picard(rtol=1e-10, atol=0.0, max_steps=90), on_failure="fallback"),
-                ).value
-        model = torch.nn.parallel.DistributedDataParallel(Layer())
-        factors = torch.tensor([[[3.0, -3.0, 0.5]], [[0.1, 0.2, 0.3]]], dtype=torch.float64)
-        model(factors[rank]).sum().backward()
-        exact = (1 / (1 - factors)).mean(0)[0]
-        torch.testing.assert_close(model.module.w.grad, exact, rtol=1e-8, atol=1e-8)
-        dist.destroy_process_group()
-    """)
-    )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
-
-
 def test_a_policy_of_another_name_is_refused():
     with pytest.raises(
         ValueError, match="on_failure must be 'warn', 'raise', 'fallback' or 'ignore'"

@@ -52,6 +52,17 @@ def check_close(ours, theirs):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
+def check_mapped_backward(value, leaves):
+    """vmap over the rows of a basis gives what one backward a row gives."""
+    basis = torch.eye(value.numel(), dtype=value.dtype).view(-1, *value.shape)
+
+    def backward(g):
+        return torch.autograd.grad(value, leaves, g, retain_graph=True)
+
+    rows = [torch.stack(r) for r in zip(*(backward(g) for g in basis), strict=True)]
+    check_close(vmap(backward)(basis), rows)
+
+
 IMPLICIT = with_adjoint(Implicit(solver=TIGHT))
 UNROLLED = with_adjoint(Unrolled())
 ALL = (0, 1, 2)
@@ -194,13 +205,7 @@ def test_an_ensemble_of_layers_trains_by_backward():
 def test_vmap_of_a_backward_through_an_eager_solve():
     leaves = inputs()
     value = IMPLICIT(*leaves)
-    basis = torch.eye(4, dtype=torch.float64).view(4, 2, 2)
-
-    def backward(g):
-        return torch.autograd.grad(value, leaves, g, retain_graph=True)
-
-    rows = [torch.stack(r) for r in zip(*(backward(g) for g in basis), strict=True)]
-    check_close(vmap(backward)(basis), rows)
+    check_mapped_backward(value, leaves)
 
 
 def test_jacobians_of_layers_train_parameters_by_backward():
@@ -358,13 +363,7 @@ def test_steps_that_autograd_follows_have_what_it_has(adjoint):
     """A mapped backward, autograd twice inside of a transform, and a third derivative."""
     solved, leaves = with_adjoint(adjoint), inputs()
     value = solved(*leaves)
-    basis = torch.eye(4, dtype=torch.float64).view(4, 2, 2)
-
-    def backward(g):
-        return torch.autograd.grad(value, leaves, g, retain_graph=True)
-
-    rows = [torch.stack(r) for r in zip(*(backward(g) for g in basis), strict=True)]
-    check_close(vmap(backward)(basis), rows)
+    check_mapped_backward(value, leaves)
 
     def penalty(x):
         (slope,) = torch.autograd.grad(solved(x, *leaves[1:]).pow(3).sum(), x, create_graph=True)
