@@ -7,7 +7,7 @@ JOBS   ?= 2
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 # One thread a worker, so that two workers share two cores; tests of threads ask for two themselves.
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope \
               --no-loadscope-reorder --durations=25 --durations-min=2
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
@@ -42,10 +42,10 @@ test: setup
 	$(MAKE) test-ref test-portable
 
 # Left out: what has no kernels, or looks at something else than what they compute.
-NOT_REF := benchmarks build docs ops lion cuda solvers/test_newton_krylov.py adjoints/test_export.py test_imports.py \
+NOT_REF := benchmarks build docs faults ops lion cuda solvers/test_newton_krylov.py adjoints/test_export.py test_imports.py \
     adjoints/test_compiled_layers.py adjoints/test_distributed.py test_peers.py test_repository.py test_examples.py
 test-ref: setup
-	DEQCORE_KERNELS=reference $(PYTEST) tests $(addprefix --ignore=tests/,$(NOT_REF))
+	DEQCORE_KERNELS=reference HYPOTHESIS_PROFILE=brief $(PYTEST) tests $(addprefix --ignore=tests/,$(NOT_REF))
 
 test-portable: setup
 	DEQCORE_CPU_ISA=portable $(PYTEST) tests/ops -k "not emulated"
@@ -56,8 +56,9 @@ emulation: setup
 
 # nvcc alone: registers, shared memory and spills of each kernel. Then the extension, against a CUDA
 # build of torch in an environment of its own (6 GB). Neither needs a GPU.
+ARCHITECTURES ?= 80 90
 cuda-kernels: setup
-	$(BIN)/python tools/cuda_build.py --only kernels
+	$(BIN)/python tools/cuda_build.py --only kernels --architectures $(ARCHITECTURES)
 
 cuda-build: setup
 	$(BIN)/python tools/cuda_build.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.support.kernels import Kernels, named_kernels  # noqa: E402  (after i
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **_COMMON)
+settings.register_profile("brief", max_examples=8, derandomize=True, database=None, **_COMMON)
 settings.register_profile("thorough", max_examples=400, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -60,26 +62,34 @@ def kernels_anywhere(request: pytest.FixtureRequest) -> Kernels:
     return named_kernels(request.param)
 
 
-# What two workers (pytest -n 2 --dist loadgroup --no-loadscope-reorder) take in turn: a file, whose
+# What two workers (pytest -n 2 --dist loadscope --no-loadscope-reorder) take in turn: a file, whose
 # fixtures one of them makes then, or a folder that makes one installation for all its files. What
 # takes longest comes first, so that none is left alone with it at the end.
 _FIRST = ("build", "cuda", "lion")
 _ONE_WORKER = ("build",)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    root = Path(__file__).parent
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = _scope(item.nodeid)[1]
+        return _FIRST.index(folder) if folder in _FIRST else len(_FIRST)
 
-    def folder(item: pytest.Item) -> str:
-        return item.path.relative_to(root).parts[0]
-
-    items.sort(key=lambda item: _FIRST.index(folder(item)) if folder(item) in _FIRST else 9)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = folder(item) if folder(item) in _ONE_WORKER else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=place)
 
 
-@pytest.fixture(autouse=True)
-def _same_seed() -> None:
-    torch.manual_seed(0)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, folder = _scope(nodeid)
+            return folder if folder in _ONE_WORKER else file
+
+    return ByFile(config, log)
+
+
+def _scope(nodeid: str) -> tuple[str, str]:
+    """A test's file, and the folder of tests/ that it is in."""
+    file = nodeid.split("::")[0]
+    return file, Path(file).parent.name

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,11 @@ def test_what_tests_of_a_wheel_import_is_copied_beside_them() -> None:
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     copied = re.search(r"cp -r (.*) elsewhere/", workflow)[1]
     assert wanted <= set(copied.split())
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
+    """pytest's own list of folders to leave out has "build", one of ours."""
+    left_out = pytestconfig.getini("norecursedirs")
+    names = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert "build" in names
+    assert not [name for name in names for pattern in left_out if fnmatch(name, pattern)]

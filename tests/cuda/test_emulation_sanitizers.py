@@ -19,7 +19,8 @@ from tests.support.step_cases import StepCase, anderson_case, broyden_case
 from tools import emulation
 from tools.emulation import ROOT, EmulationError, Emulator
 
-SEEDS = {"address_program": range(4), "thread_program": range(2)}
+# Orders of the threads. ThreadSanitizer sees what barriers do not order in any one of them.
+SEEDS = {"address_program": range(4), "thread_program": range(1)}
 NARROW = torch.bfloat16
 CASES = {  # op, path, batch, dim, memory, dtype, seed, and the history's dtype where it is not x's
     "anderson warp": ("anderson_step", "warp", 6, 130, 5, torch.float32, 11),
