@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import MappingProxyType
@@ -90,9 +91,18 @@ def register(
         model: the class of its classifiers.
         recipe: chosen on validation data; None means the one that suits most.
         colour: in every picture; None takes one that no other method has.
+
+    Raises:
+        TypeError: the configuration has options and is no dataclass.
     """
 
     def decorate(config: _Config) -> _Config:
+        own = inspect.get_annotations(config)
+        if own and "__dataclass_params__" not in vars(config):
+            raise TypeError(
+                f"register({name!r}): expected a dataclass, got {config.__name__}, whose "
+                f"{', '.join(own)} would be lost; put @dataclass(frozen=True) below @register"
+            )
         config.name, config.model = name, model
         config.recipe = Recipe() if recipe is None else recipe
         taken = {each.colour for each in _methods.values()}

@@ -156,6 +156,15 @@ def shift() -> Iterator[type[MethodConfig]]:
     del _methods["shift"]
 
 
+def test_options_that_no_dataclass_would_keep_are_refused():
+    class Careless(MethodConfig):
+        shift_scale: float = option(1.0, "Of the shift.", above=0)
+
+    with pytest.raises(TypeError, match="shift_scale would be lost; put @dataclass"):
+        register("careless", TunedClassifier)(Careless)
+    assert "careless" not in METHODS
+
+
 def test_registered_method_is_trained_compared_and_drawn(
     lion: Lion, shift: type[MethodConfig], image_folder: Path, backbone_file: Path, tmp_path: Path
 ):
