@@ -62,6 +62,12 @@ def kernels_anywhere(request: pytest.FixtureRequest) -> Kernels:
     return named_kernels(request.param)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 # What two workers (pytest -n 2 --dist loadscope --no-loadscope-reorder) take in turn: a file, whose
 # fixtures one of them makes then, or a folder that makes one installation for all its files. What
 # takes longest comes first, so that none is left alone with it at the end.
