@@ -20,6 +20,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 62rem; mar
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
        vertical-align: top; overflow-wrap: anywhere }
+td.n, th { overflow-wrap: normal } td.n { white-space: nowrap }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 img.wide, svg { max-width: 100%; height: auto }
 .mistakes { display: flex; flex-wrap: wrap; gap: 1rem }

@@ -110,6 +110,7 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
     figure.suptitle(f"Validation accuracy (%){lettering(where)}, {about}")
     by_run = {cell["run"]: cell.get("validation_accuracy") for cell in content["cells"]}
     for row, condition in enumerate(conditions):
+        dotted: list[Axes] = []  # on one scale, so that methods can be compared
         for column, method in enumerate(methods):
             axis = panels[row][column]
             settings = groups.get((condition, method))
@@ -121,8 +122,11 @@ def plot_sweep(path: Path, content: dict[str, Any]) -> None:
             keys = _varying(settings)
             if len(keys) == 2:
                 _heat_map(axis, settings, keys)
-            else:
-                _dots(axis, settings, keys, by_run)
+                continue
+            if dotted:
+                axis.sharex(dotted[0])
+            dotted.append(axis)
+            _dots(axis, settings, keys, by_run)
     save_figure(path, figure)
 
 
