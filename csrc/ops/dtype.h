@@ -74,6 +74,14 @@ DEQCORE_HD_ALWAYS float to_compute(BFloat16 value) {
   return out;
 }
 
+#if !defined(__CUDACC__)
+#if defined(__aarch64__)
+using HostHalf = __fp16;  // GCC knows _Float16 in C++ from version 13 on
+#else
+using HostHalf = _Float16;
+#endif
+#endif
+
 DEQCORE_HD_ALWAYS float to_compute(Half value) {
 #if defined(__CUDA_ARCH__)
   float out;
@@ -82,7 +90,7 @@ DEQCORE_HD_ALWAYS float to_compute(Half value) {
 #elif defined(__CUDACC__)
   return 0.0f;  // nvcc's host pass: never run
 #else
-  _Float16 half;
+  HostHalf half;
   memcpy(&half, &value.bits, sizeof(half));
   return static_cast<float>(half);
 #endif
@@ -111,7 +119,7 @@ DEQCORE_HD_ALWAYS S from_compute(X value) {
 #if defined(__CUDA_ARCH__)
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
 #elif !defined(__CUDACC__)
-    const _Float16 half = static_cast<_Float16>(value);
+    const HostHalf half = static_cast<HostHalf>(value);
     memcpy(&out.bits, &half, sizeof(half));
 #endif
     return out;
