@@ -138,8 +138,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 f"{path}: a TIFF of a kind that is not read (bits, bands or compression); save it "
                 "with 8 or 16 bits, or in grey with floats of 32 bits"
             ) from error
+        size = path.stat().st_size
+        content = f"{size} bytes of something else" if size else "an empty file"
         raise UserError(
-            f"{path}: not an image ({path.stat().st_size} bytes of something else); "
+            f"{path}: not an image ({content}); "
             "expected PNG, JPEG or another raster format; remove or replace it"
         ) from error
     except Image.DecompressionBombError as error:

@@ -104,8 +104,8 @@ def open_source(
     if path.exists():
         raise UserError(
             f"`data`: '{name}' is a file; expected a folder with one sub-folder of "
-            "images per class, a zip file of one, or a CSV file of paths and labels (for single "
-            "files use 'lion predict')"
+            "images per class, a zip file of one, or a CSV file of paths and labels (unpack any "
+            "other archive; for single files use 'lion predict')"
         )
     raise UserError(
         f"`data`: '{name}' is neither a folder nor one of {', '.join(sorted(CATALOGUE))}, "

@@ -85,9 +85,12 @@ def test_any_size_is_resized_without_cropping(tmp_path: Path):
     assert pixels[:, :7].max() == 0
 
 
-def test_image_that_is_not_an_image_is_named(tmp_path: Path):
-    (tmp_path / "fake.png").write_text("hello")
-    with pytest.raises(UserError, match=r"fake\.png: not an image \(5 bytes of something else\)"):
+@pytest.mark.parametrize(
+    ("content", "named"), [("hello", "5 bytes of something else"), ("", "an empty file")]
+)
+def test_image_that_is_not_an_image_is_named(tmp_path: Path, content: str, named: str):
+    (tmp_path / "fake.png").write_text(content)
+    with pytest.raises(UserError, match=rf"fake\.png: not an image \({named}\)"):
         decode_image(tmp_path / "fake.png", 1, 8)
 
 
