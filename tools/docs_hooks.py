@@ -6,6 +6,7 @@ that a page links to become pages that show them, other files are copied.
 
 from __future__ import annotations
 
+import dataclasses
 import posixpath
 import re
 from pathlib import Path
@@ -21,6 +22,8 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 LINK = re.compile(r"(?<=\]\()([^()\s#:]+)(?=(?:#[^()\s]*)?\))")
+
+OPTIONS = re.compile(r"^<!-- options of (\w+) -->$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -48,8 +51,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links that hold in the repository into those that hold on the site."""
+    """Turn links that hold in the repository into those that hold on the site, and list options."""
     uri = page.file.src_uri
+    markdown = OPTIONS.sub(lambda match: options_of(match[1]), markdown)
     if uri.startswith("source/"):
         return markdown
 
@@ -60,6 +64,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(site_uri(target), posixpath.dirname(uri) or ".")
 
     return LINK.sub(rewritten, markdown)
+
+
+def options_of(name: str) -> str:
+    """A table of what a configuration of lion_models declares, which griffe does not read."""
+    import lion_models
+    from lion_models.base.options import declared
+
+    rows = [f"| `{each.name}` | {declared(each).text(each.default)} |"
+            for each in dataclasses.fields(getattr(lion_models, name))]  # fmt: skip
+    return "\n".join(["| option | |", "| --- | --- |", *rows])
 
 
 def in_repository(uri: str) -> str:

@@ -7,6 +7,7 @@ the command line makes its options of them.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 import typing
@@ -20,6 +21,8 @@ __all__ = ["Declared", "Need", "Options", "declared", "option"]
 
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "True or False",
           type(None): "None"}  # fmt: skip
+
+_NO_BOUNDS = "a finite number"
 
 
 class Need(NamedTuple):
@@ -83,12 +86,27 @@ class Declared:
             or (self.below is not None and value >= self.below)
         )
 
+    def text(self, default: Any) -> str:
+        """Help, default and limits, for people."""
+        said = [self.help]
+        if default is MISSING:
+            said.append("Required.")
+        elif default is None or default == "":
+            said.append(f"Default: {self.unset or default}.")
+        else:
+            said.append(f"Default: {default}.")
+        if self.choices:
+            said.append(f"One of {', '.join(self.choices)}.")
+        elif (limits := self._bounds()) != _NO_BOUNDS:
+            said.append(f"{self.expected or limits}.".capitalize())
+        return " ".join(said)
+
     def _bounds(self) -> str:
         parts = [f"{self.low:,} or more"] if self.low is not None else []
         parts += [f"a number above {self.above:,}"] if self.above is not None else []
         parts += [f"{self.high:,} or less"] if self.high is not None else []
         parts += [f"below {self.below:,}"] if self.below is not None else []
-        return " and ".join(parts) or "a finite number"
+        return " and ".join(parts) or _NO_BOUNDS
 
 
 def option(default: Any = MISSING, help: str = "", **said: Any) -> Any:
@@ -106,9 +124,20 @@ def declared(each: Field[Any]) -> Declared:
 class Options:
     """A group of options, checked when it is made.
 
+    What is declared of each is a part of the group's docstring.
+
     Raises:
         UserError: a value of another type, none of the choices, or out of bounds.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name: each for name, each in vars(cls).items() if isinstance(each, Field)}
+        if own:
+            lines = [
+                f"    {name}: {declared(each).text(each.default)}" for name, each in own.items()
+            ]
+            cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Args:", *lines])
 
     def __post_init__(self) -> None:
         for each, kinds in kinds_of(type(self)):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import lion_models
+from lion_models import LionConfig
 from lion_models.base.errors import UserError
 from lion_models.base.options import declared, kinds_of, option
 from lion_models.cli.app import COMMANDS
@@ -154,6 +155,11 @@ def shift() -> Iterator[type[MethodConfig]]:
 
     yield ShiftConfig
     del _methods["shift"]
+
+
+def test_the_docstring_of_a_group_says_what_is_declared(shift: type[MethodConfig]):
+    assert "    shift_scale: Of the shift. Default: 1.0. A number above 0." in shift.__doc__
+    assert "    solver: Of the equilibrium. Default: anderson. One of" in LionConfig.__doc__
 
 
 def test_options_that_no_dataclass_would_keep_are_refused():
