@@ -22,7 +22,8 @@ table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-
        vertical-align: top; overflow-wrap: anywhere }
 td.n, th { overflow-wrap: normal } td.n { white-space: nowrap }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-img.wide, svg { max-width: 100%; height: auto }
+svg { max-width: 100%; height: auto } .scroll { overflow-x: auto }
+.scroll img { width: 100%; min-width: 44rem; max-width: 62rem; height: auto }
 .mistakes { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 0; width: 9rem; overflow-wrap: anywhere; font-size: 13px }
 figure img { width: 8rem; image-rendering: pixelated; border: 1px solid #ccc }
@@ -49,10 +50,8 @@ def write_page(
     parts = [f"<h1>{escape(title)}</h1>", _summary(config, result, report)]
     for heading, picture in pictures.items():
         if picture.is_file():
-            image = (
-                f'<img class="wide" alt="{escape(heading)}" src="{address(picture.read_bytes())}">'
-            )
-            parts.append(_section(heading, image))
+            image = f'<img alt="{escape(heading)}" src="{address(picture.read_bytes())}">'
+            parts.append(_section(heading, f'<div class="scroll">{image}</div>'))
     if "calibration" in report:
         parts.append(_section("Calibration", _reliability(report["calibration"])))
     if report:

@@ -42,11 +42,11 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     for cell in cells:
         by_method.setdefault(cell["method"], []).append(cell)
     traced = [cell["traces"] for cell in cells if cell["traces"]["after"]]
-    widths = [max(4.6, 1.3 * len(by_method)), 4.6] + [4.6] * bool(traced)
-    ratios = {"width_ratios": widths}
-    figure, [panels] = new_figure(sum(widths), 4.2, columns=len(widths), gridspec_kw=ratios)
-    points, curves = panels[:2]
-    figure.suptitle(lettering(middle_out(title, 90)))
+    count = 2 + bool(traced)
+    # One below the other, to be read on a phone and in a column of a page.
+    figure, grid = new_figure(max(5.6, 1.3 * len(by_method)), 3.6 * count, rows=count)
+    points, curves, *below = [axis for [axis] in grid]
+    figure.suptitle(lettering(middle_out(title, 50)))
     labels = []
     for at, (method, own) in enumerate(by_method.items()):
         labels.append(f"{method}\n{own[0]['without_head']:,} weights\n+ head")
@@ -76,7 +76,7 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     points.grid(axis="x", visible=False)
     dress(curves, f"Validation while training (band: all {draw}s)", "epoch", "accuracy (%)")
     if traced:
-        draw_traces(panels[2], traced[0])
+        draw_traces(below[0], traced[0])
     save_figure(path, figure)
 
 

@@ -102,7 +102,9 @@ def test_the_best_five_and_the_confused_pairs():
 
 
 def test_a_phone_shows_the_page_in_its_own_width(trained: Path):
-    assert 'name="viewport" content="width=device-width' in (trained / "report.html").read_text()
+    page = (trained / "report.html").read_text()
+    assert 'name="viewport" content="width=device-width' in page
+    assert page.count('<div class="scroll"><img ') == 2
 
 
 def test_a_run_of_one_epoch_is_drawn_as_a_dot_with_whole_numbers():
