@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,9 +83,10 @@ def _file(folder: Path, name: str) -> Path:
     return other if "\\" in name and not file.exists() and other.exists() else file
 
 
-def _in_order(label: str) -> tuple[bool, int, str]:
+def _in_order(label: str) -> tuple[bool, int, str, str]:
     """Whole numbers by their size, before other names."""
-    return (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
+    digits = label.lstrip("0") if label.isdecimal() else ""  # of which int() takes 4300
+    return (not label.isdecimal(), len(digits), digits, label)
 
 
 def _part(place: str, text: str) -> int:
@@ -96,15 +98,22 @@ def _part(place: str, text: str) -> int:
 
 def _read_rows(path: Path) -> tuple[list[tuple[int, list[str]]], list[int]]:
     """The rows with their lines' numbers, and the columns of path, label and, if any, part."""
-    lines = read_text(path).splitlines()
-    heading = next((line for line in lines if line.strip()), "")
+    text = read_text(path)
+    heading = next((line for line in io.StringIO(text, newline="") if line.strip()), "")
     delimiter = max("\t,;", key=heading.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        reader = csv.reader(lines, delimiter=delimiter)
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise UserError(f"`data`: {path} is no CSV file ({error}); {EXPECTED}") from error
+        place = f"`data`: {path}, line {reader.line_num}"
+        raise UserError(f"{place}: no CSV ({error}); is a quote not closed? {EXPECTED}") from error
     titles = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    for number, row in rows:
+        if any(cell.strip() for cell in row[len(titles) :]):
+            raise UserError(
+                f"`data`: {path}, line {number}: {len(row)} cells for {len(titles)} columns; put "
+                f"quotes around what holds '{delimiter}'"
+            )
     columns = []
     for what, known in (("path", PATHS), ("label", LABELS), ("part", PARTS)):
         found = [at for at, title in enumerate(titles) if title in known]

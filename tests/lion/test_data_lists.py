@@ -72,6 +72,8 @@ def test_labels_come_from_a_csv_file(tmp_path: Path):
     source = open_source(str(path), 1, 8)
     assert source.classes == ("rex", "tom")
     assert source.official.tolist() == [TRAIN, TRAIN, TEST]
+    path = labels(tmp_path, 'cat/0.png,"a\nb"', "cat/1.png,c\u2028d", f"dog/0.png,{'9' * 5000},")
+    assert open_source(str(path), 1, 8).classes == ("9" * 5000, "a\nb", "c\u2028d")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,8 @@ def test_labels_come_from_a_csv_file(tmp_path: Path):
         ("path,label", ("cat/0.png,a", "cat/9.png,b"), "9.png: no such file"),
         ("path,label,split", ("cat/0.png,a,all",), "'all' is no part; expected one of train"),
         ("", (), "0 columns of paths"),
+        ("path,label", ("cat/0.png,a", 'dog/0.png,"b', "cat/1.png,c"), "line 4: no CSV .*end of d"),
+        ("path,label", ("cat/0.png,a, b", "dog/0.png,c"), "line 2: 3 cells .* 2 columns"),
     ],
 )
 def test_what_is_wrong_with_a_csv_file_is_named(
