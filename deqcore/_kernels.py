@@ -91,10 +91,14 @@ def _require(part: str) -> None:
 
 def _left_out_of_the_build() -> dict[str, str]:
     """Read what the build left out, and why: written by setup.py."""
+    package = Path(__file__).parent
     try:
-        text = (Path(__file__).parent / "_built.json").read_text()
-    except FileNotFoundError:
-        return {"cpu": "deqcore was not built (pip install .)"}
+        text = (package / "_built.json").read_text()
+    except FileNotFoundError:  # `pip install .` builds a copy, but Python takes this folder first
+        return {
+            "cpu": f"the sources in {package.parent} were not built: run Python in another folder, "
+            "where it finds what was installed, or pip install -e . here"
+        }
     return dict(json.loads(text)["left_out"])
 
 

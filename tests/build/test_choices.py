@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deqcore import _kernels
 from tests.support.environments import ROOT, Environment, build_wheel
 
 ISAS = ("portable", "avx2", "avx512")
@@ -84,6 +85,14 @@ def test_require_mode_says_what_is_missing_and_how_to_build_it(installed_without
     assert done.returncode == 1
     assert "CPU kernels are missing: built with DEQCORE_BUILD=none" in done.stdout
     assert "DEQCORE_BUILD=cpu pip install ." in done.stdout
+
+
+def test_sources_that_were_not_built_say_where_they_are_and_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(_kernels, "__file__", str(tmp_path / "deqcore" / "_kernels.py"))
+    reason = _kernels._left_out_of_the_build()["cpu"]
+    assert str(tmp_path) in reason
+    assert "pip install -e ." in reason
+    assert "another folder" in reason
 
 
 def test_broken_extension_is_warned_about_once_and_reported(installed_without_kernels, tmp_path):
