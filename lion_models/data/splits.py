@@ -417,7 +417,21 @@ def make_task(
     test_cap: int | None = None,
     imbalance: float | None = None,
 ) -> Task:
-    """Split a source and take its training and validation images; see `split_rows`."""
+    """Split a source and take its training and validation images.
+
+    Args:
+        source: of `open_source`.
+        seed: draws training and validation images; test images do not depend on it.
+        shots: training images per class; None takes all that test and validation leave.
+        validation_shots: validation images per class; None takes all of the data set's own
+            validation part, else as many as `shots`, or 10% of the class when `shots` is None.
+        test_cap: most test images per class; None keeps all.
+        imbalance: training images of the first class over those of the last, 1 or more; the
+            classes between fall geometrically. None is balanced.
+
+    Raises:
+        UserError: a class has too few images.
+    """
     split = split_source(source, seed, shots, validation_shots, test_cap, imbalance)
     return take_task(source, split)
 

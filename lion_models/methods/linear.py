@@ -12,7 +12,12 @@ __all__ = ["LinearConfig", "LinearProbe"]
 
 
 class LinearProbe(TunedClassifier):
-    """Only the head trains."""
+    """Only the head trains.
+
+    Args:
+        backbone: frozen.
+        classes: outputs of the head.
+    """
 
     method = "linear"
 
