@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lion_models.backbones import FrozenBackbone, freeze_vit, load_backbone
@@ -22,6 +24,23 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Nothing is read from or written to the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("LION_DATA", raising=False)
+
+
+def _blank() -> bytes:
+    content = io.BytesIO()
+    Image.new("L", (8, 8), 255).save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are laid out and then blank, but where a test or its file is marked `drawn`.
+
+    To draw a run's takes longer than all else that a test does of it.
+    """
+    if request.node.get_closest_marker("drawn") is None:
+        blank = _blank()
+        monkeypatch.setattr(Figure, "savefig", lambda _, file, **how: file.write(blank))
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_predict_gives_the_same_table_csv_and_json(
     assert lion("predict", trained, image_folder, "--format", "csv").out == table
 
 
+@pytest.mark.drawn
 def test_compare_makes_a_table_json_and_picture_and_continues(
     lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
 ):

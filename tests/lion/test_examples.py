@@ -24,6 +24,7 @@ def test_network_of_ones_own_is_tuned_through_the_protocol():
     assert names["backbone"].fingerprint == fingerprint(names["network"].state_dict())
 
 
+@pytest.mark.drawn
 def test_folder_of_images_becomes_a_file_that_answers_as_the_run_does(tmp_path: Path):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="the extra [export] is not installed")

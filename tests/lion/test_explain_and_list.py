@@ -18,6 +18,7 @@ from lion_models.run.explain import saliency
 from tests.support.command import Lion
 
 
+@pytest.mark.drawn
 def test_a_picture_of_the_gradient_is_written(lion: Lion, trained: Path, tmp_path: Path):
     Image.effect_noise((30, 20), 60).save(tmp_path / "photo.png")
     out = tmp_path / "why.png"

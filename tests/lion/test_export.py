@@ -146,6 +146,7 @@ def test_compared_images_are_validation_images(trained: Path):
     assert torch.equal(some, everything[[0, 4, 8]])
 
 
+@pytest.mark.drawn
 def test_memory_of_a_step_is_flat_in_solver_steps_and_grows_with_explicit_layers(tmp_path: Path):
     result = measure("tiny-vit", batch=4, prompts=3, hidden=4)
     lion = [one["bytes"] for one in result["figures"]["lion"]]

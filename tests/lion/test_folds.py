@@ -59,6 +59,7 @@ def test_what_cannot_be_folded_is_refused():
             RunConfig.of("digits", **wrong)
 
 
+@pytest.mark.drawn
 def test_train_with_folds_shows_each_and_their_mean_and_goes_on(
     lion: Lion, image_folder: Path, backbone_file: Path, tmp_path: Path
 ):

@@ -145,6 +145,7 @@ def test_files_of_any_name_are_predicted(lion: Lion, trained: Path, tmp_path: Pa
     assert missing.code == 2
 
 
+@pytest.mark.drawn
 def test_classes_of_any_name_are_trained_tested_and_drawn(
     lion: Lion, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ):

@@ -31,6 +31,7 @@ def test_report_gives_precision_recall_and_f1_of_each_class():
     assert report["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
 
+@pytest.mark.drawn
 def test_eval_reports_the_classes_of_the_test_set_and_of_other_data(
     lion: Lion, trained: Path, image_folder: Path, tmp_path: Path
 ):

@@ -25,6 +25,9 @@ from tests.support.small import noise
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
 
+pytestmark = pytest.mark.drawn
+
+
 def photos(folder: Path, *classes: str, images: int = 6) -> Path:
     for label, name in enumerate(classes):
         for index in range(images):

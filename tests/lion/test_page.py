@@ -21,6 +21,8 @@ from lion_models.run.reliability import (
 )
 from tests.support.command import Lion
 
+pytestmark = pytest.mark.drawn
+
 RESULT = {"parameters": {"trained": 9, "without_head": 0, "frozen": 9}, "best_epoch": 1,
           "epochs": 2, "validation_accuracy": 0.5, "train_images": [3, 3], "seconds": 1.0,
           "device": "cpu"}  # fmt: skip

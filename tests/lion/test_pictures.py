@@ -17,6 +17,8 @@ from lion_models.run import RunConfig, plots
 from lion_models.study import plot
 from lion_models.study.report import comparison_table
 
+pytestmark = pytest.mark.drawn
+
 METHODS = ("linear", "vpt-shallow", "vpt-deep", "lion")
 
 

@@ -61,6 +61,7 @@ def trials_of(folder: Path, base: dict[str, Any], count: int) -> list[Trial]:
     ]
 
 
+@pytest.mark.drawn
 def test_sweep_command_makes_a_table_json_and_picture_and_never_reads_the_test_set(
     lion: Lion, base: dict[str, Any], tmp_path: Path
 ):

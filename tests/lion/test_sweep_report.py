@@ -17,6 +17,8 @@ from lion_models.study.plot import plot_comparison
 from lion_models.study.presets import write_measured
 from lion_models.study.report import measured_markdown, measured_methods, sweep_tables
 
+pytestmark = pytest.mark.drawn
+
 
 def row(method: str, data: str, accuracies: list[float], **more: Any) -> dict[str, Any]:
     weights = {"linear": 0, "vpt-deep": 3840, "lion": 3298}[method]
