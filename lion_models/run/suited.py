@@ -14,6 +14,7 @@ from lion_models.backbones.registry import PACKAGED
 from lion_models.data import ArraySource, FolderSource, Geometry, Source
 from lion_models.data.base import DecodingSource
 from lion_models.data.images import glance
+from lion_models.data.transforms import LUMINANCE
 
 __all__ = ["BackboneWarning", "separated", "suited_here", "unseen", "warn_unsuited"]
 
@@ -74,7 +75,7 @@ def unseen(source: Source, rows: Tensor, backbone: FrozenBackbone) -> list[str]:
     if backbone.channels == 1 and len(colours) >= FEWEST:
         labels = source.labels[rows]
         by_colour = separated(colours, labels)
-        by_brightness = separated(colours.mean(1, keepdim=True), labels)
+        by_brightness = separated(colours @ torch.tensor(LUMINANCE)[:, None], labels)
         # Few images: what chance does not reach, two deviations above what brightness does.
         margin = max(COLOUR_TELLS, 2 * (0.25 / len(rows)) ** 0.5)
         if by_colour - by_brightness >= margin and by_colour >= LEAST:

@@ -53,6 +53,16 @@ def test_brightness_and_grey_pictures_are_no_matter(
     assert said(open_source(str(apples(tmp_path, side=900)), 3, 224), frozen) == []
 
 
+def test_colours_of_one_grey_are_told_apart_by_colour(frozen: FrozenBackbone):
+    colours = torch.tensor([[200, 60, 60], [60, 131, 60]])  # both are 102 in grey
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(-9, 10, (24, 3, 12, 12), generator=generator)
+    labels = torch.arange(24) % 2
+    images = (colours[labels][:, :, None, None] + noise).to(torch.uint8)
+    [text] = said(ArraySource("apples", ("red", "green"), labels, images), frozen)
+    assert "colour tells these classes apart" in text
+
+
 def test_separation_is_that_of_images_left_out():
     labels = torch.arange(40) % 2
     features = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
@@ -62,7 +72,7 @@ def test_separation_is_that_of_images_left_out():
 
 
 def test_looking_draws_no_random_number(frozen: FrozenBackbone, tmp_path: Path):
-    source = open_source(str(apples(tmp_path)), 1, 12)
+    source = open_source(str(apples(tmp_path, side=100)), 1, 12)
     before = torch.get_rng_state()
     with pytest.warns(BackboneWarning):
         warn_unsuited(source, torch.arange(len(source)), frozen)
