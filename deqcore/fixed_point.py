@@ -63,7 +63,7 @@ def fixed_point(
             what a loss needs of it belongs in the state, or is computed from the value.
 
     Returns:
-        A ``Solution``; nothing is raised when rows do not converge: look at
+        A ``Solution``. Nothing is raised when rows do not converge; look at
         ``solution.converged`` or call ``solution.raise_for_status()``.
 
     Raises:
