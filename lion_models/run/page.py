@@ -23,7 +23,7 @@ table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-
 td.n, th { overflow-wrap: normal } td.n { white-space: nowrap }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 svg { max-width: 100%; height: auto } .scroll { overflow-x: auto }
-.scroll img { width: 100%; min-width: 44rem; max-width: 62rem; height: auto }
+.scroll img { max-width: max(100%, 44rem); height: auto }
 .mistakes { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 0; width: 9rem; overflow-wrap: anywhere; font-size: 13px }
 figure img { width: 8rem; image-rendering: pixelated; border: 1px solid #ccc }
