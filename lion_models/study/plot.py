@@ -46,7 +46,7 @@ def plot_comparison(path: Path, title: str, cells: Sequence[dict[str, Any]]) -> 
     # One below the other, to be read on a phone and in a column of a page.
     figure, grid = new_figure(max(5.6, 1.3 * len(by_method)), 3.6 * count, rows=count)
     points, curves, *below = [axis for [axis] in grid]
-    figure.suptitle(lettering(middle_out(title, 50)))
+    figure.suptitle(lettering(middle_out(title, 64)), fontsize=10)
     labels = []
     for at, (method, own) in enumerate(by_method.items()):
         labels.append(f"{method}\n{own[0]['without_head']:,} weights\n+ head")
