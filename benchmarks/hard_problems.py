@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import deqcore
+from benchmarks.harness import machine
 from lion_models.base.files import write_json
 
 CALLS = 2000  # of g, for every solver
@@ -337,7 +338,7 @@ def main() -> None:
     rows = measure(problems())
     print(table(rows))
     if options.out is not None:
-        content = {"torch": torch.__version__, "calls": CALLS, "goal": GOAL, "solved": SOLVED,
+        content = {"machine": machine(), "calls": CALLS, "goal": GOAL, "solved": SOLVED,
                    "rows": rows}  # fmt: skip
         write_json(options.out, content)
         print(f"written to {options.out}")

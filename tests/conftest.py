@@ -62,9 +62,8 @@ def kernels_anywhere(request: pytest.FixtureRequest) -> Kernels:
     return named_kernels(request.param)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """What a test draws does not depend on the tests before it."""
+@pytest.fixture(autouse=True)
+def _same_seed() -> None:
     torch.manual_seed(0)
 
 
