@@ -66,7 +66,8 @@ def prepare_data(name: str, folder: Path | None) -> None:
     out.print(f"source: {entry.source}", highlight=False)
     out.print(f"licence: {entry.licence}", highlight=False)
     files, fetched = prepare(entry, folder)
-    where = ", ".join(str(path) for path in files)
+    folders = list(dict.fromkeys(path.parent for path in files))
+    where = ", ".join(map(str, files if len(files) <= len(folders) else folders))
     out.print(f"{'fetched to' if fetched else 'already here:'} {where}", highlight=False)
     used = entry.name if folder is None else f"{entry.name}:{folder / entry.name}"
     out.print(f"use it with: --data {used}", highlight=False)

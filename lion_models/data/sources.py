@@ -23,6 +23,7 @@ from lion_models.data.idx import is_idx_folder, open_idx
 from lion_models.data.label_list import LIST_SUFFIXES, open_label_list
 from lion_models.data.levels import Levels
 from lion_models.data.named.catalogue import CATALOGUE, files_of
+from lion_models.data.named.cifar10 import open_cifar10
 from lion_models.data.named.emoji import open_emoji
 from lion_models.data.named.packaged import open_table
 from lion_models.data.named.tuxpaint import open_tuxpaint
@@ -134,6 +135,8 @@ def _open_named(
     files = files_of(CATALOGUE[kind], root)
     if kind == "fashion-mnist":
         return open_idx(name, files[0], geometry, FASHION)
+    if kind == "cifar10":
+        return open_cifar10(name, files, geometry)
     if kind == "tuxpaint":
         return open_tuxpaint(name, files[0], geometry, checks)
     if kind == "emoji":

@@ -124,7 +124,7 @@ def test_folder_keeps_class_names_and_counts(image_folder: Path):
 def test_bad_data_arguments_are_named(tmp_path: Path):
     with pytest.raises(UserError, match="did you mean 'mnist5k'"):
         open_source("mnist5", 1, 28)
-    with pytest.raises(UserError, match="neither a folder nor one of digits, emoji, fashion-mnist"):
+    with pytest.raises(UserError, match="neither a folder nor one of cifar10, digits, emoji, fash"):
         open_source("/no/such/folder", 1, 28)
     with pytest.raises(UserError, match="holds no sub-folder"):
         open_source(str(tmp_path), 1, 28)

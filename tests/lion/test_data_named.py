@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from lion_models.base.errors import UserError
 from lion_models.data import CATALOGUE, open_source, split_source
+from lion_models.data.base import TEST, TRAIN
 from lion_models.data.named import catalogue
 from lion_models.data.named.catalogue import find_files
 from lion_models.data.named.emoji import GROUPS, EmojiSource, read_groups
@@ -78,6 +80,60 @@ def test_a_lacking_or_unfitting_idx_file_is_named(tmp_path: Path):
     write_idx(tmp_path, "train", [0, 0])
     with pytest.raises(UserError, match="holds 1 classes; expected at least two"):
         open_source(str(tmp_path), 1, 6)
+
+
+def write_sheets(folder: Path, train: list[int], test: list[int]) -> None:
+    """CIFAR-10's files, one image to a sheet of training images, filled with ten times its label;
+    the first pixel of an image is red, and the last of its first row blue."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sheets = [(f"data_batch_{part}.png", train[part - 1 :: 5]) for part in range(1, 6)]
+    for name, labels in (*sheets, ("test_batch.png", test)):
+        rows = np.repeat(np.array(labels, np.uint8) * 10, 1024 * 3).reshape(-1, 1024, 3)
+        rows[:, 0], rows[:, 31] = (255, 0, 0), (0, 0, 255)
+        Image.fromarray(rows).save(folder / name)
+    (folder / "train_lables.json").write_text(json.dumps(train))
+    (folder / "test_lables.json").write_text(json.dumps(test))
+
+
+def test_cifar10_reads_an_image_from_each_row_and_keeps_its_own_test_set(data_folder: Path):
+    write_sheets(data_folder / "cifar10/package", [0, 1, 2, 3, 9], [9, 6])
+    source = open_source("cifar10", 3, 32)
+    assert [source.classes[label] for label in source.labels.tolist()] == [
+        *("airplane", "automobile", "bird", "cat", "truck"),
+        *("truck", "frog"),
+    ]
+    assert source.official.tolist() == [TRAIN] * 5 + [TEST] * 2
+    images = source.load(torch.arange(7))
+    assert images.shape == (7, 3, 32, 32)
+    assert images[4, :, 0, 0].tolist() == [255, 0, 0]  # red, green, blue; top left
+    assert images[4, :, 0, 31].tolist() == [0, 0, 255]  # top right
+    assert (images[4, :, 1:] == 90).all()
+    assert images[6, :, 31, 31].tolist() == [60, 60, 60]
+    flat = open_source(f"cifar10:{data_folder}/cifar10/package", 3, 32)
+    assert flat.labels.tolist() == source.labels.tolist()
+
+
+def test_a_damaged_sheet_or_list_of_cifar10_is_named(tmp_path: Path):
+    def error() -> str:
+        with pytest.raises(UserError) as caught:
+            open_source(f"cifar10:{tmp_path}", 3, 32)
+        return str(caught.value)
+
+    write_sheets(tmp_path, [0, 1, 2, 3, 9], [9, 6])
+    (tmp_path / "test_lables.json").write_text("[1]")
+    assert "5 and 2 images, but 5 and 1 labels" in error()
+    (tmp_path / "test_lables.json").write_text("[1,")
+    assert "test_lables.json: no list of labels" in error()
+    for other in ('{"a": 1}', "[0.5, 1]"):
+        (tmp_path / "test_lables.json").write_text(other)
+        assert "test_lables.json: expected a list of whole numbers" in error()
+    sheet = tmp_path / "data_batch_2.png"
+    Image.new("RGB", (64, 1)).save(sheet)
+    assert "data_batch_2.png: rows of 64 pixels; expected 1024" in error()
+    sheet.write_bytes(b"no picture")
+    assert "data_batch_2.png: damaged" in error()
+    sheet.unlink()
+    assert f"{tmp_path} does not hold package/data_batch_1.png" in error()
 
 
 def stamp(folder: Path, inside: str) -> None:

