@@ -75,7 +75,8 @@ class Graph:
             command,
             cwd=root,
             check=False,
-            env={**os.environ, "NINJA_STATUS": "deqcore: [%f/%t] "},
+            # By ccache's own rule nvcc's objects are of one folder, though none of ours names it.
+            env={**os.environ, "NINJA_STATUS": "deqcore: [%f/%t] ", "CCACHE_NOHASHDIR": "1"},
         )
         return done.returncode == 0
 

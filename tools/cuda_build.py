@@ -133,13 +133,14 @@ def short_name(name: str) -> str:
 def compile_kernels(architectures: Iterable[str], jobs: int | None) -> list[Kernel]:
     """Compile every csrc/cuda/*.cu for every architecture, but for what has not changed."""
     graph = Graph(Path("build", "cuda_kernels"))
+    nvcc = ["ccache", "nvcc"] if shutil.which("ccache") else ["nvcc"]
     objects = []
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         for number in architectures:
             own = "90a" if number == "90" else number  # as the extension is built
             gencode = f"-gencode=arch=compute_{own},code=[sm_{own},compute_{own}]"
             name = f"{source.stem}.{own}.o"
-            command = ["nvcc", *FLAGS, "--no-compress", gencode]
+            command = [*nvcc, *FLAGS, "--no-compress", gencode]
             objects.append(graph.compile(source.relative_to(ROOT), name, command, keep_report=True))
     compiled = graph.build(ROOT, jobs, keep_going=True)
     kernels: list[Kernel] = []

@@ -237,7 +237,7 @@ def _compile(command: Sequence[str], target: Path, folder: Path) -> None:
 
 def _run(command: Sequence[str], folder: Path) -> None:
     # ccache then knows a file again in a copy of the sources.
-    environment = {**os.environ, "CCACHE_NOHASHDIR": "1"}
+    environment = {**os.environ, "CCACHE_NOHASHDIR": "1", "CCACHE_BASEDIR": str(ROOT)}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

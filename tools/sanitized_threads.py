@@ -50,8 +50,7 @@ def build(sources: Path = ROOT / "csrc") -> Path:
     objects = []
     for path in [*kernels, *others, OWN / "threads.cpp"]:
         flags = [*_KERNEL, "-DDEQCORE_ISA=portable"] if path in kernels else _BINDING
-        include = [f"-I{sources}", "-include", str(OWN / "portable.h")]
-        objects.append(_compiled([*compiler, *_COMMON, *flags], include, path, sources))
+        objects.append(_compiled([*compiler, *_COMMON, *flags], path, sources))
     name = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     library = BUILD / f"{name}.so"
     if not library.exists():
@@ -60,14 +59,17 @@ def build(sources: Path = ROOT / "csrc") -> Path:
     return library
 
 
-def _compiled(command: list[str], include: list[str], path: Path, sources: Path) -> Path:
+def _compiled(command: list[str], path: Path, sources: Path) -> Path:
     content = (torch.__version__, command, _contents(path, sources))
     key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     target = BUILD / f"{path.stem}-{key}.o"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.part")
-        _run([*command, *include, "-c", str(path), "-o", str(partial)])
+        launcher = ["ccache"] if shutil.which("ccache") else []
+        include = ["-I.", "-include", os.path.relpath(OWN / "portable.h", sources)]
+        file = os.path.relpath(path, sources)
+        _run([*launcher, *command, *include, "-c", file, "-o", str(partial)], sources)
         partial.replace(target)
     return target
 
@@ -100,8 +102,10 @@ def runtime() -> Path:
     return Path(done.stdout.strip() or "libtsan.so")
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: list[str], folder: Path = ROOT) -> None:
+    # ccache then knows a file again in another copy of the sources.
+    environment = {**os.environ, "CCACHE_NOHASHDIR": "1", "CCACHE_BASEDIR": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.stderr.write(done.stderr)
         done.check_returncode()
