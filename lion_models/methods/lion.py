@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,12 @@ from lion_models.backbones.frozen import SPACES
 from lion_models.base.errors import UserError, choose
 from lion_models.base.options import Need, option
 from lion_models.methods.base import Recipe, TunedClassifier
-from lion_models.methods.lion_ladder import LADDER_RECIPE, LionLadder
+from lion_models.methods.lion_ladder import (
+    LADDER_RECIPE,
+    LADDER_STRENGTH,
+    PLACE_DROPOUT,
+    LionLadder,
+)
 from lion_models.methods.registry import MethodConfig, register
 from lion_models.prompts.implicit_prompt import ImplicitPrompt
 from lion_models.prompts.pruning import Pruning, check_prunable
@@ -25,6 +31,7 @@ __all__ = ["Lion", "LionConfig"]
 SIDES = ("both", "input", "output")
 OUTPUT_INPUTS = ("pooled", "embedding")
 FORMS = ("ends", "ladder")
+STRENGTH = 1.0
 
 
 class Lion(TunedClassifier):
@@ -61,7 +68,7 @@ class Lion(TunedClassifier):
         classes: int,
         sides: str = "both",
         hidden: int = 8,
-        strength: float = 1.0,
+        strength: float = STRENGTH,
         solver: Solver | None = None,
         iterations: int | None = None,
         space: str | None = None,
@@ -191,11 +198,11 @@ class LionConfig(MethodConfig):
 
     sides: str = option("both", "Where there is an implicit layer.", choices=SIDES, needs=(_ENDS,))
     hidden: int = option(8, "Bottleneck width; of the ladder, numbers taken of each token.", low=1)
-    strength: float = option(
-        1.0,
-        "Initial lambda of both layers.",
+    strength: float | None = option(
+        None,
+        "Initial lambda of both layers; of the ladder, what its logits are multiplied by.",
         expected="a number such as 1.0",
-        needs=(_ENDS,),
+        unset=f"{STRENGTH}, of the ladder {LADDER_STRENGTH}",
     )
     solver: str = option("anderson", "Of the equilibrium.", choices=_SOLVERS, needs=(_SOLVES,))
     rtol: float | None = option(
@@ -242,6 +249,15 @@ class LionConfig(MethodConfig):
         needs=(_LADDER,),
         silent=True,
     )
+    place_dropout: float = option(
+        PLACE_DROPOUT,
+        "Share of the tokens of all blocks that the ladder does not read in a training step.",
+        low=0,
+        below=1,
+        expected="a share from 0 to below 1",
+        needs=(_LADDER,),
+        silent=True,
+    )
 
     def check(self) -> None:
         if self.prune_at is not None and not self.sparsity:
@@ -254,6 +270,11 @@ class LionConfig(MethodConfig):
         if epoch > epochs:
             raise UserError(f"`prune_at`: expected an epoch from 1 to {epochs}, got {epoch}")
         return Pruning(self.sparsity, epoch)
+
+    def settled(self) -> dict[str, Any]:
+        if self.strength is not None:
+            return {"strength": self.strength}
+        return {"strength": LADDER_STRENGTH if self.form == "ladder" else STRENGTH}
 
     @property
     def own_recipe(self) -> Recipe:
@@ -270,10 +291,18 @@ class LionConfig(MethodConfig):
 
     def build(self, backbone: FrozenBackbone, classes: int) -> Lion | LionLadder:
         solver = _SOLVERS[self.solver](rtol=self.rtol, max_steps=self.max_steps)
+        strength = self.settled()["strength"]
         model: Lion | LionLadder
         if self.form == "ladder":
             model = LionLadder(
-                backbone, classes, self.hidden, self.patch_grid, solver, self.iterations
+                backbone,
+                classes,
+                self.hidden,
+                self.patch_grid,
+                solver,
+                self.iterations,
+                strength=strength,
+                dropout=self.place_dropout,
             )
         else:
             model = Lion(
@@ -281,7 +310,7 @@ class LionConfig(MethodConfig):
                 classes,
                 self.sides,
                 self.hidden,
-                self.strength,
+                strength,
                 solver,
                 self.iterations,
                 self.space,

@@ -14,9 +14,11 @@ from lion_models.methods.base import Recipe, TunedClassifier
 from lion_models.prompts.ladder import ImplicitLadder
 from lion_models.prompts.solved import Solver
 
-__all__ = ["LADDER_RECIPE", "LionLadder"]
+__all__ = ["LADDER_RECIPE", "LADDER_STRENGTH", "PLACE_DROPOUT", "LionLadder"]
 
 LADDER_RECIPE = Recipe(lr=0.003)
+LADDER_STRENGTH = 0.1
+PLACE_DROPOUT = 0.7
 
 
 class LionLadder(TunedClassifier):
@@ -32,6 +34,7 @@ class LionLadder(TunedClassifier):
         hidden: h, numbers that are taken of each token; see `ImplicitLadder` for the count.
         grid: patches are averaged to at most this many rows and columns before that.
         solver, iterations: see `SolvedModule`.
+        strength, dropout: see `ImplicitLadder`.
 
     Raises:
         UserError: a backbone without blocks.
@@ -48,6 +51,9 @@ class LionLadder(TunedClassifier):
         grid: int = 4,
         solver: Solver | None = None,
         iterations: int | None = None,
+        *,
+        strength: float = LADDER_STRENGTH,
+        dropout: float = PLACE_DROPOUT,
     ) -> None:
         super().__init__(backbone, classes)
         self._blocks, self._pool = transformer_parts(
@@ -60,7 +66,14 @@ class LionLadder(TunedClassifier):
             tokens = backbone.embed(torch.zeros(shape, device=device))
             places = len(self._blocks) * rungs(tokens, grid).shape[1]
         self.ladder = ImplicitLadder(
-            backbone.token_dim, places, classes, hidden, solver, iterations
+            backbone.token_dim,
+            places,
+            classes,
+            hidden,
+            solver,
+            iterations,
+            strength=strength,
+            dropout=dropout,
         )
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import MappingProxyType
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError, choose
@@ -56,6 +56,10 @@ class MethodConfig(Options):
             UserError: at an epoch that no training reaches.
         """
         return None
+
+    def settled(self) -> dict[str, Any]:
+        """Values of options that are left open, by others; config.json has them."""
+        return {}
 
     @property
     def own_recipe(self) -> Recipe:

@@ -49,6 +49,10 @@ class ImplicitLadder(SolvedModule):
         places: N, tokens of all blocks together.
         classes: C.
         hidden: h; h (D + 2h + 3 + N C) parameters.
+        strength: what the result is multiplied by. Below 1 it slows what reads z* beside the head,
+            of which it has several times the weights.
+        dropout: share of the places of z* that training does not read, drawn for each image and
+            step; the others count for more by as much.
         solver, iterations: see `SolvedModule`. With one explicit application u is read, and a
             constant: a linear probe of rank h of every place.
     """
@@ -61,17 +65,24 @@ class ImplicitLadder(SolvedModule):
         hidden: int,
         solver: Solver | None = None,
         iterations: int | None = None,
+        *,
+        strength: float = 1.0,
+        dropout: float = 0.0,
     ) -> None:
         if hidden < 1:
             raise UserError(f"`hidden`: expected 1 or more, got {hidden}")
         super().__init__(LadderCell(hidden), solver, iterations)
+        self.strength, self.dropout = strength, dropout
         self.take = nn.Linear(dim, hidden, bias=False)
         self.out = nn.Linear(places * hidden, classes, bias=False)
         nn.init.orthogonal_(self.take.weight)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, C)
-        return self.out(self.solve(self.injected(x)).flatten(1))
+        z = self.solve(self.injected(x))
+        if self.training and self.dropout:
+            z = z * F.dropout(z.new_ones(*z.shape[:2], 1), self.dropout)
+        return self.strength * self.out(z.flatten(1))
 
     def injected(self, source: Tensor) -> Tensor:  # (B, N, D) -> (B, N, h)
         return self.take(source)

@@ -115,8 +115,9 @@ class RunConfig:
         return self.training.recipe(self.method.own_recipe, self.data.transform)
 
     def resolved(self) -> RunConfig:
-        """The same run with its recipe written out, so that later defaults do not change it."""
-        return self.but(**self.recipe._asdict())
+        """The same run with what it leaves to its method written out, so that later defaults do
+        not change it."""
+        return self.but(**self.recipe._asdict(), **self.method.settled())
 
     @property
     def pruning(self) -> Pruning | None:

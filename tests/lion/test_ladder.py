@@ -15,7 +15,7 @@ from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError
 from lion_models.methods.base import count_parameters
 from lion_models.methods.linear import LinearProbe
-from lion_models.methods.lion_ladder import LADDER_RECIPE, LionLadder, rungs
+from lion_models.methods.lion_ladder import LADDER_RECIPE, LADDER_STRENGTH, LionLadder, rungs
 from lion_models.prompts.ladder import ImplicitLadder, LadderCell
 from lion_models.prompts.pruning import prune_model
 from lion_models.run import Run, RunConfig, load_run
@@ -108,6 +108,33 @@ def test_explicit_steps_tend_to_the_equilibrium():
     assert distances[2] < 1e-10
 
 
+def test_training_leaves_out_whole_places_and_measuring_none():
+    torch.manual_seed(0)
+    ladder = moved(ImplicitLadder(5, 4, 4, 3, EXACT, strength=0.5, dropout=0.75).double())
+    with torch.no_grad():
+        ladder.layer.cell.up.weight *= 0.3
+        ladder.out.weight.copy_(torch.eye(4).repeat_interleave(3, 1))  # class c reads place c
+    x = torch.randn(200, 4, 5, dtype=torch.float64)
+    whole = ladder.eval()(x)
+    torch.testing.assert_close(whole, 0.5 * ladder.solve(ladder.injected(x)).sum(2))
+    share = ladder.train()(x) / whole
+    left_out = share.abs() < 1e-9
+    torch.testing.assert_close(share[~left_out], torch.full_like(share[~left_out], 4.0))
+    assert 0.7 < left_out.double().mean() < 0.8
+    assert len(left_out.unique(dim=0)) > 10  # each image for itself
+    assert not torch.equal(ladder(x), ladder(x))
+
+
+def test_each_form_has_its_own_strength_and_a_run_writes_it_down():
+    def strength(**options: object) -> object:
+        return RunConfig.of(data="digits", **options).resolved().to_dict()["strength"]
+
+    assert strength() == 1.0
+    assert strength(form="ladder") == LADDER_STRENGTH == 0.1
+    assert strength(form="ladder", strength=1.0) == 1.0
+    assert RunConfig.of(data="digits").but(form="ladder").resolved().method.strength == 0.1
+
+
 def test_places_know_of_each_other():
     cell = LadderCell(3)
     torch.nn.init.normal_(cell.up.weight)
@@ -151,7 +178,7 @@ def test_half_of_a_ladder_is_pruned(backbone: FrozenBackbone):
 
 
 def test_unrolled_ladder_is_near_the_solved_one(backbone: FrozenBackbone):
-    model = LionLadder(backbone, 3, hidden=4, solver=EXACT)
+    model = LionLadder(backbone, 3, hidden=4, solver=EXACT).eval()
     moved(model.ladder)
     with torch.no_grad():
         model.ladder.layer.cell.up.weight *= 0.3
@@ -168,8 +195,9 @@ def test_a_backbone_without_blocks_is_refused(backbone: FrozenBackbone):
     ("options", "message"),
     [
         ({"form": "ladder", "sides": "input"}, "`sides`: is about the layers of `form` ends"),
-        ({"form": "ladder", "strength": 0.5}, "`strength`: is about the layers of `form` ends"),
         ({"patch_grid": 2}, "`patch_grid`: is about `form` ladder"),
+        ({"place_dropout": 0.5}, "`place_dropout`: is about `form` ladder"),
+        ({"form": "ladder", "place_dropout": 1}, "`place_dropout`: expected a share from 0 to"),
         ({"form": "stairs"}, "`form`: expected one of ends, ladder, got 'stairs'"),
         (
             {"form": "ladder", "checkpoint_backbone": True},
