@@ -20,6 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,43 +188,50 @@ def cases() -> dict[str, Callable[[SectorCounter], Any]]:
 def _steps() -> dict[str, Callable[[SectorCounter], Any]]:
     found: dict[str, Callable[[SectorCounter], Any]] = {}
     for path in PATHS:
-        rows, dim = (1, 65536) if path == "split" else (4, 4096)
-        for dtype in DTYPES:
-            case = full_rows(anderson_case(rows, dim, 5, dtype, 1, safeguard=1e9), 5)
-            found[f"anderson {path} {DTYPES[dtype]}"] = _step("anderson_step", path, case)
-            case = broyden_case(rows, dim, 30, torch.float32, 1, history_dtype=dtype)
-            ring = torch.randn(rows, 30, dim) * 0.7 ** torch.arange(30)[:, None]
-            case = full_rows(case.with_tensors(s_ring=ring.to(dtype)), 20)
-            name = f"broyden {path} history {DTYPES[dtype]}"
-            found[name] = _step("broyden_step", path, case)
+        for dtype, name in DTYPES.items():
+            found[f"anderson {path} {name}"] = partial(_anderson, path, dtype)
+            found[f"broyden {path} history {name}"] = partial(_broyden, path, dtype)
     return found
 
 
 def _products() -> dict[str, Callable[[SectorCounter], Any]]:
     found: dict[str, Callable[[SectorCounter], Any]] = {}
-    for op, what in (("masked_linear", "forward"), ("masked_outer", "values' gradient")):
+    for op in ("masked_linear", "masked_outer"):
         for path in MASKED_PATHS[op]:
             if path in ("tiles", "small_tiles"):
                 continue  # what strips are to replace
-            blocks = path in BY_BLOCKS
-            # So many kept entries that what follows them in a workspace begins within a sector.
-            tokens = 4 if path == "gather" else 64 if path.startswith("few") else 256
-            columns, sparsity, block = (512, 0.5, 64) if blocks else (544, 0.9, None)
-            case = masked_case(256, columns, tokens, sparsity, block)
-            for dtype in (torch.bfloat16,) if blocks else DTYPES:
-                _, args = arguments(what, case.to(dtype))
-                if op == "masked_linear":
-                    args = (*args[:3], None, *args[4:])  # a bias is read once, at the end
-                found[f"{op} {path} {DTYPES[dtype]}"] = _masked(op, path, args)
+            for dtype in (torch.bfloat16,) if path in BY_BLOCKS else DTYPES:
+                found[f"{op} {path} {DTYPES[dtype]}"] = partial(_masked, op, path, dtype)
     return found
 
 
-def _step(op: str, path: str, case: Any) -> Callable[[SectorCounter], Any]:
-    return lambda counter: counter.step(op, path)(*case.args)
+def _shape(path: str) -> tuple[int, int]:
+    return (1, 65536) if path == "split" else (4, 4096)
 
 
-def _masked(op: str, path: str, args: Any) -> Callable[[SectorCounter], Any]:
-    return lambda counter: counter.masked(op, path)(*args)
+def _anderson(path: str, dtype: torch.dtype, counter: SectorCounter) -> None:
+    case = full_rows(anderson_case(*_shape(path), 5, dtype, 1, safeguard=1e9), 5)
+    counter.step("anderson_step", path)(*case.args)
+
+
+def _broyden(path: str, dtype: torch.dtype, counter: SectorCounter) -> None:
+    rows, dim = _shape(path)
+    case = broyden_case(rows, dim, 30, torch.float32, 1, history_dtype=dtype)
+    ring = torch.randn(rows, 30, dim) * 0.7 ** torch.arange(30)[:, None]
+    case = full_rows(case.with_tensors(s_ring=ring.to(dtype)), 20)
+    counter.step("broyden_step", path)(*case.args)
+
+
+def _masked(op: str, path: str, dtype: torch.dtype, counter: SectorCounter) -> None:
+    # So many kept entries that what follows them in a workspace begins within a sector.
+    tokens = 4 if path == "gather" else 64 if path.startswith("few") else 256
+    blocks = path in BY_BLOCKS
+    columns, sparsity, block = (512, 0.5, 64) if blocks else (544, 0.9, None)
+    case = masked_case(256, columns, tokens, sparsity, block).to(dtype)
+    _, args = arguments("forward" if op == "masked_linear" else "values' gradient", case)
+    if op == "masked_linear":
+        args = (*args[:3], None, *args[4:])  # a bias is read once, at the end
+    counter.masked(op, path)(*args)
 
 
 def print_table(counter: SectorCounter, chosen: Iterable[str], places: bool) -> None:
