@@ -70,11 +70,14 @@ void push(const BroydenArgs& args, int64_t row, int64_t begin, int64_t end, doub
     add_square<X>(f, count, lanes + kAccumulators);
     for (int j = 0; j < stored; ++j) {
       steps[j] = at.s_ring + j * args.dim + first;
-      if (ahead) fetch_ahead(steps[j] + kBlock, kBlock);
     }
     if (stored == 0) continue;
     const X* const rights[] = {g, widened(steps[stored - 1], count, wide_newest)};
-    add_all_dots<2, false>(steps, stored, rights, count, lanes + 2 * kAccumulators);
+    if (ahead) {
+      add_all_dots<2, false, true>(steps, stored, rights, count, lanes + 2 * kAccumulators);
+    } else {
+      add_all_dots<2, false>(steps, stored, rights, count, lanes + 2 * kAccumulators);
+    }
   }
   for (int i = 0; i < 2 * stored + 2; ++i) sums[i] = sum_lanes(lanes + i * kAccumulators);
 }
@@ -108,9 +111,12 @@ void move_to(const BroydenArgs& args, int64_t row, const BroydenDecision& decisi
       const S* from[kBroydenMaxMemory];
       for (int j = 0; j < plan.count; ++j) {
         from[j] = at.s_ring + j * args.dim + first;
-        if (ahead) fetch_ahead(from[j] + kBlock, kBlock);
       }
-      add_combination(out, from, weights, plan.count, count);
+      if (ahead) {
+        add_combination<true>(out, from, weights, plan.count, count);
+      } else {
+        add_combination(out, from, weights, plan.count, count);
+      }
       store_step(out, count, at.s_ring + plan.count * args.dim + first);
       if (plan.improved) std::copy_n(x, count, at.best + first);
       for (int i = 0; i < count; ++i) out[i] += x[i];

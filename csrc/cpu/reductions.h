@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cpu/prefetch.h"
 #include "cpu/simd.h"
 
 namespace deqcore::cpu::DEQCORE_ISA {
@@ -24,8 +25,9 @@ constexpr int fitting_parts(int parts, int most) {
 
 // sums[l][r][lane] += lefts[l] . rights[r] over one block, for lane = index % kAccumulators. Every
 // load and conversion serves all sums; as many accumulators as there are registers run side by
-// side. kSelf: lefts[0] is rights[0].
-template <int kLefts, int kRights, bool kSelf, typename L, typename R>
+// side. kSelf: lefts[0] is rights[0]. kAhead: what follows the block in each left is asked for
+// meanwhile.
+template <int kLefts, int kRights, bool kSelf, bool kAhead = false, typename L, typename R>
 inline void add_dots(const L* const* lefts, const R* const* rights, int count, double* sums) {
   constexpr int kParts = kAccumulators / kWide, kSums = kLefts * kRights;
   constexpr int kTogether = fitting_parts(kParts, (kRegisters - 2) / (kSums + kRights));
@@ -38,6 +40,13 @@ inline void add_dots(const L* const* lefts, const R* const* rights, int count, d
           load_as<double, kWide>(at + k / kTogether * kAccumulators + k % kTogether * kWide);
     });
     for (int i = first * kWide; i < whole; i += kAccumulators) {
+      if constexpr (kAhead) {
+        if (first == 0) {
+          unrolled<kLefts>([&](auto l) __attribute__((always_inline)) {
+            fetch_ahead(lefts[l] + kBlock + i, kAccumulators);
+          });
+        }
+      }
       unrolled<kTogether>([&](auto part) __attribute__((always_inline)) {
         Doubles right[kRights];
         unrolled<kRights>([&](auto r) __attribute__((always_inline)) {
@@ -73,13 +82,13 @@ inline void add_square(const T* a, int count, double* sums) {
 }
 
 // The same as add_dots for any number of lefts: sums [lefts][kRights][kAccumulators].
-template <int kRights, bool kSelf, typename L, typename R>
+template <int kRights, bool kSelf, bool kAhead = false, typename L, typename R>
 inline void add_all_dots(const L* const* lefts, int count_lefts, const R* const* rights, int count,
                          double* sums) {
   constexpr int kMost = kRights == 1 ? 5 : 4;  // a memory of 5 in one go
   constexpr int kStride = kRights * kAccumulators;
   const auto add = [&]<int kLefts, bool kFirst>(int from) {
-    add_dots<kLefts, kRights, kFirst>(lefts + from, rights, count, sums + from * kStride);
+    add_dots<kLefts, kRights, kFirst, kAhead>(lefts + from, rights, count, sums + from * kStride);
   };
   int done = 0;
   if (kSelf && count_lefts >= kMost) {
@@ -110,10 +119,30 @@ inline void add_chunks(const double* parts, int64_t chunks, int64_t stride, int6
   }
 }
 
-// to[i] += sum_j weights[j] * sources[j][i], in the order of j.
-template <typename X, typename S>
+// to[i] += sum_j weights[j] * sources[j][i], in the order of j. kAhead: as for add_dots.
+template <bool kAhead = false, typename X, typename S>
 inline void add_combination(X* __restrict to, const S* const* sources, const X* weights, int terms,
                             int count) {
+  if constexpr (kAhead) {
+    // A line of each source at a time, so that the loads that are asked for never queue up.
+    constexpr int kLine = 64 / sizeof(S);
+    for (int j = 0; j < terms; j += 4) {
+      const int some = terms - j < 4 ? terms - j : 4;
+      int i = 0;
+      for (; i + kLine <= count; i += kLine) {
+        const S* from[4];
+        for (int k = 0; k < some; ++k) {
+          from[k] = sources[j + k] + i;
+          __builtin_prefetch(from[k] + kBlock, 0, 2);
+        }
+        add_combination<false>(to + i, from, weights + j, some, kLine);
+      }
+      const S* from[4];
+      for (int k = 0; k < some; ++k) from[k] = sources[j + k] + i;
+      add_combination<false>(to + i, from, weights + j, some, count - i);
+    }
+    return;
+  }
   int j = 0;
   for (; j + 4 <= terms; j += 4) {
     const S *a = sources[j], *b = sources[j + 1], *c = sources[j + 2], *d = sources[j + 3];
