@@ -52,8 +52,8 @@ class Declared:
         unset: what None or nothing stands for.
         word: what the command line calls None, where that is not the default.
         needs: what it belongs to.
-        silent: it is written down only where it is not at its default, which is what versions did
-            that had no such option: what they wrote stays what is written.
+        silent: it is written down only where it is none of these values: what versions did that had
+            no such option, and what they wrote stays what is written. True is its default alone.
     """
 
     help: str
@@ -67,7 +67,7 @@ class Declared:
     unset: str = ""
     word: str = ""
     needs: Sequence[Need] = ()
-    silent: bool = False
+    silent: bool | tuple[Any, ...] = False
 
     def check(self, name: str, value: Any) -> None:
         """Raise UserError for a value that is none of the choices or out of bounds."""

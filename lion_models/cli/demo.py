@@ -15,14 +15,13 @@ from lion_models.study.runner import TrialRunner
 
 __all__ = ["command"]
 
-# 84 pixels and 20 epochs, so that two cores need minutes: a step goes through 11 blocks twice.
+# 84 pixels and 20 epochs, so that two cores need minutes: VPT-deep goes through 11 blocks twice.
 VIT_DEMO = all_options(
     data="tuxpaint",
     backbone="vit-s14-focus,image_size=84,readout=11",
     shots=5,
     epochs=20,
     batch=20,
-    strength=0.1,
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 import deqcore
 from lion_models.backbones import FrozenBackbone
 from lion_models.backbones.frozen import SPACES
+from lion_models.backbones.vit_s14_focus import VIT_S14_FOCUS
 from lion_models.base.errors import UserError, choose
 from lion_models.base.options import Need, option
 from lion_models.methods.base import Recipe, TunedClassifier
@@ -31,6 +32,8 @@ __all__ = ["Lion", "LionConfig"]
 SIDES = ("both", "input", "output")
 OUTPUT_INPUTS = ("pooled", "embedding")
 FORMS = ("ends", "ladder")
+# Where the ladder was better on validation images: docs/lion_results.md, "Which form".
+LADDER_ON = VIT_S14_FOCUS
 STRENGTH = 1.0
 
 
@@ -235,12 +238,13 @@ class LionConfig(MethodConfig):
         expected="a share from 0 to below 1",
     )
     prune_at: int | None = option(None, "Epoch that ends with pruning.", low=1, unset="the last")
-    form: str = option(
-        "ends",
+    form: str | None = option(
+        None,
         "A layer in front of the backbone and one behind it, or a ladder beside it, which reads "
         "the tokens of every block.",
         choices=FORMS,
-        silent=True,
+        unset=f"ladder on {LADDER_ON}, else ends",
+        silent=(None, "ends"),
     )
     patch_grid: int = option(
         4,
@@ -271,6 +275,13 @@ class LionConfig(MethodConfig):
             raise UserError(f"`prune_at`: expected an epoch from 1 to {epochs}, got {epoch}")
         return Pruning(self.sparsity, epoch)
 
+    def on(self, backbone: str) -> LionConfig:
+        if self.form is not None:
+            return self
+        ends = self.sides != "both" or self.space or self.output_input != "pooled"
+        ladder = backbone.partition(",")[0] == LADDER_ON and not ends
+        return replace(self, form="ladder" if ladder else "ends")
+
     def settled(self) -> dict[str, Any]:
         if self.strength is not None:
             return {"strength": self.strength}
@@ -290,6 +301,8 @@ class LionConfig(MethodConfig):
         return f"{self.name} with `{'form` ladder' if self.form == 'ladder' else 'sides` output'}"
 
     def build(self, backbone: FrozenBackbone, classes: int) -> Lion | LionLadder:
+        if self.form is None:
+            return self.on(backbone.name).build(backbone, classes)
         solver = _SOLVERS[self.solver](rtol=self.rtol, max_steps=self.max_steps)
         strength = self.settled()["strength"]
         model: Lion | LionLadder

@@ -8,6 +8,8 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
+from typing_extensions import Self
+
 from lion_models.backbones import FrozenBackbone
 from lion_models.base.errors import UserError, choose
 from lion_models.base.options import Options
@@ -56,6 +58,10 @@ class MethodConfig(Options):
             UserError: at an epoch that no training reaches.
         """
         return None
+
+    def on(self, backbone: str) -> Self:
+        """The same options, with what only the name of a backbone settles."""
+        return self
 
     def settled(self) -> dict[str, Any]:
         """Values of options that are left open, by others; config.json has them."""

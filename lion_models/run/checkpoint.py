@@ -156,7 +156,7 @@ def load_run(path: Path, backbone: FrozenBackbone | None = None) -> LoadedRun:
             f"{metadata['backbone_sha256'][:12]}, but '{backbone.name}' has weights "
             f"{backbone.fingerprint[:12]}; use the original backbone file or train again"
         )
-    config = RunConfig.from_dict(json.loads(metadata["config"]))
+    config = RunConfig.stored(json.loads(metadata["config"]))
     classes = tuple(json.loads(metadata["classes"]))
     model = build_model(config, backbone, len(classes))
     normalisation = json.dumps(model.backbone.normalisation)

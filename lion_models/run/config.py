@@ -43,6 +43,7 @@ class RunConfig:
     method: MethodConfig = field(default_factory=LionConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", self.method.on(self.backbone.backbone))
         if self.backbone.checkpoint_backbone and self.method.tunes_copies:
             raise UserError(
                 "`checkpoint_backbone`: saves the activations of frozen blocks; "
@@ -99,6 +100,11 @@ class RunConfig:
         return cls._made(values)
 
     @classmethod
+    def stored(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The run of `to_dict`, read from a file of this version or an earlier one."""
+        return cls.from_dict({"form": "ends", **values})
+
+    @classmethod
     def _made(cls, values: Mapping[str, Any]) -> RunConfig:
         method = values.get("method", "lion")
         kinds = GROUPS | {"method": method_named(method)}
@@ -138,10 +144,13 @@ def all_options(**given: Any) -> dict[str, Any]:
 
 
 def to_write(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that are silent at their defaults."""
-    groups = [*GROUPS.values(), *METHODS.values()]
-    silent = {e.name: e.default for group in groups for e in fields(group) if declared(e).silent}
-    return {k: v for k, v in options.items() if k not in silent or v != silent[k]}
+    """Options without those that are silent at their values; see `Declared`."""
+    silent = {}
+    for group in (*GROUPS.values(), *METHODS.values()):
+        for each in fields(group):
+            said = declared(each).silent
+            silent[each.name] = (each.default,) if said is True else said or ()
+    return {k: v for k, v in options.items() if v not in silent.get(k, ())}
 
 
 def option_kinds() -> dict[str, tuple[type, ...]]:

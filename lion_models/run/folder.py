@@ -35,7 +35,7 @@ def read_config(folder: Path) -> RunConfig:
     if not path.is_file():
         raise _not_a_run(folder)
     try:
-        return RunConfig.from_dict(json.loads(path.read_text()))
+        return RunConfig.stored(json.loads(path.read_text()))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     except (ValueError, TypeError) as error:

@@ -135,6 +135,26 @@ def test_each_form_has_its_own_strength_and_a_run_writes_it_down():
     assert RunConfig.of(data="digits").but(form="ladder").resolved().method.strength == 0.1
 
 
+def test_the_form_goes_by_the_backbone_unless_it_or_a_layer_of_the_ends_is_named():
+    def form(backbone: str, **options: object) -> object:
+        return RunConfig.of(data="digits", backbone=backbone, **options).method.form
+
+    assert form("tiny-vit") == form("timm:vit_tiny_patch16_224") == "ends"
+    assert form("vit-s14-focus") == form("vit-s14-focus,image_size=56,readout=11") == "ladder"
+    assert form("vit-s14-focus", form="ends") == form("vit-s14-focus", sides="output") == "ends"
+    assert form("tiny-vit", form="ladder") == "ladder"
+
+
+@pytest.mark.parametrize("form", ["ends", "ladder"])
+def test_what_is_stored_has_its_form_whatever_the_default_is(form: str):
+    config = RunConfig.of(data="digits", backbone="vit-s14-focus", form=form).resolved()
+    assert config.to_dict().get("form", "ends") == form
+    assert RunConfig.stored(config.to_dict()) == config
+    before = config.to_dict().items()  # as versions without a form wrote it
+    without = {key: value for key, value in before if key not in ("form", "place_dropout")}
+    assert RunConfig.stored(without).method.form == "ends"
+
+
 def test_places_know_of_each_other():
     cell = LadderCell(3)
     torch.nn.init.normal_(cell.up.weight)
