@@ -53,7 +53,8 @@ class Declared:
         word: what the command line calls None, where that is not the default.
         needs: what it belongs to.
         silent: it is written down only where it is none of these values: what versions did that had
-            no such option, and what they wrote stays what is written. True is its default alone.
+            no such option, and what they wrote stays what is written. True is its default alone;
+            of several the last is what was not written then.
     """
 
     help: str

@@ -102,7 +102,8 @@ class RunConfig:
     @classmethod
     def stored(cls, values: Mapping[str, Any]) -> RunConfig:
         """The run of `to_dict`, read from a file of this version or an earlier one."""
-        return cls.from_dict({"form": "ends", **values})
+        absent = {name: silent[-1] for name, silent in _silent_values().items()}
+        return cls.from_dict({**absent, **values})
 
     @classmethod
     def _made(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -145,12 +146,19 @@ def all_options(**given: Any) -> dict[str, Any]:
 
 def to_write(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without those that are silent at their values; see `Declared`."""
-    silent = {}
+    silent = _silent_values()
+    return {name: value for name, value in options.items() if value not in silent.get(name, ())}
+
+
+def _silent_values() -> dict[str, tuple[Any, ...]]:
+    """The values of silent options that are not written down, by the options' names."""
+    found: dict[str, tuple[Any, ...]] = {}
     for group in (*GROUPS.values(), *METHODS.values()):
         for each in fields(group):
             said = declared(each).silent
-            silent[each.name] = (each.default,) if said is True else said or ()
-    return {k: v for k, v in options.items() if v not in silent.get(k, ())}
+            if said:
+                found[each.name] = said if isinstance(said, tuple) else (each.default,)
+    return found
 
 
 def option_kinds() -> dict[str, tuple[type, ...]]:
