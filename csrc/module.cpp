@@ -1,7 +1,8 @@
 // The Python modules deqcore._C and deqcore._cuda. Importing one loads its kernels into torch's
-// dispatcher (static initialisers of the bindings); the module itself only tells how it was built,
-// and joins captured CUDA graphs.
+// dispatcher (static initialisers of the bindings); the module itself tells how it was built, takes
+// steps without the dispatcher on the CPU, and joins captured CUDA graphs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
 #include <string>
@@ -12,6 +13,7 @@
 #if defined(DEQCORE_CUDA_MODULE)
 #include "cuda/solve_graph.h"
 #else
+#include "cpu/direct_step.h"
 #include "cpu/isa.h"
 #endif
 
@@ -63,6 +65,15 @@ py::dict build_info() {
   return info;
 }
 
+#if !defined(DEQCORE_CUDA_MODULE)
+template <typename Step>
+void define_direct_step(py::module_& m, const char* name) {
+  py::class_<Step>(m, name, "A step op's kernel with its state; see csrc/cpu/direct_step.h.")
+      .def(py::init<const std::vector<uintptr_t>&, const std::vector<int64_t>&>())
+      .def("step", &Step::step, py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(DEQCORE_MODULE, m) {
@@ -78,5 +89,8 @@ PYBIND11_MODULE(DEQCORE_MODULE, m) {
       .def("launch", &SolveGraph::launch, py::arg("stream"),
            py::call_guard<py::gil_scoped_release>())
       .def_static("why_not_conditional", &SolveGraph::why_not_conditional);
+#else
+  define_direct_step<deqcore::cpu::DirectAnderson>(m, "DirectAnderson");
+  define_direct_step<deqcore::cpu::DirectBroyden>(m, "DirectBroyden");
 #endif
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -134,4 +133,4 @@ def _recover(pool: Any) -> None:
 
 
 def _solve_graph() -> Any:
-    return importlib.import_module("deqcore._cuda").SolveGraph
+    return _kernels.modules["cuda"].SolveGraph

@@ -27,8 +27,10 @@ KERNELS_MODE: str = os.environ.get("DEQCORE_KERNELS") or "auto"
 if KERNELS_MODE not in _MODES:
     raise ImportError(f"DEQCORE_KERNELS={KERNELS_MODE!r} is unknown; use {', '.join(_MODES)}")
 
-# Facts about each loaded extension, and the reason for each missing one, by "cpu" and "cuda".
+# Facts about each loaded extension, its module, and the reason for each missing one, by "cpu" and
+# "cuda".
 loaded: dict[str, dict[str, Any]] = {}
+modules: dict[str, Any] = {}
 missing: dict[str, str] = {}
 
 
@@ -71,6 +73,7 @@ def _load_module(part: str, name: str) -> None:
             )
         return
     loaded[part] = module.build_info()  # raises if DEQCORE_CPU_ISA cannot be had
+    modules[part] = module
     sources = Path(__file__).parent.parent / "csrc"  # there for an editable installation alone
     if sources.is_dir() and digest(sources, part) != loaded[part].get("sources"):
         warnings.warn(

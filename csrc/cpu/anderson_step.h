@@ -23,4 +23,7 @@ DEQCORE_DECLARE_KERNEL(void anderson_decide(const AndersonArgs& args, int64_t ro
 DEQCORE_DECLARE_KERNEL(void anderson_move(const AndersonArgs& args, int64_t first, int64_t last,
                                           const AndersonDecision* decisions))
 
+// A whole step, spread over threads; ends with the count of active rows.
+void run_anderson_step(const AndersonArgs& args);
+
 }  // namespace deqcore::cpu

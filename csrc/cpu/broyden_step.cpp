@@ -1,4 +1,4 @@
-// Binding of broyden_step for CPU tensors.
+// Binding of broyden_step for CPU tensors, and how its kernel's work is spread over threads.
 #include "cpu/broyden_step.h"
 
 #include "cpu/step_work.h"
@@ -6,14 +6,8 @@
 #include "ops/torch.h"
 
 namespace deqcore::cpu {
-namespace {
 
-void broyden_step(const Tensor& x, const Tensor& f, const Tensor& damping, const Tensor& s_ring,
-                  const Tensor& gram, const Tensor& best, const Tensor& status,
-                  const Tensor& counters, const Tensor& residuals, const Tensor& remaining,
-                  const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
-  const BroydenArgs args = broyden_args(x, f, damping, s_ring, gram, best, status, counters,
-                                        residuals, remaining, x_next, z_next, options);
+void run_broyden_step(const BroydenArgs& args) {
   int64_t stored = 0;
   for (int64_t row = 0; row < args.batch; ++row) {
     if (args.rows.status[row] != kActive) continue;
@@ -34,6 +28,16 @@ void broyden_step(const Tensor& x, const Tensor& f, const Tensor& damping, const
         DEQCORE_DISPATCH_ISA(broyden_move, args, first, last, decisions);
       });
   count_remaining(args.rows, args.batch);
+}
+
+namespace {
+
+void broyden_step(const Tensor& x, const Tensor& f, const Tensor& damping, const Tensor& s_ring,
+                  const Tensor& gram, const Tensor& best, const Tensor& status,
+                  const Tensor& counters, const Tensor& residuals, const Tensor& remaining,
+                  const Tensor& x_next, const Tensor& z_next, const Tensor& options) {
+  run_broyden_step(broyden_args(x, f, damping, s_ring, gram, best, status, counters, residuals,
+                                remaining, x_next, z_next, options));
 }
 
 }  // namespace

@@ -23,4 +23,8 @@ DEQCORE_DECLARE_KERNEL(void broyden_decide(const BroydenArgs& args, int64_t row,
 DEQCORE_DECLARE_KERNEL(void broyden_move(const BroydenArgs& args, int64_t first, int64_t last,
                                          const BroydenDecision* decisions))
 
+// A whole step, spread over threads; ends with the count of active rows. Throws where a row has no
+// slot left.
+void run_broyden_step(const BroydenArgs& args);
+
 }  // namespace deqcore::cpu

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from deqcore.ops._rows import Rows, count_active
 from deqcore.solvers._buffers import step_outputs
+from deqcore.solvers._direct import DirectSteps, direct_steps
 from deqcore.solvers.base import MOST_STEPS, Solver, StepContext, StepInfo
 
 FIRST_CAPACITY = 8  # slots of a history before any step was taken
 
 
 class FusedSolver(Solver):
-    """``Picard``, ``Anderson`` and ``Broyden``: the loop calls their ops instead of ``step``."""
+    """``Picard``, ``Anderson`` and ``Broyden``: the loop calls their ops instead of ``step``.
+
+    Attributes:
+        kernel: the class of ``deqcore._C`` that takes steps without the dispatcher.
+    """
+
+    kernel: ClassVar[str]
 
     @abc.abstractmethod
     def new_state(self, x: Tensor, rows: Rows) -> Any:
@@ -40,6 +47,9 @@ class FusedSolver(Solver):
         self, state: Any, x: Tensor, f: Tensor, step: int, context: StepContext
     ) -> tuple[Any, Tensor]: ...
 
+    def direct_steps(self, x: Tensor, dtype: torch.dtype) -> DirectSteps | None:
+        return direct_steps(self.kernel, x, dtype)
+
     def initial_state(self, x: Tensor, rows: Rows, *, differentiable: bool = False) -> Any:
         state = self.new_state(x, rows)
         return _finite(state) if differentiable else state
@@ -52,7 +62,9 @@ class FusedSolver(Solver):
     ) -> tuple[Any, Tensor, Tensor]:
         state = self.with_room(state, step)
         x_next, z_next = step_outputs(x, context)
-        self.advance(state, x, f, context, x_next, z_next)
+        direct, damping, options = context.direct, context.damping, context.options
+        if direct is None or not direct.take(state, x, f, damping, options, x_next, z_next):
+            self.advance(state, x, f, context, x_next, z_next)
         return state, x_next, x_next if context.dtype == x.dtype else z_next
 
     def begin(self, x: Tensor) -> Any:

@@ -26,6 +26,8 @@ LARGE = 1 << 17  # elements of a state
 class MixingSolver(FusedSolver):
     """The steps that Anderson and Picard share: one op, with or without mixing."""
 
+    kernel = "DirectAnderson"
+
     @abc.abstractmethod
     def ring_size(self) -> int:
         """Stored residuals."""

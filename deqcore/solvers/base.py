@@ -13,6 +13,7 @@ from deqcore.ops import _rows
 from deqcore.ops._library import constant, pack_numbers
 from deqcore.ops._rows import Limits, Rows
 from deqcore.solvers import _stepwise
+from deqcore.solvers._direct import DirectSteps
 from deqcore.solvers._options import Damping, options, require_bool, require_int, require_number
 
 MOST_STEPS = 2**31 - 1  # what an op counts up to; a larger option means the same as this one
@@ -33,6 +34,7 @@ class StepContext(NamedTuple):
         options: the same as the op takes them, float64 on the CPU.
         dtype: of the state as f sees it.
         nothing: an empty tensor, for an op's output that is not wanted.
+        direct: takes steps of a solver that has an op without the dispatcher, where it can.
     """
 
     damping: Tensor
@@ -41,6 +43,7 @@ class StepContext(NamedTuple):
     options: Tensor
     dtype: torch.dtype
     nothing: Tensor
+    direct: DirectSteps | None = None
 
 
 class StepInfo(NamedTuple):
@@ -198,6 +201,7 @@ class Solver(abc.ABC):
             options=pack_numbers(numbers),
             dtype=dtype,
             nothing=x.new_empty(0),
+            direct=self.direct_steps(x, dtype),
         )
 
     def without_tolerance(self, context: StepContext) -> StepContext:
@@ -205,6 +209,10 @@ class Solver(abc.ABC):
         limits = context.limits._replace(rtol=0.0, atol=-1.0)
         numbers = self.numbers(limits)
         return context._replace(limits=limits, numbers=numbers, options=pack_numbers(numbers))
+
+    def direct_steps(self, x: Tensor, dtype: torch.dtype) -> DirectSteps | None:
+        """For iterates like ``x``, which f sees as ``dtype``; None where there are none."""
+        return None
 
     # What the loop calls, made of `begin` and `step`. A solver whose op does the loop's part too
     # (`_fused.FusedSolver`) has its own. `state` is a NamedTuple of tensors with a field `rows`.

@@ -43,6 +43,8 @@ class Broyden(FusedSolver):
     Source: Broyden (1965); in the form that stores steps only, Kelley (1995), section 7.3.
     """
 
+    kernel = "DirectBroyden"
+
     memory: int = 30
     damping: Damping = 1.0
     history_dtype: torch.dtype | None = None
