@@ -31,7 +31,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = (
+    "cuda/anderson_cluster.cu",
     "cuda/anderson_step.cu",
+    "cuda/broyden_cluster.cu",
     "cuda/broyden_step.cu",
     "cuda/masked_dense.cu",
     "cuda/masked_linear.cu",
@@ -50,7 +52,7 @@ FLAGS = [
     *["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
     *["-ffp-contract=off", "-fno-omit-frame-pointer"],
 ]
-PATHS = {"warp": 0, "block": 1, "split": 2}
+PATHS = {"warp": 0, "block": 1, "split": 2, "cluster": 3}
 # Of the masked matmuls, by op.
 MASKED_PATHS = {
     "masked_linear": {
@@ -146,7 +148,7 @@ def build(
         commands: list[tuple[list[str], Path, Path]] = []
         program = ["-DEMULATION_PROGRAM"] if how.program else []
         # What is changed comes first: of an inline function, the linker keeps the first copy.
-        own = [name for name in KERNELS if name.startswith(f"cuda/{op}")]
+        own = [name for name in KERNELS if name.startswith(f"cuda/{op.removesuffix('_step')}")]
         others = [name for name in KERNELS if name not in own]
         for name in (*own, *others, *_callers(how, sources), *RUNTIME):
             tree = ROOT / "csrc" if name in others else sources
@@ -254,6 +256,7 @@ class Traffic:
     read: int
     read_again: int  # by the thread that has just read or written them: from a cache
     written: int
+    blocks: int
 
 
 class EmulationError(Exception):
@@ -261,16 +264,16 @@ class EmulationError(Exception):
 
 
 class Emulator:
-    """The kernels in this process."""
+    """The kernels in this process; ``traffic`` is what the last call did."""
 
     def __init__(self, library: Path) -> None:
         self.library = library
         self._library = ctypes.CDLL(str(library))
         self._library.emulate.restype = ctypes.c_char_p
-        self.traffic = Traffic(0, 0, 0, 0)
+        self.traffic = Traffic(0, 0, 0, 0, 0)
 
     def step(self, op: str, path: str, seed: int = 1) -> Callable[..., Traffic]:
-        """The op ``deqcore::<op>`` on one of the three paths, with threads in a random order."""
+        """The op ``deqcore::<op>`` on one of its paths, with threads in a random order."""
 
         def run(*args: Tensor) -> Traffic:
             return self.run(op, seed, *_arguments(op, path, args))
@@ -278,14 +281,11 @@ class Emulator:
         return run
 
     def masked(self, op: str, path: str, seed: int = 1) -> Callable[..., Tensor]:
-        """``deqcore::masked_linear`` or ``masked_outer`` on one of its paths.
-
-        What the last call did is then in ``self.traffic``.
-        """
+        """``deqcore::masked_linear`` or ``masked_outer`` on one of its paths."""
 
         def run(*args: Any) -> Tensor:
             out, pointers, ints = masked_arguments(op, path, *args)
-            self.traffic = self.run(op, seed, pointers, ints, [])
+            self.run(op, seed, pointers, ints, [])
             return out
 
         return run
@@ -309,9 +309,10 @@ class Emulator:
         )
         if message:
             raise EmulationError(message.decode())
-        counts = (ctypes.c_int64 * 4)()
+        counts = (ctypes.c_int64 * len(dataclasses.fields(Traffic)))()
         self._library.emulate_statistics(counts)
-        return Traffic(*counts)
+        self.traffic = Traffic(*counts)
+        return self.traffic
 
 
 def run_program(

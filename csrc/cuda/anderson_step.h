@@ -16,4 +16,7 @@ int64_t anderson_workspace_bytes(const AndersonArgs& args, Path path);
 // Queues one step on `stream` (a cudaStream_t). x_next may be x. Null, or what went wrong.
 const char* anderson_step(const AndersonArgs& args, Path path, void* workspace, void* stream);
 
+// The same on Path::cluster.
+const char* anderson_step_by_clusters(const AndersonArgs& args, void* stream);
+
 }  // namespace deqcore::cuda

@@ -1,6 +1,7 @@
-// The mixing weights of anderson_step, worked out by one warp. The problem and its safeguards are
-// those of ops/anderson_step.h; here each lane holds a row of the matrix, so that the longest chain
-// of dependent operations grows with the memory and not with its cube.
+// The mixing weights of anderson_step, worked out by one warp, or where they are few by one thread.
+// The problem and its safeguards are those of ops/anderson_step.h; here each lane holds a row of
+// the matrix, so that the longest chain of dependent operations grows with the memory and not with
+// its cube.
 #pragma once
 
 #include "cuda/team.cuh"
@@ -40,6 +41,77 @@ DEQCORE_DEVICE double newest_gamma(const ByAge& by_age, double ridge) {
   const double unit = by_age.unit(0);
   const double inverse = inverse_root(unit, by_age.of_differences(0, 0) * unit * unit + ridge);
   return by_age.right(0) * unit * inverse * inverse * unit;
+}
+
+// Differences that one thread alone takes on, all in registers.
+constexpr int kFewColumns = 4;
+
+// gamma by one thread; columns from `count` on drop out.
+DEQCORE_DEVICE void least_squares_of_few(const ByAge& by_age, int count, double ridge,
+                                         double (&gamma)[kFewColumns]) {
+  constexpr int kN = kFewColumns;
+  double unit[kN], inverse[kN], factor[kN][kN];
+#pragma unroll
+  for (int i = 0; i < kN; ++i) unit[i] = i < count ? by_age.unit(i) : 0.0;
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+#pragma unroll
+    for (int j = 0; j <= i; ++j) {
+      factor[i][j] = i < count ? by_age.of_differences(i, j) * unit[i] * unit[j] : 0.0;
+    }
+    factor[i][i] += ridge;
+    gamma[i] = i < count ? by_age.right(i) * unit[i] : 0.0;
+  }
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    inverse[j] = inverse_root(unit[j], factor[j][j]);
+    gamma[j] *= inverse[j];
+#pragma unroll
+    for (int i = j + 1; i < kN; ++i) factor[i][j] *= inverse[j];
+#pragma unroll
+    for (int i = j + 1; i < kN; ++i) {
+      gamma[i] -= factor[i][j] * gamma[j];
+#pragma unroll
+      for (int k = j + 1; k <= i; ++k) factor[i][k] -= factor[i][j] * factor[k][j];
+    }
+  }
+#pragma unroll
+  for (int j = kN - 1; j >= 0; --j) {
+    gamma[j] *= inverse[j];
+#pragma unroll
+    for (int i = 0; i < j; ++i) gamma[i] -= factor[j][i] * gamma[j];
+  }
+#pragma unroll
+  for (int i = 0; i < kN; ++i) gamma[i] *= unit[i];
+}
+
+// alpha by age; false if a weight is above the cap or not a number.
+DEQCORE_DEVICE bool weights_from(const double (&gamma)[kFewColumns], int history, double max_weight,
+                                 double (&alpha)[kFewColumns + 1]) {
+  bool fine = true;
+#pragma unroll
+  for (int age = 0; age <= kFewColumns; ++age) {
+    const double newer = age == 0 ? 1.0 : gamma[age - 1];
+    alpha[age] = newer - (age < kFewColumns ? gamma[age] : 0.0);
+    fine = fine && (age >= history || fabs(alpha[age]) <= max_weight);
+  }
+  return fine;
+}
+
+// Mixing weights by age of at most kFewColumns + 1 slots, by one thread.
+DEQCORE_DEVICE void weights_of_few(const ByAge& by_age, int history, const AndersonOptions& options,
+                                   double (&alpha)[kFewColumns + 1]) {
+  double gamma[kFewColumns] = {};
+  if (history > 2) {
+    least_squares_of_few(by_age, history - 1, options.ridge, gamma);
+    if (weights_from(gamma, history, options.max_weight, alpha)) return;
+  }
+#pragma unroll
+  for (int i = 0; i < kFewColumns; ++i) gamma[i] = 0.0;
+  if (history > 1) gamma[0] = newest_gamma(by_age, options.ridge);
+  if (weights_from(gamma, history, options.max_weight, alpha)) return;
+#pragma unroll
+  for (int age = 0; age <= kFewColumns; ++age) alpha[age] = age == 0 ? 1.0 : 0.0;
 }
 
 // Cholesky of the first `count` <= kRegisterColumns differences; lane i holds row i.

@@ -3,10 +3,23 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/device.cuh"
 
 namespace deqcore::cuda {
+
+#if !defined(__CUDACC__)
+inline void make_copies(const std::vector<::emulation::Copy>& copies) {
+  for (const auto& copy : copies) {
+    if (copy.from != nullptr) {
+      memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      memset(copy.to, 0, copy.bytes);
+    }
+  }
+}
+#endif
 
 // Starts a copy of 16 bytes; both ends are aligned to that. Needs sm_80.
 DEQCORE_DEVICE void copy_async_16(void* to_shared, const void* from_global) {
@@ -34,6 +47,60 @@ DEQCORE_DEVICE void copy_async_16(void* to_shared, const void* from_global, bool
 #endif
 }
 
+// A copy of 8 or 16 bytes, aligned to its size.
+template <int kBytes>
+DEQCORE_DEVICE void copy_async(void* to_shared, const void* from_global) {
+  static_assert(kBytes == 8 || kBytes == 16);
+#if __CUDA_ARCH__ >= 800
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from_global)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from_global) : "memory");
+  }
+#elif defined(__CUDA_ARCH__)
+  __trap();  // check_gpu keeps such GPUs away
+#elif !defined(__CUDACC__)
+  ::emulation::copy_later(to_shared, from_global, kBytes);
+#endif
+}
+
+// Closes a group of this thread's copies, be it empty.
+DEQCORE_DEVICE void close_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  ::emulation::close_copies();
+#endif
+}
+
+constexpr int kMostGroups = 8;
+
+// Waits for this thread's groups but the newest `pending` < kMostGroups ones.
+DEQCORE_DEVICE void wait_for_groups_but([[maybe_unused]] int pending) {
+#if __CUDA_ARCH__ >= 800
+#define DEQCORE_WAIT(groups)                                          \
+  case groups:                                                        \
+    asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory"); \
+    break;
+  switch (pending) {
+    DEQCORE_WAIT(7)
+    DEQCORE_WAIT(6)
+    DEQCORE_WAIT(5)
+    DEQCORE_WAIT(4)
+    DEQCORE_WAIT(3)
+    DEQCORE_WAIT(2)
+    DEQCORE_WAIT(1)
+    default:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+  }
+#undef DEQCORE_WAIT
+#elif !defined(__CUDACC__)
+  make_copies(::emulation::take_groups_but(pending));
+#endif
+}
+
 // Waits for this thread's copies; a barrier then shows them to the other threads.
 DEQCORE_DEVICE void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -41,13 +108,7 @@ DEQCORE_DEVICE void wait_for_copies() {
 #elif defined(__CUDA_ARCH__)
   __trap();  // check_gpu keeps such GPUs away
 #elif !defined(__CUDACC__)
-  for (const auto& copy : ::emulation::take_copies()) {
-    if (copy.from != nullptr) {
-      memcpy(copy.to, copy.from, 16);
-    } else {
-      memset(copy.to, 0, 16);
-    }
-  }
+  make_copies(::emulation::take_copies());
 #endif
 }
 

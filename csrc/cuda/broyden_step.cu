@@ -6,6 +6,7 @@
 // the cache still has. Steps in bfloat16 (S) halve 2 k + 1 of these.
 #include "cuda/broyden_step.h"
 
+#include "cuda/broyden_row.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/team.cuh"
 
@@ -67,38 +68,6 @@ struct Workspace {
   Workspace(void* at, int64_t batch)
       : chunk_sums(reinterpret_cast<double*>(static_cast<RowState*>(at) + batch)),
         states(static_cast<RowState*>(at)) {}
-};
-
-DEQCORE_DEVICE BroydenArgs row_args(const BroydenArgs& args, RowState* state) {
-  BroydenArgs out = args;
-  out.rows = rows_of(state);
-  return out;
-}
-
-// Stored steps to use. The caller keeps a free slot; without one the row restarts, in bounds.
-DEQCORE_DEVICE int history_of(const BroydenArgs& args, RowState* state) {
-  const int64_t history = broyden_history(row_args(args, state), 0);
-  return history < args.capacity ? static_cast<int>(history) : 0;
-}
-
-template <typename X, typename F, typename S>
-struct Row {
-  const X* x;
-  const F* f;
-  S* s_ring;
-  X* best;
-  X* x_next;
-  F* z_next;
-
-  DEQCORE_DEVICE Row(const BroydenArgs& args, int64_t row) {
-    const int64_t at = row * args.dim;
-    x = static_cast<const X*>(args.x) + at;
-    f = static_cast<const F*>(args.f) + at;
-    s_ring = static_cast<S*>(args.s_ring) + at * args.capacity;
-    best = static_cast<X*>(args.best) + at;
-    x_next = static_cast<X*>(args.x_next) + at;
-    z_next = args.z_next == nullptr ? nullptr : static_cast<F*>(args.z_next) + at;
-  }
 };
 
 // One pass over [begin, end): inner products of the steps from `first` on with g and with the
@@ -173,63 +142,6 @@ DEQCORE_DEVICE void push(const Team& team, const BroydenArgs& args, const Row<X,
   for (int first = kSlots; first < history; first += kSlots) {
     push_pass<X, F, S, kAligned, false>(team, args, row, first, history, begin, end, scratch);
   }
-}
-
-// broyden_inverse of ops/broyden_step.h by one warp: the lanes keep the products s_i . z, so that
-// each update is one broadcast and one multiply-add instead of a sum over the earlier steps.
-// The new step is *g_weight * g + sum_j weights[j] s_j; false where the last update is singular.
-template <typename X>
-DEQCORE_DEVICE bool inverse_by_warp(int lane, const BroydenArgs& args, int history, int64_t step,
-                                    const Scratch<X>& scratch, double* g_weight) {
-  constexpr int kParts = kBroydenMaxMemory / kWarp;
-  const double* const gram = scratch.gram;
-  const int stride = scratch.stride;
-  const auto beta_at = [&](int64_t at) {
-    return damping_at(args.damping, args.damping_length, at);
-  };
-  double product[kParts], weight[kParts];
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    const int j = lane + part * kWarp;
-    product[part] = weight[part] = 0.0;
-    if (j >= history) continue;
-    product[part] = scratch.sums[2 + 2 * j];
-    const double size = gram[j * stride + j];
-    const double beta = beta_at(step - history + j);
-    scratch.inverse_size[j] = size > 0 ? 1 / size : 0.0;
-    scratch.lift[j] = beta - 1;
-    scratch.ratio[j] = beta / beta_at(step - history + j + 1);
-  }
-  __syncwarp();
-  double w = 0.0;  // s_j . z_j / |s_j|^2
-  for (int j = 0; j < history; ++j) {
-    w = __shfl_sync(kWholeWarp, j < kWarp ? product[0] : product[kParts - 1], j % kWarp) *
-        scratch.inverse_size[j];
-    if (j + 1 == history) break;
-    const double own = scratch.lift[j] * w, next = scratch.ratio[j] * w;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int i = lane + part * kWarp;
-      if (i == j) weight[part] += own;
-      if (i == j + 1) weight[part] += next;
-      if (i > j && i < history) {
-        product[part] += own * gram[i * stride + j] + next * gram[i * stride + j + 1];
-      }
-    }
-  }
-  double left = 1.0;
-  if (history > 0) left = 1 - beta_at(step - 1) * w;
-  if (!(fabs(left) * kBroydenMaxGrowth >= 1)) return false;
-  const double beta = beta_at(step);
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    const int j = lane + part * kWarp;
-    if (j >= history) continue;
-    const double last = j + 1 == history ? scratch.lift[j] * w : 0.0;
-    scratch.weights[j] = static_cast<X>(beta * (weight[part] + last) / left);
-  }
-  *g_weight = beta / left;
-  return true;
 }
 
 // Between the phases, by one warp: the row's status, its plan and the weights of the new step, from
@@ -444,6 +356,7 @@ const char* launch_typed(const BroydenArgs& args, Path path, void* workspace, St
 }  // namespace
 
 Path broyden_path(const BroydenArgs& args) {
+  if (args.dim > kWarpPathDim && takes_hopper_paths()) return Path::cluster;
   return choose_path(args.dim, Scratch<double>::doubles(args.memory, 1));
 }
 
@@ -455,6 +368,7 @@ int64_t broyden_workspace_bytes(const BroydenArgs& args, Path path) {
 
 const char* broyden_step(const BroydenArgs& args, Path path, void* workspace, void* stream) {
   if (args.batch == 0) return nullptr;
+  if (path == Path::cluster) return broyden_step_by_clusters(args, stream);
   const Stream on = static_cast<Stream>(stream);
   return with_dtype(args.type, [&]<typename F>() {
     using X = Compute<F>;

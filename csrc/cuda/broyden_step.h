@@ -16,4 +16,7 @@ int64_t broyden_workspace_bytes(const BroydenArgs& args, Path path);
 // Queues one step on `stream` (a cudaStream_t). x_next may be x. Null, or what went wrong.
 const char* broyden_step(const BroydenArgs& args, Path path, void* workspace, void* stream);
 
+// The same on Path::cluster.
+const char* broyden_step_by_clusters(const BroydenArgs& args, void* stream);
+
 }  // namespace deqcore::cuda

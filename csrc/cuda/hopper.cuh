@@ -1,10 +1,12 @@
 // What Hopper's copy engine and its tensor cores do, and the barriers in shared memory by which
-// they say that they have: cp.async.bulk, mbarrier, wgmma, clusters. Each has a host path for the
-// emulation, where a cluster is one block. Needs sm_90a (DEQCORE_SM90A says that the build has it).
+// they say that they have: cp.async.bulk, mbarrier, wgmma. Each has a host path for the emulation,
+// where a cluster that copies to all its blocks is one block. Needs sm_90a (DEQCORE_SM90A says that
+// the build has it).
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/cluster.cuh"
 #include "cuda/device.cuh"
 #include "ops/dtype.h"
 
@@ -20,8 +22,7 @@
 
 namespace deqcore::cuda {
 
-constexpr int64_t kHopperShared = 227 * 1024;  // bytes that a block can have
-constexpr int kTileSide = 64;                  // of the square tiles of 2-byte numbers
+constexpr int kTileSide = 64;  // of the square tiles of 2-byte numbers
 constexpr int kTileBytes = 2 * kTileSide * kTileSide;
 
 // A barrier in shared memory: a phase is over when all have arrived and all bytes have come.
@@ -30,10 +31,6 @@ using Barrier = uint64_t;
 #if defined(__CUDACC__)
 
 using TileMap = CUtensorMap;
-
-DEQCORE_DEVICE uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
 
 #else
 
@@ -113,6 +110,45 @@ DEQCORE_DEVICE void wait_for(Barrier* barrier, uint32_t parity) {
 #endif
 }
 
+// The same for a barrier that other blocks' `send_number`s tell: what they have sent is seen.
+DEQCORE_DEVICE void wait_for_numbers(Barrier* barrier, uint32_t parity) {
+#if DEQCORE_ON_HOPPER
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
+      "@over bra done;\n"
+      "bra again;\n"
+      "done:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
+  ::emulation::wait_for_barrier(barrier, parity);
+#endif
+}
+
+// Writes a number to the same place in the shared memory of a block of the cluster, which must not
+// have left, and tells the barrier in the same place there of its 8 bytes. It takes no fence.
+DEQCORE_DEVICE void send_number([[maybe_unused]] int rank, double* at, double number,
+                                Barrier* barrier) {
+#if DEQCORE_ON_HOPPER
+  asm volatile(
+      "{\n.reg .b32 there, its_barrier;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 its_barrier, %1, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f64 [there], %2, "
+      "[its_barrier];\n}" ::"r"(shared_address(at)),
+      "r"(shared_address(barrier)), "d"(number), "r"(rank)
+      : "memory");
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#elif !defined(__CUDACC__)
+  auto* const there = static_cast<double*>(::emulation::shared_of_block(rank, at));
+  auto* const its_barrier = static_cast<Barrier*>(::emulation::shared_of_block(rank, barrier));
+  ::emulation::copy_bulk(its_barrier, sizeof(double), [there, number] { *there = number; });
+#endif
+}
+
 // After barriers have been started: the copy engine and the cluster see them.
 DEQCORE_DEVICE void show_barriers() {
 #if DEQCORE_ON_HOPPER
@@ -124,48 +160,6 @@ DEQCORE_DEVICE void show_barriers() {
 DEQCORE_DEVICE void show_shared_memory() {
 #if DEQCORE_ON_HOPPER
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// All threads of all blocks of the cluster meet.
-DEQCORE_DEVICE void sync_cluster() {
-#if DEQCORE_ON_HOPPER
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-#elif defined(__CUDA_ARCH__)
-  __trap();
-#elif !defined(__CUDACC__)
-  __syncthreads();
-#endif
-}
-
-DEQCORE_DEVICE int rank_in_cluster() {
-#if DEQCORE_ON_HOPPER
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
-}
-
-// The same place in the shared memory of a block of the cluster, to read from.
-template <typename T>
-DEQCORE_DEVICE T read_shared_of([[maybe_unused]] int rank, const T* at) {
-#if DEQCORE_ON_HOPPER
-  static_assert(sizeof(T) == 16);
-  T out;
-  auto* const words = reinterpret_cast<uint32_t*>(&out);
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there];\n}"
-      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-      : "r"(shared_address(at)), "r"(rank)
-      : "memory");
-  return out;
-#else
-  return *at;
 #endif
 }
 
@@ -346,28 +340,6 @@ inline int64_t clusters_at_once(int cluster, int resident) {
   return known && clusters > 0 ? clusters : 1;
 }
 
-// Starts a kernel in clusters; null, or what is wrong.
-template <typename... Parameters, typename... Arguments>
-const char* launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t clusters,
-                            int threads, int64_t shared_bytes, Stream stream,
-                            const Arguments&... arguments) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 #else
 
 inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, int64_t columns,
@@ -378,13 +350,17 @@ inline const char* make_tile_map(TileMap* map, const void* from, int64_t rows, i
 
 inline int64_t clusters_at_once(int, int) { return 3; }
 
-template <typename... Parameters, typename... Arguments>
-const char* launch_clusters(void (*kernel)(Parameters...), int, int64_t clusters, int threads,
-                            int64_t shared_bytes, Stream, const Arguments&... arguments) {
-  return ::emulation::launch(
-      clusters, threads, shared_bytes, [&] { kernel(arguments...); }, kHopperShared);
-}
-
 #endif
+
+// Starts a kernel in clusters whose blocks copy to each other; null, or what is wrong.
+template <typename... Parameters, typename... Arguments>
+const char* launch_copying_clusters(void (*kernel)(Parameters...), [[maybe_unused]] int cluster,
+                                    int64_t clusters, int threads, int64_t shared_bytes,
+                                    Stream stream, const Arguments&... arguments) {
+#if !defined(__CUDACC__)
+  cluster = 1;
+#endif
+  return launch_clusters(kernel, cluster, clusters, threads, shared_bytes, stream, arguments...);
+}
 
 }  // namespace deqcore::cuda

@@ -311,9 +311,9 @@ const char* launch_shape(const MaskedLinearArgs& args, const Prepared& ready, St
   if (error != nullptr) return error;
   const int64_t tiles = ready.groups * blocks_for(args.tokens, Sh::kTokens * Sh::kCluster);
   const int64_t at_once = clusters_at_once(Sh::kCluster, Sh::kResident);
-  return launch_clusters(masked_linear_by_groups<S, Sh>, Sh::kCluster,
-                         tiles < at_once ? tiles : at_once, Sh::kThreads, Sh::Ring::kBytes, stream,
-                         x, args, ready, tiles);
+  return launch_copying_clusters(masked_linear_by_groups<S, Sh>, Sh::kCluster,
+                                 tiles < at_once ? tiles : at_once, Sh::kThreads, Sh::Ring::kBytes,
+                                 stream, x, args, ready, tiles);
 }
 
 // Emulated, a cluster is one block.

@@ -200,8 +200,8 @@ const char* launch_segments(const MaskedOuterArgs& args, Stream stream) {
   const int64_t blocks = args.entries.kept / kBlockEntries, rows = args.entries.rows / kTileSide;
   // As many segments as there can be: a row of blocks has at most one that is not full.
   const int64_t most = blocks / kSegment + rows, clusters = most < blocks ? most : blocks;
-  return launch_clusters(masked_outer_by_segments<S, kCluster>, kCluster, clusters, kThreads,
-                         Ring::kBytes, stream, left, right, args);
+  return launch_copying_clusters(masked_outer_by_segments<S, kCluster>, kCluster, clusters,
+                                 kThreads, Ring::kBytes, stream, left, right, args);
 }
 
 // Emulated, a cluster is one block.

@@ -72,18 +72,32 @@ DEQCORE_DEVICE void store(T* to, const Pack<T, kWidth>& pack, int64_t left) {
   }
 }
 
-// An aligned pack by one access. nvcc takes what `store` does apart into elements where it holds
-// them apart, or where another branch stores them one by one.
+#if defined(__CUDA_ARCH__)
+template <typename Sixteen>
+DEQCORE_DEVICE void store_sixteen_bytes(void* to, const Sixteen& bytes) {
+  static_assert(sizeof(bytes) == 16);
+  uint4 raw;
+  memcpy(&raw, &bytes, sizeof(raw));
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(raw.x), "r"(raw.y),
+               "r"(raw.z), "r"(raw.w)
+               : "memory");
+}
+#endif
+
+// An aligned pack by one access, or by two of 16 bytes. nvcc takes what `store` does apart into
+// elements where it holds them apart, or where another branch stores them one by one.
 template <typename T, int kWidth>
 DEQCORE_DEVICE void store_whole(T* to, const Pack<T, kWidth>& pack) {
   count_write(sizeof(pack));
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(pack) == 16) {
-    uint4 raw;
-    memcpy(&raw, &pack, sizeof(raw));
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(raw.x), "r"(raw.y),
-                 "r"(raw.z), "r"(raw.w)
-                 : "memory");
+  if constexpr (sizeof(pack) == 32) {
+    Pack<T, kWidth / 2> halves[2];
+    memcpy(halves, &pack, sizeof(pack));
+    store_sixteen_bytes(to, halves[0]);
+    store_sixteen_bytes(to + kWidth / 2, halves[1]);
+    return;
+  } else if constexpr (sizeof(pack) == 16) {
+    store_sixteen_bytes(to, pack);
     return;
   } else if constexpr (sizeof(pack) == 8) {
     uint2 raw;
@@ -98,6 +112,16 @@ DEQCORE_DEVICE void store_whole(T* to, const Pack<T, kWidth>& pack) {
   }
 #endif
   *reinterpret_cast<Pack<T, kWidth>*>(to) = pack;
+}
+
+// As `store`, an aligned pack as `store_whole` does.
+template <bool kAligned, int kWidth, typename T>
+DEQCORE_DEVICE void put(T* to, const Pack<T, kWidth>& pack, int64_t left) {
+  if constexpr (kAligned) {
+    store_whole(to, pack);
+  } else {
+    store<false, kWidth>(to, pack, left);
+  }
 }
 
 // The same numbers in the iterate's type.
@@ -127,6 +151,15 @@ DEQCORE_DEVICE Pack<X, kWidth> residual_of(const Pack<X, kWidth>& f, const Pack<
   return out;
 }
 
+// The same numbers as sums add them up.
+template <typename S, int kWidth>
+DEQCORE_DEVICE Pack<double, kWidth> in_doubles(const Pack<S, kWidth>& pack) {
+  Pack<double, kWidth> out;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) out.at[i] = static_cast<double>(to_compute(pack.at[i]));
+  return out;
+}
+
 template <typename X, int kWidth>
 DEQCORE_DEVICE void add_dot(const Pack<X, kWidth>& a, const Pack<X, kWidth>& b, double& sum) {
 #pragma unroll
@@ -152,6 +185,11 @@ DEQCORE_DEVICE Pack<X, kWidth> rebuilt(const Pack<X, kWidth>& h, X damping,
 }
 
 // The next iterate, and the same as f will see it.
+template <bool kAligned, int kWidth, typename X, typename F>
+DEQCORE_DEVICE void put_iterate(X* x_next, F* z_next, const Pack<X, kWidth>& value, int64_t left) {
+  put<kAligned, kWidth>(x_next, value, left);
+  if (z_next != nullptr) put<kAligned, kWidth>(z_next, narrowed<F>(value), left);
+}
 template <bool kAligned, int kWidth, typename X, typename F>
 DEQCORE_DEVICE void store_iterate(X* x_next, F* z_next, const Pack<X, kWidth>& value,
                                   int64_t left) {

@@ -12,9 +12,10 @@ namespace deqcore::cuda {
 // The choice depends on the row's length and the memory alone, and so does the order of every sum:
 // a row never depends on its batch-mates.
 enum class Path {
-  warp,   // a warp a row, one launch
-  block,  // a block a row, one launch
-  split,  // a block a chunk of a row, two launches
+  warp,     // a warp a row, one launch
+  block,    // a block a row, one launch
+  split,    // a block a chunk of a row, two launches
+  cluster,  // a cluster of blocks a row, one launch: where there are clusters, on trial
 };
 
 constexpr int kBlockThreads = 256;

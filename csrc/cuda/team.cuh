@@ -45,6 +45,39 @@ DEQCORE_DEVICE void store_warp_sum(const Team& team, double value, double* warp_
   if (team.lane() == 0) warp_sums[team.warp() * stride + index] = sum;
 }
 
+// Sums of kCount values, a power of two, over the warp. A lane gets that of value
+// lane / (kWarp / kCount).
+template <int kCount>
+DEQCORE_DEVICE double joint_warp_sums(int lane, double (&values)[kCount]) {
+  constexpr int kLanes = kWarp / kCount;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool upper = (lane & half * kLanes) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const double kept = upper ? values[half + i] : values[i];
+      const double given = upper ? values[i] : values[half + i];
+      values[i] = kept + __shfl_xor_sync(kWholeWarp, given, half * kLanes);
+    }
+  }
+  double total = values[0];
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    total += __shfl_xor_sync(kWholeWarp, total, distance);
+  }
+  return total;
+}
+
+// Adds the warp's sums of the first `count` values to to[0 .. count), or begins them.
+template <int kCount>
+DEQCORE_DEVICE void keep_warp_sums(int lane, double (&values)[kCount], int count, bool begins,
+                                   double* to) {
+  const double sum = joint_warp_sums(lane, values);
+  constexpr int kLanes = kWarp / kCount;
+  const int index = lane / kLanes;
+  if (lane % kLanes == 0 && index < count) to[index] = begins ? sum : to[index] + sum;
+}
+
 // totals[0 .. width) over the warps, in their order; all threads see them afterwards.
 DEQCORE_DEVICE void add_warp_sums(const Team& team, const double* warp_sums, int stride, int width,
                                   double* totals) {

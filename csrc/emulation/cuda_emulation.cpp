@@ -48,10 +48,11 @@ constexpr int kWarp = 32;
 constexpr int kMostWords = 3;  // of 8 bytes, that a lane brings
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kMostThreads = 1024;  // of a block
+constexpr int kMostBlocks = 16;     // of a cluster
 
 enum class Wait { nothing, block, warp, operation, change, left };
 
-// One CUDA thread of the block that runs.
+// One CUDA thread of the blocks that run: one, or a cluster's.
 struct Fiber {
   char* stack = nullptr;
 #if defined(__x86_64__)
@@ -61,7 +62,7 @@ struct Fiber {
 #endif
   void* fake_stack = nullptr;  // AddressSanitizer's
   void* thread = nullptr;      // ThreadSanitizer's
-  int index = 0;
+  int index = 0;               // blocks one after the other
   Wait wait = Wait::nothing;
   unsigned mask = 0;
   WarpOperation operation{};
@@ -69,9 +70,11 @@ struct Fiber {
   uint64_t value = 0;                              // in, then out
   unsigned block_barriers = 0, warp_barriers = 0;  // met so far
   unsigned operations = 0;                         // of its warp
-  std::vector<Copy> copies;                        // asked for and not awaited
-  uint64_t brought[kMostWords] = {};               // by this lane to its warp
-  uint64_t gathered[kWarp * kMostWords] = {};      // and what all lanes have brought
+  unsigned cluster_arrivals = 0, cluster_waits = 0;
+  std::vector<Copy> copies;                    // asked for and not awaited
+  int closed_groups = 0;                       // of copies
+  uint64_t brought[kMostWords] = {};           // by this lane to its warp
+  uint64_t gathered[kWarp * kMostWords] = {};  // and what all lanes have brought
   int words = 0;
 };
 
@@ -90,7 +93,7 @@ struct BulkCopy {
   void (*run)(const uint64_t*);
   uint64_t words[6];
 };
-constexpr int kMostBulkCopies = 256;
+constexpr int kMostBulkCopies = 1 << 16;
 
 struct Scheduler {
   std::vector<Fiber> fibers;
@@ -99,15 +102,27 @@ struct Scheduler {
   int bulk_count = 0;
   std::vector<void*> old_threads, free_threads;  // ThreadSanitizer's
   char* stacks = nullptr;
-  Fiber host;  // what called launch
+  int room = 0;  // stacks
+  Fiber host;    // what called launch
   Fiber* running = nullptr;
-  int threads = 0;
-  const void* noted = nullptr;  // kernel of the next launch
+  int threads = 0;           // of a block
+  int blocks = 1;            // that run at once
+  unsigned first_block = 0;  // of these
+  int64_t shared_bytes = 0;
+  double* shared_of[kMostBlocks] = {};
+  int left_of[kMostBlocks] = {};  // threads that have left
+  int cluster_arrived = 0;        // threads, at the barrier of the cluster
+  unsigned cluster_phases = 0;    // of that barrier, which are over
+  const void* noted = nullptr;    // kernel of the next launch
   const std::function<void()>* kernel = nullptr;
-  double* shared = nullptr;
+  double* shared = nullptr;  // of the fiber that runs
   uint64_t random = 1;
   std::string error;
   std::vector<char> sync_objects;  // addresses for ThreadSanitizer; their content is nothing
+
+  int count() const { return threads * blocks; }  // fibers
+  int block_of(const Fiber& fiber) const { return fiber.index / threads; }
+  int thread_of(const Fiber& fiber) const { return fiber.index % threads; }
 
   uint64_t next_random() {  // xorshift64*
     random ^= random >> 12;
@@ -118,18 +133,18 @@ struct Scheduler {
 };
 Scheduler scheduler;
 
-// Two for the launch, then for each block two for its barrier and two for each warp's: a thread may
-// arrive at the next barrier before another one has left this one.
-constexpr int kObjectsPerBlock = 2 + 2 * 32;
+// Two for the launch, then for each block two for its barrier, two for each warp's and two for its
+// cluster's: a thread may arrive at the next barrier before another one has left this one.
+constexpr int kObjectsPerBlock = 2 + 2 * 32 + 2;
 void* start_object() { return &scheduler.sync_objects[0]; }
 void* end_object() { return &scheduler.sync_objects[1]; }
-void* barrier_object(int which, unsigned barriers) {
+void* barrier_object([[maybe_unused]] unsigned block, int which, unsigned barriers) {
 #if defined(EMULATION_TSAN)
-  const size_t block = 2 + size_t{block_index.x} * kObjectsPerBlock;
+  const size_t first = 2 + size_t{block} * kObjectsPerBlock;
 #else
-  const size_t block = 2;
+  const size_t first = 2;
 #endif
-  return &scheduler.sync_objects[block + 2 * which + barriers % 2];
+  return &scheduler.sync_objects[first + 2 * which + barriers % 2];
 }
 
 // Happens-before, as the kernel's own barriers make it: switching fibers makes none.
@@ -189,8 +204,9 @@ void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
 
 void yield(bool for_good = false) { switch_to(*scheduler.running, scheduler.host, for_good); }
 
-std::string name_of(int thread) {
-  return "thread " + std::to_string(thread) + " of block " + std::to_string(block_index.x);
+std::string name_of(const Fiber& fiber) {
+  return "thread " + std::to_string(scheduler.thread_of(fiber)) + " of block " +
+         std::to_string(scheduler.first_block + scheduler.block_of(fiber));
 }
 
 void fail(const std::string& what) {
@@ -202,17 +218,28 @@ void fiber_main() {
   finish_switch(self);
   leave_from(start_object());
   (*scheduler.kernel)();
-  if (!self.copies.empty()) fail(name_of(self.index) + " left with copies that it has not awaited");
+  if (!self.copies.empty()) fail(name_of(self) + " left with copies that it has not awaited");
+  if (self.cluster_waits < self.cluster_arrivals) {
+    fail(name_of(self) + " left without a wait for its cluster");
+  }
   arrive_at(end_object());
   self.wait = Wait::left;
   yield(/*for_good=*/true);
   std::abort();  // never resumed
 }
 
+void free_stacks() {
+  if (scheduler.stacks != nullptr) munmap(scheduler.stacks, scheduler.room * kStackBytes);
+  scheduler.stacks = nullptr;
+  scheduler.room = 0;
+}
+
 void start(Fiber& fiber) {
-  if (scheduler.stacks == nullptr) {
+  if (scheduler.room < scheduler.count()) {
+    free_stacks();
+    scheduler.room = std::max(kMostThreads, scheduler.count());
     scheduler.stacks =
-        static_cast<char*>(mmap(nullptr, kMostThreads * kStackBytes, PROT_READ | PROT_WRITE,
+        static_cast<char*>(mmap(nullptr, scheduler.room * kStackBytes, PROT_READ | PROT_WRITE,
                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
   fiber.stack = scheduler.stacks + fiber.index * kStackBytes;
@@ -222,7 +249,9 @@ void start(Fiber& fiber) {
 #endif
   fiber.wait = Wait::nothing;
   fiber.block_barriers = fiber.warp_barriers = fiber.operations = 0;
+  fiber.cluster_arrivals = fiber.cluster_waits = 0;
   fiber.copies.clear();
+  fiber.closed_groups = 0;
   fiber.fake_stack = nullptr;
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 2;
@@ -271,21 +300,21 @@ void make_ready(Fiber& fiber) {
 
 // A barrier in shared memory has changed: who waits at one may look at it again.
 void wake() {
-  for (int i = 0; i < scheduler.threads; ++i) {
+  for (int i = 0; i < scheduler.count(); ++i) {
     if (scheduler.fibers[i].wait == Wait::change) make_ready(scheduler.fibers[i]);
   }
 }
 
-// Lets the block go on if all its threads wait at the barrier.
-void complete_block_barrier() {
-  for (const Fiber& fiber : scheduler.fibers) {
-    if (fiber.index >= scheduler.threads) break;
-    if (fiber.wait == Wait::left) {
-      return fail(name_of(fiber.index) + " left before a __syncthreads that others wait at");
+// Lets a block go on if all its threads wait at the barrier.
+void complete_block_barrier(int block) {
+  Fiber* const first = &scheduler.fibers[block * scheduler.threads];
+  for (int i = 0; i < scheduler.threads; ++i) {
+    if (first[i].wait == Wait::left) {
+      return fail(name_of(first[i]) + " left before a __syncthreads that others wait at");
     }
-    if (fiber.wait != Wait::block) return;
+    if (first[i].wait != Wait::block) return;
   }
-  for (int i = 0; i < scheduler.threads; ++i) make_ready(scheduler.fibers[i]);
+  for (int i = 0; i < scheduler.threads; ++i) make_ready(first[i]);
 }
 
 uint64_t result_of(const Fiber& lane, const std::vector<uint64_t>& values) {
@@ -306,8 +335,7 @@ uint64_t result_of(const Fiber& lane, const std::vector<uint64_t>& values) {
   const bool is_xor = lane.operation == WarpOperation::shuffle_xor;
   const int source = is_xor ? self ^ lane.operand : lane.operand;
   if (source < 0 || source >= kWarp || !(lane.mask >> source & 1)) {
-    fail(name_of(lane.index) + " shuffles from lane " + std::to_string(source) +
-         ", which takes no part");
+    fail(name_of(lane) + " shuffles from lane " + std::to_string(source) + ", which takes no part");
     return 0;
   }
   return values[source];
@@ -330,12 +358,12 @@ void gather(Fiber* warp) {
 // Lets a warp's lanes go on if all lanes of the mask wait for the same operation.
 void complete_warp(const Fiber& last) {
   Fiber* const warp = &scheduler.fibers[last.index / kWarp * kWarp];
-  const int lanes = std::min(kWarp, scheduler.threads - last.index / kWarp * kWarp);
+  const int lanes = std::min(kWarp, scheduler.count() - last.index / kWarp * kWarp);
   std::vector<uint64_t> values(kWarp);
   for (int i = 0; i < kWarp; ++i) {
     if (!(last.mask >> i & 1)) continue;
     if (i >= lanes || warp[i].wait == Wait::left) {
-      return fail(name_of(last.index) + " waits for lane " + std::to_string(i) +
+      return fail(name_of(last) + " waits for lane " + std::to_string(i) +
                   " of its warp, which has left or never was");
     }
     if (warp[i].wait == Wait::nothing || warp[i].wait == Wait::change) return;
@@ -346,7 +374,7 @@ void complete_warp(const Fiber& last) {
     const Fiber& lane = warp[i];
     if (lane.wait != last.wait || lane.mask != last.mask ||
         (lane.wait == Wait::operation && lane.operation != last.operation)) {
-      return fail(name_of(last.index) + " and lane " + std::to_string(i) +
+      return fail(name_of(last) + " and lane " + std::to_string(i) +
                   " of its warp wait at different barriers or operations");
     }
   }
@@ -362,15 +390,18 @@ void complete_warp(const Fiber& last) {
 
 // A fiber has stopped: see who may go on.
 void after(Fiber& fiber) {
+  const int block = scheduler.block_of(fiber);
   switch (fiber.wait) {
     case Wait::block:
-      return complete_block_barrier();
+      return complete_block_barrier(block);
     case Wait::warp:
     case Wait::operation:
       return complete_warp(fiber);
     case Wait::left:
+      ++scheduler.left_of[block];
       for (int i = 0; i < scheduler.threads; ++i) {
-        if (scheduler.fibers[i].wait == Wait::block) return complete_block_barrier();
+        const Fiber& other = scheduler.fibers[block * scheduler.threads + i];
+        if (other.wait == Wait::block) return complete_block_barrier(block);
       }
       return;
     case Wait::nothing:
@@ -379,18 +410,23 @@ void after(Fiber& fiber) {
   }
 }
 
-void run_block() {
+// A block, or those of a cluster, from `first_block` on.
+void run_blocks() {
+  const int count = scheduler.count();
 #if defined(EMULATION_SECTORS)
-  sectors_begin_block(scheduler.threads);
+  sectors_begin_block(count);
 #endif
-  for (int i = 0; i < scheduler.threads; ++i) {
+  std::fill_n(scheduler.left_of, kMostBlocks, 0);
+  scheduler.cluster_arrived = 0;
+  scheduler.cluster_phases = 0;
+  for (int i = 0; i < count; ++i) {
     start(scheduler.fibers[i]);
     make_ready(scheduler.fibers[i]);
   }
   int left = 0;
-  while (scheduler.error.empty() && left < scheduler.threads) {
+  while (scheduler.error.empty() && left < count) {
     if (scheduler.ready.empty()) {
-      return fail("the threads of block " + std::to_string(block_index.x) +
+      return fail("the threads of block " + std::to_string(scheduler.first_block) +
                   " wait for each other forever");
     }
     const size_t pick =
@@ -399,47 +435,49 @@ void run_block() {
     scheduler.ready[pick] = scheduler.ready.back();
     scheduler.ready.pop_back();
     scheduler.running = &fiber;
-    thread_index.x = fiber.index;
+    thread_index.x = static_cast<unsigned>(scheduler.thread_of(fiber));
+    block_index.x = scheduler.first_block + static_cast<unsigned>(scheduler.block_of(fiber));
+    scheduler.shared = scheduler.shared_of[scheduler.block_of(fiber)];
     switch_to(scheduler.host, fiber, false);
     after(fiber);
     left += fiber.wait == Wait::left;
   }
 }
 
-void end_block() {
+void end_blocks() {
 #if defined(EMULATION_SECTORS)
   sectors_end_block();
 #endif
   if (scheduler.error.empty() && scheduler.bulk_count > 0) {
-    fail("block " + std::to_string(block_index.x) + " left with copies that none has awaited");
+    fail("block " + std::to_string(scheduler.first_block) +
+         " left with copies that none has awaited");
   }
   scheduler.bulk_count = 0;
   scheduler.ready.clear();
-  for (int i = 0; i < scheduler.threads; ++i) end(scheduler.fibers[i]);
+  for (int i = 0; i < scheduler.count(); ++i) end(scheduler.fibers[i]);
 #if defined(EMULATION_TSAN)
-  munmap(scheduler.stacks, kMostThreads * kStackBytes);  // again, they would look like a race
-  scheduler.stacks = nullptr;
+  free_stacks();  // again, they would look like a race
 #endif
   if (scheduler.old_threads.size() > 4096) destroy_threads();
 }
 
-// Shared memory of each block in turn. Where races are looked for, every block has its own, or
-// blocks that happen to reuse memory would seem to race for it.
+// Shared memory of the blocks that run at once. Where races are looked for, every block has its
+// own, or blocks that happen to reuse memory would seem to race for it.
 class SharedMemory {
  public:
-  SharedMemory(int64_t blocks, int64_t bytes) : bytes_(bytes) {
+  SharedMemory(int64_t blocks, [[maybe_unused]] int at_once, int64_t bytes) : bytes_(bytes) {
 #if defined(EMULATION_TSAN)
     buffers_.resize(blocks);
 #else
-    (void)blocks;
-    buffers_.resize(1);
+    buffers_.resize(std::min<int64_t>(blocks, at_once));
+    used_again_ = true;
 #endif
     for (auto& buffer : buffers_) buffer.reset(static_cast<double*>(std::malloc(bytes)));
     for (auto& buffer : buffers_) std::memset(buffer.get(), 0xff, bytes_);
   }
   double* of(int64_t block) {
     double* const buffer = buffers_[block % buffers_.size()].get();
-    if (buffers_.size() == 1) std::memset(buffer, 0xff, bytes_);  // NaN
+    if (used_again_) std::memset(buffer, 0xff, bytes_);  // NaN
     return buffer;
   }
 
@@ -448,6 +486,7 @@ class SharedMemory {
     void operator()(double* at) const { std::free(at); }
   };
   int64_t bytes_;
+  bool used_again_ = false;
   std::vector<std::unique_ptr<double, Free>> buffers_;
 };
 
@@ -458,9 +497,11 @@ void count_write(int bytes) { traffic.written += bytes; }
 
 double* shared_doubles() { return scheduler.shared; }
 
+int fiber_index() { return scheduler.running->index; }
+
 unsigned meetings() {
   const Fiber& self = *scheduler.running;
-  return self.block_barriers + self.warp_barriers + self.operations;
+  return self.block_barriers + self.warp_barriers + self.operations + self.cluster_arrivals;
 }
 
 void note_copy([[maybe_unused]] const void* from, [[maybe_unused]] int bytes) {
@@ -469,14 +510,26 @@ void note_copy([[maybe_unused]] const void* from, [[maybe_unused]] int bytes) {
 #endif
 }
 
-void copy_later(void* to, const void* from) {
-  if (from != nullptr) note_copy(from, 16);
-  scheduler.running->copies.push_back({to, from});
+void copy_later(void* to, const void* from, int bytes) {
+  if (from != nullptr) note_copy(from, bytes);
+  Fiber& self = *scheduler.running;
+  self.copies.push_back({to, from, bytes, self.closed_groups});
 }
+
+void close_copies() { ++scheduler.running->closed_groups; }
 
 std::vector<Copy> take_copies() {
   std::vector<Copy> copies;
   copies.swap(scheduler.running->copies);
+  return copies;
+}
+
+std::vector<Copy> take_groups_but(int pending) {
+  Fiber& self = *scheduler.running;
+  std::vector<Copy> copies;
+  for (const Copy& copy : take_copies()) {  // a thread leaves no storage to the next one
+    (copy.group < self.closed_groups - pending ? copies : self.copies).push_back(copy);
+  }
   return copies;
 }
 
@@ -538,7 +591,7 @@ void copy_bulk(uint64_t* barrier, int bytes, void (*run)(const uint64_t* words),
 void sync_block() {
   Fiber& self = *scheduler.running;
   self.wait = Wait::block;
-  void* const object = barrier_object(0, self.block_barriers++);
+  void* const object = barrier_object(block_index.x, 0, self.block_barriers++);
   arrive_at(object);
   yield();
   leave_from(object);
@@ -548,10 +601,46 @@ void sync_warp(unsigned mask) {
   Fiber& self = *scheduler.running;
   self.wait = Wait::warp;
   self.mask = mask;
-  void* const object = barrier_object(1 + self.index / kWarp, self.warp_barriers++);
+  const int warp = scheduler.thread_of(self) / kWarp;
+  void* const object = barrier_object(block_index.x, 1 + warp, self.warp_barriers++);
   arrive_at(object);
   yield();
   leave_from(object);
+}
+
+void arrive_at_cluster() {
+  Fiber& self = *scheduler.running;
+  if (self.cluster_waits < self.cluster_arrivals) {
+    return complain("arrives at its cluster again without a wait in between");
+  }
+  arrive_at(barrier_object(scheduler.first_block, 1 + 32, self.cluster_arrivals++));
+  if (++scheduler.cluster_arrived < scheduler.count()) return;
+  scheduler.cluster_arrived = 0;
+  ++scheduler.cluster_phases;
+  wake();
+}
+
+void wait_for_cluster() {
+  Fiber& self = *scheduler.running;
+  if (self.cluster_arrivals == 0) return complain("waits for its cluster without an arrival");
+  while (scheduler.cluster_phases < self.cluster_arrivals) {
+    self.wait = Wait::change;
+    yield();
+  }
+  self.cluster_waits = self.cluster_arrivals;
+  leave_from(barrier_object(scheduler.first_block, 1 + 32, self.cluster_arrivals - 1));
+}
+
+int rank_in_cluster() { return scheduler.block_of(*scheduler.running); }
+
+void* shared_of_block(int rank, const void* at) {
+  const auto offset = static_cast<const char*>(at) - reinterpret_cast<char*>(scheduler.shared);
+  if (rank < 0 || rank >= scheduler.blocks || offset < 0 || offset >= scheduler.shared_bytes) {
+    complain("looks outside of its cluster's shared memory");
+    return scheduler.shared;
+  }
+  if (scheduler.left_of[rank] > 0) complain("looks into the shared memory of a block that leaves");
+  return reinterpret_cast<char*>(scheduler.shared_of[rank]) + offset;
 }
 
 // No happens-before: a shuffle moves a value and orders no memory.
@@ -564,7 +653,7 @@ uint64_t warp_operation(WarpOperation operation, unsigned mask, uint64_t value, 
   self.operand = operand;
   ++self.operations;
   if (!(mask >> (self.index % kWarp) & 1)) {
-    fail(name_of(self.index) + " takes part in a warp operation without being in its mask");
+    fail(name_of(self) + " takes part in a warp operation without being in its mask");
   }
   yield();
   return self.value;
@@ -579,25 +668,28 @@ const uint64_t* gather_warp(const uint64_t* own, int words) {
   return self.gathered;
 }
 
-void complain(const char* what) { fail(name_of(scheduler.running->index) + " " + what); }
+void complain(const char* what) { fail(name_of(*scheduler.running) + " " + what); }
 
 void note_kernel(const void* kernel) { scheduler.noted = kernel; }
 
 const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
-                   const std::function<void()>& kernel, int64_t most_shared) {
+                   const std::function<void()>& kernel, int64_t most_shared, int cluster) {
   if (refusal != nullptr) return refusal;
   launches.push_back({scheduler.noted, blocks, threads, shared_bytes});
   scheduler.error.clear();
   scheduler.threads = threads;
+  scheduler.blocks = cluster;
+  scheduler.shared_bytes = shared_bytes;
   scheduler.kernel = &kernel;
   scheduler.random = seed * 2 + 1;
   if (blocks > INT32_MAX || threads > kMostThreads || threads % kWarp != 0 ||
-      shared_bytes > most_shared) {
+      shared_bytes > most_shared || cluster < 1 || cluster > kMostBlocks || blocks % cluster != 0) {
     return "a launch that no GPU would take";
   }
   if (only_launches) return nullptr;
-  while (static_cast<int>(scheduler.fibers.size()) < threads) scheduler.fibers.emplace_back();
-  for (int i = 0; i < threads; ++i) scheduler.fibers[i].index = i;
+  const int count = scheduler.count();
+  while (static_cast<int>(scheduler.fibers.size()) < count) scheduler.fibers.emplace_back();
+  for (int i = 0; i < count; ++i) scheduler.fibers[i].index = i;
   block_size = {static_cast<unsigned>(threads), 1, 1};
   grid_size = {static_cast<unsigned>(blocks), 1, 1};
 #if defined(EMULATION_TSAN)
@@ -605,22 +697,24 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
 #else
   scheduler.sync_objects.assign(2 + kObjectsPerBlock, 0);
 #endif
-  SharedMemory shared(blocks, shared_bytes);
+  SharedMemory shared(blocks, cluster, shared_bytes);
 #if defined(EMULATION_TSAN)
   scheduler.host.thread = __tsan_get_current_fiber();
 #endif
   arrive_at(start_object());
 
-  std::vector<int64_t> order(blocks);
+  std::vector<int64_t> order(blocks / cluster);
   std::iota(order.begin(), order.end(), 0);
-  for (int64_t i = blocks - 1; seed != 0 && i > 0; --i) {
+  for (int64_t i = blocks / cluster - 1; seed != 0 && i > 0; --i) {
     std::swap(order[i], order[scheduler.next_random() % (i + 1)]);
   }
-  for (const int64_t block : order) {
-    block_index.x = static_cast<unsigned>(block);
-    scheduler.shared = shared.of(block);
-    run_block();
-    end_block();
+  for (const int64_t turn : order) {
+    scheduler.first_block = static_cast<unsigned>(turn * cluster);
+    for (int rank = 0; rank < cluster; ++rank) {
+      scheduler.shared_of[rank] = shared.of(turn * cluster + rank);
+    }
+    run_blocks();
+    end_blocks();
     if (!scheduler.error.empty()) return scheduler.error.c_str();
   }
   leave_from(end_object());

@@ -5,7 +5,8 @@
 // It tells of: threads that wait for each other forever, a thread that leaves before a barrier, a
 // warp operation whose mask names lanes that take no part, reads of shared memory never written (it
 // starts out as NaN). Compiled with a sanitizer, also of accesses out of bounds and of data races,
-// within a block and between blocks. It cannot tell: time, the GPU's weaker memory order, textures.
+// within a block and between blocks; and of clusters: reads of a block's shared memory that has
+// left or been passed by. It cannot tell: time, the GPU's weaker memory order, textures.
 #pragma once
 
 #include <cmath>
@@ -61,8 +62,10 @@ extern bool trial;  // whether the paths on trial are taken, Hopper's too
 // Runs a kernel; null, or what it did wrong (valid until the next launch).
 // `most_shared`: bytes of shared memory that a block may have, by default what sm_80 gives.
 constexpr int64_t kMostShared = 99 * 1024;
+// `cluster`: blocks that run at once and can read each other's shared memory.
 const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
-                   const std::function<void()>& kernel, int64_t most_shared = kMostShared);
+                   const std::function<void()>& kernel, int64_t most_shared = kMostShared,
+                   int cluster = 1);
 
 // The block's shared memory: exactly the bytes of the launch, so that a sanitizer sees their end.
 double* shared_doubles();
@@ -75,9 +78,14 @@ void note_copy(const void* from, int bytes);
 struct Copy {
   void* to;
   const void* from;  // null: zeros
+  int bytes;
+  int group;  // how many groups its thread had closed before it
 };
-void copy_later(void* to, const void* from);
+void copy_later(void* to, const void* from, int bytes = 16);
+void close_copies();
 std::vector<Copy> take_copies();
+// Those of closed groups but the newest `pending` ones.
+std::vector<Copy> take_groups_but(int pending);
 
 // Hopper's barrier in shared memory, one word (mbarrier): a phase is over when `arrivals` have come
 // and all bytes that were announced. Who waits acquires what was written before it.
@@ -98,6 +106,16 @@ void copy_bulk(uint64_t* barrier, int bytes, const Copy& copy) {
       barrier, bytes, [](const uint64_t* at) { (*reinterpret_cast<const Copy*>(at))(); }, words,
       kWords);
 }
+
+// All threads of a cluster meet in two parts: what came before an arrival is seen after a wait.
+void arrive_at_cluster();
+void wait_for_cluster();
+int rank_in_cluster();
+// Where `at`, in this block's shared memory, is in that of a block of the cluster.
+void* shared_of_block(int rank, const void* at);
+
+// Which of the fibers that run at once this is.
+int fiber_index();
 
 void sync_block();
 void sync_warp(unsigned mask);

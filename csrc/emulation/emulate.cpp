@@ -193,12 +193,14 @@ extern "C" const char* emulate(const char* op, uint64_t seed, void** pointers, c
   return "unknown op";
 }
 
-// Of the last step: launches; bytes of state read, read again from a cache, written.
+// Of the last step: launches; bytes of state read, read again from a cache, written; blocks.
 extern "C" void emulate_statistics(int64_t* out) {
   out[0] = static_cast<int64_t>(emulation::launches.size());
   out[1] = emulation::traffic.read;
   out[2] = emulation::traffic.again;
   out[3] = emulation::traffic.written;
+  out[4] = 0;
+  for (const emulation::Launch& one : emulation::launches) out[4] += one.blocks;
 }
 
 // From now on kernels are launched and not run, or run again.

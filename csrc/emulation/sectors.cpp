@@ -52,13 +52,13 @@ struct Visits {
   int count = 0;
 };
 
-// A thread of the block that runs.
+// A thread of the blocks that run.
 struct Thread {
   int place = 0;
   std::unordered_map<int, Visits> visits;  // of a site
 };
 
-// A request of the block that runs.
+// A request of the blocks that run.
 struct Key {
   int site, warp;
   unsigned meetings;
@@ -86,7 +86,7 @@ struct Counter {
   std::map<Site, int> site_numbers;
   std::vector<Tally> tallies;  // of sites
   std::vector<Thread> threads;
-  std::unordered_map<Key, Request, Hash> requests;  // of the block that runs
+  std::unordered_map<Key, Request, Hash> requests;  // of the blocks that run
   bool running = false;
 
   int place_of(int parent, const void* code) {
@@ -117,12 +117,12 @@ struct Counter {
     const auto at = reinterpret_cast<uintptr_t>(address);
     const int range = range_of(at);
     if (range < 0) return;
-    Thread& thread = threads[thread_index.x];
+    Thread& thread = threads[fiber_index()];
     const int site = site_of({place_of(thread.place, code), kind, range});
     Visits& visits = thread.visits[site];
     const unsigned met = meetings();
     if (visits.meetings != met) visits = {met, 0};
-    const int warp = static_cast<int>(thread_index.x) / kWarp;
+    const int warp = fiber_index() / kWarp;
     Request& request = requests[{site, warp, met, visits.count++}];
     for (uintptr_t from = at, end = at + static_cast<uintptr_t>(bytes); from < end;) {
       const uintptr_t next = std::min(end, (from / kSector + 1) * kSector);
@@ -245,13 +245,13 @@ void __tsan_init() {}
 void __tsan_func_entry(void* code) {
   auto& counter = emulation::counter;
   if (!counter.running) return;
-  auto& thread = counter.threads[emulation::thread_index.x];
+  auto& thread = counter.threads[emulation::fiber_index()];
   thread.place = counter.place_of(thread.place, code);
 }
 void __tsan_func_exit() {
   auto& counter = emulation::counter;
   if (!counter.running) return;
-  auto& thread = counter.threads[emulation::thread_index.x];
+  auto& thread = counter.threads[emulation::fiber_index()];
   thread.place = std::max(0, counter.places[thread.place].parent);
 }
 #define ATOMIC(bits, type, name, builtin)                                 \

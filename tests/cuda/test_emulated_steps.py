@@ -72,17 +72,45 @@ def test_broyden_kernel_is_as_exact_as_the_reference(emulator, path, data, batch
 
 
 @pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
+@pytest.mark.parametrize("path", ["split", "cluster"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", LONG_DIMS)
-def test_kernels_are_as_exact_as_the_reference_on_rows_of_several_chunks(emulator, op, dim, dtype):
+def test_kernels_are_as_exact_as_the_reference_on_rows_of_several_chunks(
+    emulator, op, path, dim, dtype
+):
     case = make_case(op, 3, dim, 9, dtype, dim)
-    check_kernel_against_float64(emulated(case, op, emulator, "split"), CPU)
+    check_kernel_against_float64(emulated(case, op, emulator, path), CPU)
 
 
 @pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
-def test_a_row_too_long_for_short_chunks_is_as_exact_as_the_reference(emulator, op):
+@pytest.mark.parametrize("path", ["split", "cluster"])
+def test_a_row_too_long_for_short_chunks_is_as_exact_as_the_reference(emulator, op, path):
     case = make_case(op, 1, 512 * 4096 + 1, 2, torch.float32, 5)
-    check_kernel_against_float64(emulated(case, op, emulator, "split"), CPU)
+    check_kernel_against_float64(emulated(case, op, emulator, path), CPU)
+
+
+@pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(70_004, torch.float32), (70_001, torch.float16), (40_000, torch.float64)]
+)
+def test_a_cluster_takes_rows_tile_by_tile(emulator, op, dim, dtype):
+    case = make_case(op, 1, dim, 6, dtype, dim)
+    check_kernel_against_float64(emulated(case, op, emulator, "cluster", order=2), CPU)
+
+
+@pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
+def test_how_many_blocks_share_a_row_changes_no_bit(emulator, op):
+    """Eight where rows are many, one for each part where they are few."""
+    case = make_case(op, 40, 34_000, 2, torch.float64, 7)
+    together = run(case, op, emulator, "cluster")
+    assert emulator.traffic.blocks == 40 * 8
+    one = {n: t[:2].clone() for n, t in case.tensors.items()}
+    one["damping"] = case.tensors["damping"]
+    one["remaining"] = (one["status"] == ACTIVE).sum(dtype=torch.int32).reshape(1)
+    alone = run(dataclasses.replace(case, tensors=one), op, emulator, "cluster", order=3)
+    assert emulator.traffic.blocks == 2 * 16
+    for name in ("x_next", "status", "counters", "residuals", "gram"):
+        assert equal(alone[name], together[name][:2]), name
 
 
 @pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])

@@ -38,6 +38,14 @@ CASES = {  # op, path, batch, dim, memory, dtype, seed, and the history's dtype 
     "narrow block": ("broyden_step", "block", 3, 1100, 40, torch.bfloat16, 28, NARROW),
     "narrow split": ("broyden_step", "split", 2, 8196, 9, torch.float32, 29, NARROW),
     "narrow split, not aligned": ("broyden_step", "split", 2, 4097, 12, torch.float16, 30, NARROW),
+    "anderson cluster": ("anderson_step", "cluster", 2, 8200, 7, torch.float32, 31),
+    "anderson cluster, one block": ("anderson_step", "cluster", 3, 1100, 5, torch.float64, 32),
+    "anderson cluster, not aligned": ("anderson_step", "cluster", 2, 4099, 4, torch.bfloat16, 33),
+    "anderson cluster, by tiles": ("anderson_step", "cluster", 1, 33_000, 3, torch.float64, 34),
+    "broyden cluster": ("broyden_step", "cluster", 2, 4104, 20, torch.float32, 35),
+    "broyden cluster, not aligned": ("broyden_step", "cluster", 2, 2051, 9, torch.float16, 36),
+    "narrow cluster": ("broyden_step", "cluster", 2, 4104, 20, torch.float32, 37, NARROW),
+    "narrow cluster, not aligned": ("broyden_step", "cluster", 2, 2051, 9, torch.float16, 38, NARROW),
     "empty rows": ("anderson_step", "block", 2, 0, 3, torch.float32, 26),
 }
 
@@ -124,6 +132,30 @@ DEFECTS = {
         "library",
         "left before a __syncthreads that others wait at",
     ),
+    "sums read before they have come": Defect(
+        "cuda/row_parts.cuh",
+        "      wait_for_numbers(barrier, 0);\n",
+        "",
+        "anderson cluster",
+        "library",
+        "left with copies that none has awaited",
+    ),
+    "a barrier that other blocks may tell before it has begun": Defect(
+        "cuda/row_parts.cuh",
+        "if constexpr (kMany) wait_for_cluster();",
+        "",
+        "anderson cluster",
+        "library",
+        "left without a wait for its cluster",
+    ),
+    "a row that two blocks of a cluster write down": Defect(
+        "cuda/anderson_cluster.cu",
+        "if (block == 0 && team.warp() == 0) {",
+        "if (team.warp() == 0) {",
+        "anderson cluster",
+        "thread",
+        "WARNING: ThreadSanitizer: data race",
+    ),
     "a shuffle without all its lanes": Defect(
         "cuda/team.cuh",
         "  const double sum = warp_sum(value);",
@@ -182,3 +214,20 @@ def test_a_missing_barrier_shows_in_the_results_of_most_orders(name, planted, em
             continue
         wrong += not all(equal(result[name], expected[name]) for name in expected)
     assert wrong >= 10, f"{wrong} of 20 orders"
+
+
+@pytest.mark.parametrize("case", ["anderson cluster", "narrow cluster"])
+def test_a_slot_used_before_it_has_come_shows_in_the_results(case, planted, emulator):
+    defect = Defect(
+        "cuda/slot_ring.cuh",
+        "wait_for_groups_but(stages_ - 1)",
+        "wait_for_groups_but(stages_)",
+        case,
+        "library",
+        "",
+    )
+    op, path, *args = CASES[case]
+    steps = make(op, *args)
+    expected = steps.run(emulator.step(op, path))
+    result = steps.run(Emulator(planted(defect, "library")).step(op, path))
+    assert not equal(result["x_next"], expected["x_next"])
