@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,31 @@ import torch
 from benchmarks.harness import Report, Result
 from deqcore.sparse.tune import gpu_seconds
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "on_trial", "trial_paths"]
+
+
+@contextlib.contextmanager
+def trial_paths() -> Iterator[None]:
+    """Calls take the paths that no GPU has run since they were last changed."""
+    before = os.environ.get("DEQCORE_CUDA_TRIAL")
+    os.environ["DEQCORE_CUDA_TRIAL"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DEQCORE_CUDA_TRIAL"]
+        else:
+            os.environ["DEQCORE_CUDA_TRIAL"] = before
+
+
+def on_trial(run: Callable[[], object]) -> Callable[[], object]:
+    """The same work on these paths."""
+
+    def on_trial_paths() -> None:
+        with trial_paths():
+            run()
+
+    return on_trial_paths
 
 
 @dataclass(frozen=True)

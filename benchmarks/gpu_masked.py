@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import deqcore
-from benchmarks.gpu_bench import Bench
+from benchmarks.gpu_bench import Bench, trial_paths
 from deqcore.sparse.functional import Backend
 from deqcore.sparse.pattern import Structure
 
@@ -63,20 +61,6 @@ def compare_masked(
     kind = str(x.dtype).removeprefix("torch.")
     work = f"{gate_name} {kind} {pattern.sparsity:.0%} {len(x)}x{pattern.shape[1]}"
     bench.compare(work, contestants, gates)
-
-
-@contextlib.contextmanager
-def trial_paths() -> Iterator[None]:
-    """Calls take the paths that no GPU has run since they were last changed."""
-    before = os.environ.get("DEQCORE_CUDA_TRIAL")
-    os.environ["DEQCORE_CUDA_TRIAL"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["DEQCORE_CUDA_TRIAL"]
-        else:
-            os.environ["DEQCORE_CUDA_TRIAL"] = before
 
 
 def bench_masked(bench: Bench) -> None:

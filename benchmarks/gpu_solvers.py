@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import deqcore
-from benchmarks.gpu_bench import Bench
+from benchmarks.gpu_bench import Bench, on_trial
 from benchmarks.harness import Result
 from benchmarks.peers import LeanAnderson, torchdeq_anderson, torchdeq_broyden
 from benchmarks.problems import agree, contraction, free_function
@@ -69,10 +69,11 @@ def bench_bandwidth(bench: Bench) -> None:
     batch, dim = bench.shape(32, 151296)
     step, moved = our_steps(bench, batch, dim, 1), 4 * batch * dim * (2 * MEMORY + 4)
     compare_with_copy(bench, f"G1 Anderson step {batch}x{dim}", step, moved, 0.88)
+    compare_with_copy(bench, f"G1 Anderson step {batch}x{dim} (trial)", on_trial(step), moved, 0.88)
 
 
 def compare_with_copy(
-    bench: Bench, work: str, step: Callable[[], None], moved: int, gate: float
+    bench: Bench, work: str, step: Callable[[], object], moved: int, gate: float
 ) -> None:
     """The share of the copy bandwidth that a step reaches which has `moved` bytes to move."""
     size = COPY_ELEMENTS if bench.real else 1 << 16
@@ -114,6 +115,7 @@ def bench_anderson(bench: Bench) -> None:
         label = " (graph)" if graph else ""
         name = f"G2 {STEPS} Anderson steps {batch}x{dim}{label}"
         bench.compare(name, contestants, {"torchdeq": gate})
+        compare_with_default(bench, name, ours, graph)
     for (batch, dim), gate in (((32, 151296), 3.4), ((256, 4096), 6.0), ((1, 65536), 6.0)):
         batch, dim = bench.shape(batch, dim)
         contestants = {
@@ -122,6 +124,17 @@ def bench_anderson(bench: Bench) -> None:
         }
         name = f"G3 {MEMORY} Anderson steps {batch}x{dim} (graph)"
         bench.compare(name, contestants, {"lean eager, graph": gate})
+
+
+def compare_with_default(
+    bench: Bench, name: str, run: Callable[[], object], graph: bool = False
+) -> None:
+    """The paths on trial against those that are taken by default."""
+    trial = on_trial(run)
+    contestants = {"trial": trial, "default": run}
+    if graph:
+        contestants = {"trial": bench.graphed(trial), "default": bench.graphed(run)}
+    bench.compare(f"{name} (trial)", contestants, {})
 
 
 def bench_capture(bench: Bench) -> None:
@@ -180,7 +193,9 @@ def bench_broyden(bench: Bench) -> None:
             "deqcore": partial(deqcore.fixed_point, f, z0, solver=solver),
             "torchdeq": partial(torchdeq_broyden, f, z0, STEPS),
         }
-        bench.compare(f"G5 {STEPS} Broyden steps {batch}x{dim}", contestants, {"torchdeq": gate})
+        name = f"G5 {STEPS} Broyden steps {batch}x{dim}"
+        bench.compare(name, contestants, {"torchdeq": gate})
+        compare_with_default(bench, name, contestants["deqcore"])
     bench_narrow_history(bench)
 
 
@@ -189,13 +204,14 @@ def bench_narrow_history(bench: Bench) -> None:
     batch, dim = bench.shape(32, 151296)
     wide = broyden_step(bench, batch, dim, 30, None)
     name = f"G5 Broyden step k=30 {batch}x{dim}"
-    compare_with_copy(bench, name, wide, 4 * batch * dim * (2 * 30 + 12), 0.85)
-    contestants = {
-        "bf16 history": broyden_step(bench, batch, dim, 30, torch.bfloat16),
-        "float32 history": wide,
-    }
+    moved = 4 * batch * dim * (2 * 30 + 12)
+    compare_with_copy(bench, name, wide, moved, 0.85)
+    compare_with_copy(bench, f"{name} (trial)", on_trial(wide), moved, 0.85)
+    narrow = broyden_step(bench, batch, dim, 30, torch.bfloat16)
     name = f"G5 Broyden step k=30 {batch}x{dim}, bf16 history"
-    bench.compare(name, contestants, {"float32 history": 1.6})
+    for suffix, path in (("", lambda run: run), (" (trial)", on_trial)):
+        contestants = {"bf16 history": path(narrow), "float32 history": path(wide)}
+        bench.compare(name + suffix, contestants, {"float32 history": 1.6})
 
 
 def broyden_step(

@@ -129,6 +129,16 @@ def compare(
     return results
 
 
+def share_of_bandwidth(work: str, run: Callable[[], object], moved: int, gate: float) -> Result:
+    """Of the copy bandwidth, the share that a run reaches which has ``moved`` bytes to move."""
+    copy, copied = _large_copy()
+    (result,) = compare(work, {"deqcore": run, "copy bandwidth": copy}, {"copy bandwidth": gate})
+    scale = moved / copied
+    for name in ("ratio", "p10", "p90", "peer"):
+        setattr(result, name, getattr(result, name) * scale)
+    return result
+
+
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes of tensors alive at once during `run`, beyond those alive before it."""
     with _LiveTensors() as live:
@@ -187,10 +197,16 @@ def copy_bandwidth() -> float:
 
     256 MB each: what a server's last cache holds of less is copied twice as fast.
     """
+    copy, copied = _large_copy()
+    best = min(_time(copy, 5) for _ in range(5))
+    return copied / best / 1e9
+
+
+def _large_copy() -> tuple[Callable[[], object], int]:
+    """A copy from memory to memory, and the bytes that it reads and writes."""
     source = torch.ones(1 << 26)
     target = torch.empty_like(source)
-    best = min(_time(lambda: target.copy_(source), 5) for _ in range(5))
-    return 2 * source.numel() * source.element_size() / best / 1e9
+    return lambda: target.copy_(source), 2 * source.numel() * source.element_size()
 
 
 def _processor() -> str:

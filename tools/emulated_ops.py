@@ -38,6 +38,10 @@ class EmulatedOps:
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.ops.deqcore_emulated, name)
 
+    def launches(self) -> int:
+        """How many there were so far in ``emulating``."""
+        return int(self._library.emulate_launch_count())
+
     @contextmanager
     def emulating(
         self,
@@ -52,6 +56,7 @@ class EmulatedOps:
         With ``refusal`` every launch fails, with these words; with ``trial`` paths on trial are
         taken.
         """
+        self._library.emulate_as_usual()
         self._library.emulate_seed(ctypes.c_uint64(seed))
         for tensor, gpu in places:
             self._library.emulate_place(ctypes.c_void_p(tensor.data_ptr()), gpu)

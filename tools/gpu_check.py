@@ -45,6 +45,8 @@ GPU_TESTS = (
     *("gpu_steps", "gpu_masked", "gpu_solves", "capture", "layer_capture", "layer_capture_life"),
     *("large_offsets", "never_waits"),
 )
+# Once more with DEQCORE_CUDA_TRIAL=1.
+TRIAL_TESTS = ("gpu_steps", "gpu_masked", "gpu_solves", "capture")
 # A package that is missing must not keep the files that do without it from running.
 PYTEST = ["-q", "--maxfail=20", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
@@ -201,8 +203,10 @@ def test(check: Check) -> None:
         files = [f"tests/cuda/test_{name}.py"]
         check.run(f"GPU: {name}", [*pytest, *files, *several], judge_tests, share=3, env=required)
     trial = {**required, "DEQCORE_CUDA_TRIAL": "1"}
-    masked = ["tests/cuda/test_gpu_masked.py"]
-    check.run("GPU: paths on trial", [*pytest, *masked, *several], judge_tests, 3, trial)
+    for name in TRIAL_TESTS:
+        files = [f"tests/cuda/test_{name}.py"]
+        what = f"GPU: {name}, paths on trial"
+        check.run(what, [*pytest, *files, *several], judge_tests, share=3, env=trial)
     others = ["tests", "--ignore=tests/cuda", "-k", "cuda"]
     check.run("GPU: the rest", [*pytest, *others, *several], judge_tests, share=3, env=required)
 

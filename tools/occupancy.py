@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.cuda_build import ARCHITECTURES, Kernel, compile_kernels, short_name
-from tools.emulation import TYPES, Emulator, build
+from tools.emulation import PATHS, TYPES, Emulator, build
 
 LIBRARYS_CHOICE = -1  # of a path
 
@@ -115,16 +115,20 @@ def works(recorder: LaunchRecorder) -> Iterator[tuple[str, list[Launch]]]:
     """The launches of each benchmark, by name."""
     fp32, bf16 = TYPES[torch.float32], TYPES[torch.bfloat16]
     memory = torch.empty(16, dtype=torch.uint8)  # aligned; nobody looks at it
-    for rows, dim in ((32, 151296), (256, 4096), (4096, 256), (1, 65536)):
-        pointers: list[Tensor | None] = [*[memory] * 8, None, *[memory] * 4]
-        ints = [fp32, LIBRARYS_CHOICE, rows, dim, 5, 1, 10, 100, 1, 0]
-        found = recorder.launches("anderson_step", pointers, ints, [1e-4, 0.0, 1e-8, 2.0, 1e4])
-        yield f"Anderson step m=5 {rows}x{dim}", found
-    for narrow in (0, 1):
-        pointers = [*[memory] * 7, None, *[memory] * 4]
-        ints = [fp32, LIBRARYS_CHOICE, 32, 151296, 30, 30, 1, 10, 100, narrow]
-        found = recorder.launches("broyden_step", pointers, ints, [1e-4, 0.0])
-        yield f"Broyden step k=30 32x151296, history {'bf16' if narrow else 'fp32'}", found
+    for suffix, path in (("", LIBRARYS_CHOICE), (" (trial)", PATHS["cluster"])):
+        for rows, dim in ((32, 151296), (256, 4096), (4096, 256), (1, 65536)):
+            if path >= 0 and dim <= 512:
+                continue  # stays as it is
+            pointers: list[Tensor | None] = [*[memory] * 8, None, *[memory] * 4]
+            ints = [fp32, path, rows, dim, 5, 1, 10, 100, 1, 0]
+            found = recorder.launches("anderson_step", pointers, ints, [1e-4, 0.0, 1e-8, 2.0, 1e4])
+            yield f"Anderson step m=5 {rows}x{dim}{suffix}", found
+        for narrow in (0, 1):
+            pointers = [*[memory] * 7, None, *[memory] * 4]
+            ints = [fp32, path, 32, 151296, 30, 30, 1, 10, 100, narrow]
+            found = recorder.launches("broyden_step", pointers, ints, [1e-4, 0.0])
+            history = "bf16" if narrow else "fp32"
+            yield f"Broyden step k=30 32x151296, history {history}{suffix}", found
     side, tokens = 4096, 8192
     for what, dtype, sparsity, block in (
         ("entries, fp32 90%", fp32, 0.9, 1),
@@ -152,10 +156,17 @@ def print_table(kernels: Iterable[Kernel], recorder: LaunchRecorder) -> None:
             head = f"{work} | {len(launches)}" if index == 0 else " | "
             cells = [
                 _fit(launch, costs[launch.kernel, architecture], gpu)
+                if _may_run(launch, architecture)
+                else "-"
                 for architecture, gpu in GPUS.items()
             ]
             size = f"{launch.blocks} x {launch.threads}"
             print(f"| {head} | {launch.kernel} | {size} | {launch.shared} | {' | '.join(cells)} |")
+
+
+def _may_run(launch: Launch, architecture: str) -> bool:
+    """Clusters are there from sm_90 on."""
+    return "_cluster<" not in launch.kernel or not architecture.startswith("sm_8")
 
 
 def _fit(launch: Launch, cost: Kernel, gpu: Multiprocessor) -> str:

@@ -83,6 +83,8 @@ def _bars(axes: Axes, cells: dict[str, dict[str, dict[str, Any]]]) -> None:
 def _by_shape(run: Run, pattern: str) -> dict[str, dict[str, dict[str, Any]]]:
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for (work, against), row in run.rows.items():
+        if against == "copy bandwidth":
+            continue  # no contestant
         if re.match(pattern, work) and (found := _SHAPE.match(work)):
             extra = found["rest"].strip().removeprefix("(").removesuffix(")")
             name = f"{found['shape']}\n{extra}" if extra else found["shape"]

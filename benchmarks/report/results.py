@@ -82,6 +82,7 @@ class Results:
     """All that docs/performance.md is made of."""
 
     cpu: Run
+    xeon: Run  # the solvers on a second processor
     memory: Run
     gpu: list[Run]  # of one GPU, older ones first
     training: Training
@@ -91,6 +92,7 @@ class Results:
         gpu = ("h200_1bd15c6_benchmarks.json", "h200_b834a74_benchmarks.json")
         return cls(
             cpu=Run.read(folder / "cpu_zen4.json"),
+            xeon=Run.read(folder / "cpu_xeon.json"),
             memory=Run.read(folder / "cpu_memory.json"),
             gpu=[Run.read(folder / name) for name in gpu],
             training=Training.read(folder / "h200_b834a74_training.json"),

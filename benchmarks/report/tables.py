@@ -99,6 +99,7 @@ def memory(run: Run) -> list[str]:
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "solvers-cpu": lambda found: ratios(found.cpu, "Anderson|Broyden"),
+    "solvers-xeon": lambda found: ratios(found.xeon, "Anderson|Broyden"),
     "memory": lambda found: memory(found.memory),
     "masked-cpu": lambda found: ratios(found.cpu, "masked|values|blocks"),
     "auto-cpu": lambda found: auto_grid(found.cpu, "F.linear(x, W*M)"),

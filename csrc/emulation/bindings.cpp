@@ -35,6 +35,9 @@ EXPORTED void emulate_refusal(const char* words) {
   emulation::refusal = words == nullptr ? nullptr : emulation::last_refusal.c_str();
 }
 
+// How many launches there were since the last emulate_as_usual.
+EXPORTED int64_t emulate_launch_count() { return static_cast<int64_t>(emulation::launches.size()); }
+
 EXPORTED void emulate_trial() { emulation::trial = true; }
 
 // Forgets all that the functions above have said.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import partial
 from typing import Any
@@ -13,9 +14,12 @@ from tests.support import op_errors
 from tests.support.kernels import named_kernels
 from tests.support.masked_cases import DTYPES, NAMES, arguments, check_result, make, oracle, run_op
 from tests.support.problems import equal
+from tests.support.step_cases import anderson_case, broyden_case
+from tests.support.step_checks import check_kernel_against_float64
 from tools.emulated_ops import EmulatedOps
 from tools.emulation import ROOT
 
+CPU = torch.device("cpu")
 CASE = make(16, 32, 5, 0.5).to(torch.float32)
 STEPS = op_errors.step_cases()
 CALLS: dict[str, tuple[Any, ...]] = {
@@ -132,6 +136,17 @@ def test_blocks_of_64_are_as_exact_on_hopper(ops, tokens, dtype, name) -> None:
     case = make(128, 192, tokens, 0.5, 64)
     with ops.emulating(trial=True, seed=tokens):
         check_result(name, case, dtype, partial(run_op, name, ops=ops))
+
+
+@pytest.mark.parametrize("make_case", [anderson_case, broyden_case])
+def test_steps_are_as_exact_on_the_path_on_trial(ops, make_case) -> None:
+    case = make_case(3, 9001, 5, torch.float32, 1)
+    step = ops.anderson_step if make_case is anderson_case else ops.broyden_step
+    for trial, launches in ((False, 2), (True, 1)):
+        with ops.emulating(trial=trial, seed=3):
+            case.run(step)
+            assert ops.launches() == launches
+            check_kernel_against_float64(dataclasses.replace(case, op=step), CPU)
 
 
 @pytest.mark.parametrize("op", STEPS)

@@ -45,7 +45,16 @@ CASES = {  # op, path, batch, dim, memory, dtype, seed, and the history's dtype 
     "broyden cluster": ("broyden_step", "cluster", 2, 4104, 20, torch.float32, 35),
     "broyden cluster, not aligned": ("broyden_step", "cluster", 2, 2051, 9, torch.float16, 36),
     "narrow cluster": ("broyden_step", "cluster", 2, 4104, 20, torch.float32, 37, NARROW),
-    "narrow cluster, not aligned": ("broyden_step", "cluster", 2, 2051, 9, torch.float16, 38, NARROW),
+    "narrow cluster, not aligned": (
+        "broyden_step",
+        "cluster",
+        2,
+        2051,
+        9,
+        torch.float16,
+        38,
+        NARROW,
+    ),
     "empty rows": ("anderson_step", "block", 2, 0, 3, torch.float32, 26),
 }
 
