@@ -272,6 +272,15 @@ class Emulator:
         self._library.emulate.restype = ctypes.c_char_p
         self.traffic = Traffic(0, 0, 0, 0, 0)
 
+    @contextlib.contextmanager
+    def clusters_of(self, blocks: int) -> Iterator[None]:
+        """For a time, a cluster can have no more blocks than that."""
+        self._library.emulate_largest_cluster(blocks)
+        try:
+            yield
+        finally:
+            self._library.emulate_largest_cluster(16)
+
     def step(self, op: str, path: str, seed: int = 1) -> Callable[..., Traffic]:
         """The op ``deqcore::<op>`` on one of its paths, with threads in a random order."""
 

@@ -371,7 +371,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 template <typename X, typename F, bool kAligned>
 const char* launch_cluster(const AndersonArgs& args, Stream stream) {
   using W = Worker<X, F, kAligned>;
-  const RowParts parts = parts_of_row(args.dim, args.batch, kTile<X>);
+  const int most =
+      largest_cluster(anderson_cluster<X, F, kAligned, true>, kBlockThreads, kClusterShared);
+  const RowParts parts = parts_of_row(args.dim, args.batch, kTile<X>, most);
+  if (parts.blocks == 0) return kTooFewBlocks;
   const int64_t beside = Scratch<X>::doubles(args.memory) * 8 + W::kKeptBytes;
   const int64_t useful = 2 * (args.memory - 1) * parts.own(0) * parts.tiles;
   const int stages = stages_of(useful, W::Ring::kStageBytes, kClusterShared - beside);

@@ -1,5 +1,6 @@
 // Copies from global to shared memory that pass by the registers and run beside arithmetic. The
-// emulation makes them when they are awaited, so that a missing wait shows.
+// emulation makes them at once or when they are awaited, so that a missing wait shows, and a place
+// that is still in use.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +11,23 @@
 namespace deqcore::cuda {
 
 #if !defined(__CUDACC__)
+inline void make_copy(void* to, const void* from, int bytes) {
+  if (from != nullptr) {
+    memcpy(to, from, bytes);
+  } else {
+    memset(to, 0, bytes);
+  }
+}
 inline void make_copies(const std::vector<::emulation::Copy>& copies) {
-  for (const auto& copy : copies) {
-    if (copy.from != nullptr) {
-      memcpy(copy.to, copy.from, copy.bytes);
-    } else {
-      memset(copy.to, 0, copy.bytes);
-    }
+  for (const auto& copy : copies) make_copy(copy.to, copy.from, copy.bytes);
+}
+// One that is asked for: now or when it is awaited.
+inline void copy_some_time(void* to, const void* from, int bytes) {
+  if (::emulation::copies_at_once()) {
+    if (from != nullptr) ::emulation::note_copy(from, bytes);
+    make_copy(to, from, bytes);
+  } else {
+    ::emulation::copy_later(to, from, bytes);
   }
 }
 #endif
@@ -29,7 +40,7 @@ DEQCORE_DEVICE void copy_async_16(void* to_shared, const void* from_global) {
 #elif defined(__CUDA_ARCH__)
   __trap();  // check_gpu keeps such GPUs away
 #elif !defined(__CUDACC__)
-  ::emulation::copy_later(to_shared, from_global);
+  copy_some_time(to_shared, from_global, 16);
 #endif
 }
 
@@ -43,7 +54,7 @@ DEQCORE_DEVICE void copy_async_16(void* to_shared, const void* from_global, bool
 #elif defined(__CUDA_ARCH__)
   __trap();  // check_gpu keeps such GPUs away
 #elif !defined(__CUDACC__)
-  ::emulation::copy_later(to_shared, there ? from_global : nullptr);
+  copy_some_time(to_shared, there ? from_global : nullptr, 16);
 #endif
 }
 
@@ -62,7 +73,7 @@ DEQCORE_DEVICE void copy_async(void* to_shared, const void* from_global) {
 #elif defined(__CUDA_ARCH__)
   __trap();  // check_gpu keeps such GPUs away
 #elif !defined(__CUDACC__)
-  ::emulation::copy_later(to_shared, from_global, kBytes);
+  copy_some_time(to_shared, from_global, kBytes);
 #endif
 }
 

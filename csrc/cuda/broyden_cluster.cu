@@ -370,7 +370,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 template <typename X, typename F, typename S, bool kAligned>
 const char* launch_cluster(const BroydenArgs& args, Stream stream) {
   using W = Worker<X, F, S, kAligned>;
-  const RowParts parts = parts_of_row(args.dim, args.batch, kTile<X>);
+  const int most =
+      largest_cluster(broyden_cluster<X, F, S, kAligned, true>, kBlockThreads, kClusterShared);
+  const RowParts parts = parts_of_row(args.dim, args.batch, kTile<X>, most);
+  if (parts.blocks == 0) return kTooFewBlocks;
   const int64_t scratch = Scratch<X>::doubles(args.capacity) * 8;
   const int64_t useful = 2 * args.capacity * parts.own(0) * parts.tiles;
   const int stages = stages_of(useful, W::Ring::kStageBytes, kClusterShared - scratch);

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/device.cuh"
 
@@ -40,7 +43,7 @@ DEQCORE_DEVICE void arrive_at_cluster([[maybe_unused]] bool ordered) {
 #elif defined(__CUDA_ARCH__)
   __trap();
 #elif !defined(__CUDACC__)
-  ::emulation::arrive_at_cluster();
+  ::emulation::arrive_at_cluster(ordered);
 #endif
 }
 DEQCORE_DEVICE void wait_for_cluster() {
@@ -82,6 +85,35 @@ DEQCORE_DEVICE T read_shared_of([[maybe_unused]] int rank, const T* at) {
 
 #if defined(__CUDACC__)
 
+// The most blocks of a cluster of this kernel on the current GPU, of which a part may be all that
+// this process has; 0 where it cannot be asked. Asked once.
+template <typename... Parameters>
+int largest_cluster(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
+  static std::mutex guard;
+  static std::map<std::pair<const void*, int>, int> known;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const std::lock_guard<std::mutex> lock(guard);
+  const auto key = std::make_pair(reinterpret_cast<const void*>(kernel), device);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(16);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  int most = 0;
+  const bool told = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(kHopperShared)) == cudaSuccess &&
+                    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                         1) == cudaSuccess &&
+                    cudaOccupancyMaxPotentialClusterSize(&most, kernel, &config) == cudaSuccess;
+  if (!told) {
+    cudaGetLastError();  // or the next launch would report it
+    most = 0;
+  }
+  return known[key] = most;
+}
+
 // Starts a kernel in clusters; null, or what is wrong.
 template <typename... Parameters, typename... Arguments>
 const char* launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t clusters,
@@ -90,12 +122,9 @@ const char* launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t 
   if (clusters * cluster > INT32_MAX) {
     return "too many blocks: the batch is too large for one launch";
   }
+  // Always the same number: it is the function's, and other threads may launch it meanwhile.
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  constexpr int kOfAnyGpu = 8;  // blocks
-  if (error == cudaSuccess && cluster > kOfAnyGpu) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
+                                           static_cast<int>(kHopperShared));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
@@ -112,6 +141,11 @@ const char* launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t 
 }
 
 #else
+
+template <typename... Parameters>
+int largest_cluster(void (*)(Parameters...), int, int64_t) {
+  return ::emulation::largest_cluster;
+}
 
 template <typename... Parameters, typename... Arguments>
 const char* launch_clusters(void (*kernel)(Parameters...), int cluster, int64_t clusters,

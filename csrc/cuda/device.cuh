@@ -24,14 +24,30 @@ constexpr int64_t kSharedWithoutAsking = 48 * 1024;  // bytes that a block gets 
 
 using Stream = cudaStream_t;
 
+// What the current GPU has of something; `otherwise` where it cannot be asked.
+inline int64_t attribute_of_gpu(cudaDeviceAttr attribute, int64_t otherwise) {
+  int device = 0, value = 0;
+  const bool told = cudaGetDevice(&device) == cudaSuccess &&
+                    cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  return told ? value : otherwise;
+}
+inline int64_t most_shared_bytes() {  // of a block that asks
+  return attribute_of_gpu(cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedWithoutAsking);
+}
+inline int64_t multiprocessors() { return attribute_of_gpu(cudaDevAttrMultiProcessorCount, 1); }
+
 // Starts a kernel; null, or what is wrong.
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
                    Stream stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) return "too many blocks: the batch is too large for one launch";
   if (shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    // Always the same number: it is the function's, and other threads may launch it meanwhile.
+    const cudaError_t error =
+        shared_bytes > most_shared_bytes()
+            ? cudaErrorInvalidValue
+            : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(most_shared_bytes()));
     if (error != cudaSuccess) {
       cudaGetLastError();  // or the next launch would report it
       return "this GPU has too little shared memory for a block";
@@ -72,18 +88,6 @@ inline bool takes_hopper_paths() {
   return false;
 #endif
 }
-
-// What the current GPU has of something; `otherwise` where it cannot be asked.
-inline int64_t attribute_of_gpu(cudaDeviceAttr attribute, int64_t otherwise) {
-  int device = 0, value = 0;
-  const bool told = cudaGetDevice(&device) == cudaSuccess &&
-                    cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
-  return told ? value : otherwise;
-}
-inline int64_t most_shared_bytes() {  // of a block that asks
-  return attribute_of_gpu(cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedWithoutAsking);
-}
-inline int64_t multiprocessors() { return attribute_of_gpu(cudaDevAttrMultiProcessorCount, 1); }
 
 // The emulation counts the traffic of the state-sized tensors here.
 DEQCORE_DEVICE void count_read(int, bool) {}

@@ -27,7 +27,8 @@ struct RowParts {
   __host__ __device__ int own(int rank) const { return (parts - rank + blocks - 1) / blocks; }
 };
 
-inline RowParts parts_of_row(int64_t dim, int64_t batch, int64_t tile) {
+// `most`: blocks that a cluster can have. Too few for the row: none.
+inline RowParts parts_of_row(int64_t dim, int64_t batch, int64_t tile, int most) {
   RowParts out{tile, 1, 1, 1};
   if (dim > kMostParts * tile) {
     const int64_t least = (dim + kMostParts - 1) / kMostParts;
@@ -38,8 +39,14 @@ inline RowParts parts_of_row(int64_t dim, int64_t batch, int64_t tile) {
   // A multiprocessor runs two blocks at once: with more of them, rows would wait for each other.
   const bool all_at_once = batch * out.parts <= 2 * multiprocessors();
   out.blocks = out.parts > kPortableBlocks && !all_at_once ? kPortableBlocks : out.parts;
+  if (out.parts > 1 && out.blocks > most) {
+    out.blocks = most * kMostOwnParts >= out.parts ? most : 0;
+  }
   return out;
 }
+constexpr const char* kTooFewBlocks =
+    "this GPU, or the part of it that this process has, runs no clusters that are large enough; "
+    "unset DEQCORE_CUDA_TRIAL";
 
 // Stages of a ring of slots: as many as are of use and fit.
 inline int stages_of(int64_t useful, int64_t stage_bytes, int64_t room) {

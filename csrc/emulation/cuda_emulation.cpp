@@ -40,6 +40,7 @@ std::vector<Launch> launches;
 bool only_launches = false;
 uint64_t seed = 0;
 const char* refusal = nullptr;
+int largest_cluster = 16;
 bool trial = false;
 
 namespace {
@@ -416,6 +417,8 @@ void run_blocks() {
 #if defined(EMULATION_SECTORS)
   sectors_begin_block(count);
 #endif
+  constexpr size_t kMostThreadsOfSanitizer = 8000;
+  if (scheduler.old_threads.size() + count > kMostThreadsOfSanitizer) destroy_threads();
   std::fill_n(scheduler.left_of, kMostBlocks, 0);
   scheduler.cluster_arrived = 0;
   scheduler.cluster_phases = 0;
@@ -458,7 +461,6 @@ void end_blocks() {
 #if defined(EMULATION_TSAN)
   free_stacks();  // again, they would look like a race
 #endif
-  if (scheduler.old_threads.size() > 4096) destroy_threads();
 }
 
 // Shared memory of the blocks that run at once. Where races are looked for, every block has its
@@ -507,6 +509,14 @@ unsigned meetings() {
 void note_copy([[maybe_unused]] const void* from, [[maybe_unused]] int bytes) {
 #if defined(EMULATION_SECTORS)
   sectors_copy(from, bytes);
+#endif
+}
+
+bool copies_at_once() {
+#if defined(EMULATION_SECTORS)
+  return false;  // what it would read by itself would count
+#else
+  return seed != 0 && (scheduler.next_random() & 1) != 0;
 #endif
 }
 
@@ -608,12 +618,13 @@ void sync_warp(unsigned mask) {
   leave_from(object);
 }
 
-void arrive_at_cluster() {
+void arrive_at_cluster(bool ordered) {
   Fiber& self = *scheduler.running;
   if (self.cluster_waits < self.cluster_arrivals) {
     return complain("arrives at its cluster again without a wait in between");
   }
-  arrive_at(barrier_object(scheduler.first_block, 1 + 32, self.cluster_arrivals++));
+  if (ordered) arrive_at(barrier_object(scheduler.first_block, 1 + 32, self.cluster_arrivals));
+  ++self.cluster_arrivals;
   if (++scheduler.cluster_arrived < scheduler.count()) return;
   scheduler.cluster_arrived = 0;
   ++scheduler.cluster_phases;
@@ -622,7 +633,9 @@ void arrive_at_cluster() {
 
 void wait_for_cluster() {
   Fiber& self = *scheduler.running;
-  if (self.cluster_arrivals == 0) return complain("waits for its cluster without an arrival");
+  if (self.cluster_waits == self.cluster_arrivals) {
+    return complain("waits for its cluster without an arrival");
+  }
   while (scheduler.cluster_phases < self.cluster_arrivals) {
     self.wait = Wait::change;
     yield();

@@ -57,6 +57,9 @@ extern uint64_t seed;
 // What every launch answers in place of running its kernel; null: it runs.
 extern const char* refusal;
 
+// Blocks that a cluster can have.
+extern int largest_cluster;
+
 extern bool trial;  // whether the paths on trial are taken, Hopper's too
 
 // Runs a kernel; null, or what it did wrong (valid until the next launch).
@@ -74,14 +77,16 @@ double* shared_doubles();
 // so itself.
 void note_copy(const void* from, int bytes);
 
-// A copy to shared memory that may arrive as late as when its thread waits for it; and here does.
+// A copy to shared memory that may arrive at once or as late as when its thread waits for it. Here
+// the seed decides; with 0, all are late.
+bool copies_at_once();
 struct Copy {
   void* to;
   const void* from;  // null: zeros
   int bytes;
   int group;  // how many groups its thread had closed before it
 };
-void copy_later(void* to, const void* from, int bytes = 16);
+void copy_later(void* to, const void* from, int bytes);
 void close_copies();
 std::vector<Copy> take_copies();
 // Those of closed groups but the newest `pending` ones.
@@ -107,8 +112,9 @@ void copy_bulk(uint64_t* barrier, int bytes, const Copy& copy) {
       kWords);
 }
 
-// All threads of a cluster meet in two parts: what came before an arrival is seen after a wait.
-void arrive_at_cluster();
+// All threads of a cluster meet in two parts: what came before an arrival that is `ordered` is seen
+// after a wait.
+void arrive_at_cluster(bool ordered);
 void wait_for_cluster();
 int rank_in_cluster();
 // Where `at`, in this block's shared memory, is in that of a block of the cluster.

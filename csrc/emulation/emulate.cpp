@@ -203,6 +203,9 @@ extern "C" void emulate_statistics(int64_t* out) {
   for (const emulation::Launch& one : emulation::launches) out[4] += one.blocks;
 }
 
+// From now on a cluster can have that many blocks.
+extern "C" void emulate_largest_cluster(int blocks) { emulation::largest_cluster = blocks; }
+
 // From now on kernels are launched and not run, or run again.
 extern "C" void emulate_only_launches(int only) { emulation::only_launches = only != 0; }
 

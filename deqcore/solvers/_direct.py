@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
 from deqcore import _kernels
 from deqcore.ops._library import DTYPES
@@ -51,9 +52,11 @@ class DirectSteps:
         z_next: Tensor,
     ) -> bool:
         """Take a step as the op would, of whose arguments these are; False: call the op instead."""
-        if not self._may_pass(x, f):
-            return False
         told = self._told
+        if not self._may_pass(x, f):
+            if state is not told.state:  # whose memory is no longer needed
+                self._told = _Told(_NOTHING, _NOTHING, _NOTHING)
+            return False
         if state is not told.state or options is not told.options or damping is not told.damping:
             self._tell(state, damping, options)
         z_address = z_next.data_ptr() if z_next.dtype != x.dtype else 0
@@ -68,8 +71,10 @@ class DirectSteps:
             and f.is_contiguous()
             and f.shape == x.shape
             and not f.is_neg()
+            and not f._is_zerotensor()
             and not f.requires_grad
             and not torch._C._len_torch_dispatch_stack()
+            and not torch._C._len_torch_function_stack()
             and not torch._C._autograd._profiler_enabled()
         )
 
@@ -88,6 +93,8 @@ def direct_steps(kernel: str, x: Tensor, dtype: torch.dtype) -> DirectSteps | No
     """For iterates like ``x``, which f sees as ``dtype``; None where only the op can take steps."""
     if not _kernels.CPU_KERNELS or type(x) is not Tensor or not x.is_cpu:
         return None
-    if torch._C._are_functorch_transforms_active():
+    if x.is_neg() or torch._C._are_functorch_transforms_active():
         return None
+    if torch._C._get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch():
+        return None  # torch.jit.trace, or make_fx before dispatch
     return DirectSteps(getattr(_kernels.modules["cpu"], kernel), dtype)

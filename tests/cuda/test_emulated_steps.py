@@ -13,7 +13,7 @@ from deqcore.ops._rows import ACTIVE
 from tests.support.problems import equal
 from tests.support.step_cases import StepCase, anderson_case, broyden_case
 from tests.support.step_checks import check_kernel_against_float64
-from tools.emulation import PATHS, Emulator
+from tools.emulation import PATHS, EmulationError, Emulator
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -111,6 +111,18 @@ def test_how_many_blocks_share_a_row_changes_no_bit(emulator, op):
     assert emulator.traffic.blocks == 2 * 16
     for name in ("x_next", "status", "counters", "residuals", "gram"):
         assert equal(alone[name], together[name][:2]), name
+
+
+@pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])
+def test_a_gpu_with_smaller_clusters_gives_the_same_bits_or_says_so(emulator, op):
+    case = make_case(op, 1, 34_000, 2, torch.float64, 7)
+    expected = run(case, op, emulator, "cluster")
+    with emulator.clusters_of(9):
+        result = run(case, op, emulator, "cluster")
+        assert emulator.traffic.blocks == 9
+    assert all(equal(result[name], expected[name]) for name in expected)
+    with emulator.clusters_of(7), pytest.raises(EmulationError, match="no clusters that are large"):
+        run(case, op, emulator, "cluster")
 
 
 @pytest.mark.parametrize("op", ["anderson_step", "broyden_step"])

@@ -15,7 +15,7 @@ import torch
 
 from tests.support.defects import Defect
 from tests.support.problems import equal
-from tests.support.step_cases import StepCase, anderson_case, broyden_case
+from tests.support.step_cases import StepCase, anderson_case, broyden_case, full_rows
 from tools import emulation
 from tools.emulation import ROOT, EmulationError, Emulator
 
@@ -225,18 +225,21 @@ def test_a_missing_barrier_shows_in_the_results_of_most_orders(name, planted, em
     assert wrong >= 10, f"{wrong} of 20 orders"
 
 
-@pytest.mark.parametrize("case", ["anderson cluster", "narrow cluster"])
-def test_a_slot_used_before_it_has_come_shows_in_the_results(case, planted, emulator):
-    defect = Defect(
-        "cuda/slot_ring.cuh",
-        "wait_for_groups_but(stages_ - 1)",
-        "wait_for_groups_but(stages_)",
-        case,
-        "library",
-        "",
-    )
+@pytest.mark.parametrize("case", ["anderson cluster", "broyden cluster"])
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("slot_ring.cuh", "wait_for_groups_but(stages_ - 1)", "wait_for_groups_but(stages_)"),
+        ("{op}_cluster.cu", "i < stages; ++i) fetch_next()", "i <= stages; ++i) fetch_next()"),
+    ],
+    ids=["used before it has come", "fetched to where another one is in use"],
+)
+def test_a_slot_out_of_turn_shows_in_the_results(case, file, before, after, planted, emulator):
     op, path, *args = CASES[case]
-    steps = make(op, *args)
+    name = file.format(op=op.removesuffix("_step"))
+    defect = Defect(f"cuda/{name}", before, after, case, "library", "")
+    memory = args[2]
+    steps = full_rows(make(op, *args), memory - 1)
     expected = steps.run(emulator.step(op, path))
     result = steps.run(Emulator(planted(defect, "library")).step(op, path))
     assert not equal(result["x_next"], expected["x_next"])

@@ -133,6 +133,41 @@ def test_a_dispatch_mode_sees_every_step():
     assert names.seen.count("deqcore.anderson_step.default") == solution.steps.item()
 
 
+def test_a_function_mode_and_a_trace_see_every_step(op_calls):
+    f = lambda z: 0.5 * z.cos()
+    solver = Anderson(check_every=0, max_steps=7)
+    solve = lambda: deqcore.fixed_point(f, torch.ones(1, 9), solver=solver)
+
+    class Through(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with Through():
+        assert op_calls.of(solve) == 7
+    names = []
+
+    def traced(z: torch.Tensor) -> torch.Tensor:
+        names.append(op_calls.of(lambda: deqcore.fixed_point(f, z, solver=solver)))
+        return z
+
+    torch.jit.trace(traced, torch.ones(1, 9), check_trace=False)
+    assert names == [7]
+
+
+def test_a_start_that_is_stored_negated_is_itself():
+    z0 = torch._neg_view(torch.full((2, 3), 2.0))
+    seen = []
+
+    def f(z: torch.Tensor) -> torch.Tensor:
+        seen.append(z.clone())
+        return 0 * z - 2
+
+    solution = deqcore.fixed_point(f, z0, solver=Picard())
+    assert equal(seen[0], torch.full((2, 3), -2.0))
+    assert equal(solution.value, torch.full((2, 3), -2.0))
+    assert equal(solution.residual, torch.zeros(2))
+
+
 class Marked(torch.Tensor):
     """A subclass, as f may return one."""
 
@@ -151,8 +186,7 @@ def test_what_f_returns_reaches_the_op_where_it_is_no_plain_tensor(op_calls, las
     f = lambda z: last(-0.5 * z - 1)
     solve = lambda: solutions.append(deqcore.fixed_point(f, torch.ones(2, 5)))
     assert op_calls.of(solve) > 0
-    sign = -1 if last is torch._neg_view else 1
-    expected = torch.full((2, 5), -2 / 3 if sign == 1 else 2.0)
+    expected = torch.full((2, 5), 2.0 if last is torch._neg_view else -2 / 3)
     assert solutions[0].converged.all()
     assert torch.allclose(solutions[0].value.as_subclass(torch.Tensor), expected, atol=1e-3)
 
