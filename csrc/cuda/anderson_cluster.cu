@@ -13,6 +13,9 @@
 namespace deqcore::cuda {
 namespace {
 
+template <typename X, typename F>
+using Row = AndersonRow<X, F>;
+
 constexpr int kPacks = 4;  // of a tile that a thread takes
 constexpr int kAges = 4;   // whose inner products are reduced at once
 constexpr int kWarps = kBlockThreads / kWarp;

@@ -17,7 +17,7 @@ DEQCORE_DEVICE AndersonArgs row_args(const AndersonArgs& args, RowState* state) 
 }
 
 template <typename X, typename F>
-struct Row {
+struct AndersonRow {
   const X* x;
   const F* f;
   X* g_ring;
@@ -26,7 +26,7 @@ struct Row {
   X* x_next;
   F* z_next;
 
-  DEQCORE_DEVICE Row(const AndersonArgs& args, int64_t row) {
+  DEQCORE_DEVICE AndersonRow(const AndersonArgs& args, int64_t row) {
     const int64_t at = row * args.dim;
     x = static_cast<const X*>(args.x) + at;
     f = static_cast<const F*>(args.f) + at;
@@ -60,9 +60,9 @@ struct PushPlan {
 
 // Writes one pack of the step's slot; returns the damped iterate that is there now.
 template <bool kAligned, typename X, typename F, int kWidth>
-DEQCORE_DEVICE Pack<X, kWidth> store_slot(const Row<X, F>& row, const PushPlan<X>& plan, int64_t at,
-                                          int64_t left, int64_t slot_at, const Pack<X, kWidth>& x,
-                                          const Pack<X, kWidth>& g) {
+DEQCORE_DEVICE Pack<X, kWidth> store_slot(const AndersonRow<X, F>& row, const PushPlan<X>& plan,
+                                          int64_t at, int64_t left, int64_t slot_at,
+                                          const Pack<X, kWidth>& x, const Pack<X, kWidth>& g) {
   if (plan.evicts) {
     const auto old_g = load<kAligned, kWidth>(row.g_ring + slot_at, left);
     const auto old_h = load<kAligned, kWidth>(row.h_ring + slot_at, left);

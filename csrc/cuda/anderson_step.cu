@@ -12,6 +12,9 @@
 namespace deqcore::cuda {
 namespace {
 
+template <typename X, typename F>
+using Row = AndersonRow<X, F>;
+
 constexpr int kTerms = 8;  // slots of H that are in flight at once
 // Residuals that are: the default memory of 5 has 4 others.
 constexpr int kFewAges = 4;

@@ -12,6 +12,9 @@
 namespace deqcore::cuda {
 namespace {
 
+template <typename X, typename F, typename S>
+using Row = BroydenRow<X, F, S>;
+
 constexpr int kGroup = 4;  // steps whose inner products are reduced at once
 constexpr int kWarps = kBlockThreads / kWarp;
 

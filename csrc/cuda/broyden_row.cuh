@@ -22,7 +22,7 @@ DEQCORE_DEVICE int history_of(const BroydenArgs& args, RowState* state) {
 }
 
 template <typename X, typename F, typename S>
-struct Row {
+struct BroydenRow {
   const X* x;
   const F* f;
   S* s_ring;
@@ -30,7 +30,7 @@ struct Row {
   X* x_next;
   F* z_next;
 
-  DEQCORE_DEVICE Row(const BroydenArgs& args, int64_t row) {
+  DEQCORE_DEVICE BroydenRow(const BroydenArgs& args, int64_t row) {
     const int64_t at = row * args.dim;
     x = static_cast<const X*>(args.x) + at;
     f = static_cast<const F*>(args.f) + at;

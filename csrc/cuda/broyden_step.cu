@@ -13,6 +13,9 @@
 namespace deqcore::cuda {
 namespace {
 
+template <typename X, typename F, typename S>
+using Row = BroydenRow<X, F, S>;
+
 // Stored steps that are in flight at once, as many as registers hold.
 template <bool kAligned>
 constexpr int kSlotsOf = kAligned ? 8 : 4;
