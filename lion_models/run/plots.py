@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +86,10 @@ def _log_scale(axis: Axes) -> None:
 
 
 def draw_traces(axis: Axes, traces: dict[str, dict[str, list[list[float]]]]) -> None:
-    """Residual against solver step: median and 10-90% band, trained and at the start."""
+    """Residual against solver step: median and 10-90% band, trained and at the start.
+
+    A median of exactly 0, which a logarithmic axis has no place for, is said in the legend.
+    """
     for side, colour in SIDE_COLOURS.items():
         for moment, style in (("before", ":"), ("after", "-")):
             marks = traces[moment].get(side)
@@ -94,8 +98,13 @@ def draw_traces(axis: Axes, traces: dict[str, dict[str, list[list[float]]]]) -> 
             low, middle, high = zip(*marks, strict=True)
             steps = range(1, len(marks) + 1)
             label = f"{side} layer, {'trained' if moment == 'after' else 'untrained'}"
-            axis.plot(steps, middle, style, color=colour, label=label)
+            exact = [step for step, value in zip(steps, middle, strict=True) if not value]
+            if exact:
+                label += f", 0 from step {exact[0]} on"
+            shown = [value or math.nan for value in middle]
+            axis.plot(steps, shown, style, color=colour, label=label)
             if moment == "after":
+                low = [value or math.nan for value in low]
                 axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     _log_scale(axis)
     dress(axis, "Equilibrium solves", "solver step", "residual, rms(f(z) - z), 10-90% of images")

@@ -105,6 +105,21 @@ def test_labels_of_a_comparison_stay_apart(drawn: list[Figure], methods: int):
     assert min(text.get_fontsize() for text in texts) * pixels_an_inch / 72 > 5.5
 
 
+def test_a_residual_of_exactly_0_is_said_and_stays_off_the_logarithmic_axis():
+    traces = {
+        "before": {"input": [[0.0, 0.3, 0.4], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]},
+        "after": {"input": [[0.1, 0.2, 0.3], [0.01, 0.02, 0.03], [0.0, 0.001, 0.002]]},
+    }
+    _, [[axis]] = plots.new_figure(4, 4)
+    plots.draw_traces(axis, traces)
+    untrained, trained = axis.get_legend().get_texts()
+    assert untrained.get_text() == "input layer, untrained, 0 from step 2 on"
+    assert trained.get_text() == "input layer, trained"
+    low, high = axis.get_ylim()
+    assert 1e-4 < low < 0.001
+    assert 0.3 <= high < 4
+
+
 @pytest.mark.parametrize("conditions", [1, 2, 5])
 def test_labels_of_what_was_tested_are_whole(drawn: list[Figure], conditions: int):
     accuracies = {f"data {'photographs' * 4}-{n}, shots {n}": [0.7, 0.8] for n in range(conditions)}
