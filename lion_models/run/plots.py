@@ -104,8 +104,8 @@ def draw_traces(axis: Axes, traces: dict[str, dict[str, list[list[float]]]]) -> 
             shown = [value or math.nan for value in middle]
             axis.plot(steps, shown, style, color=colour, label=label)
             if moment == "after":
-                low = [value or math.nan for value in low]
-                axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+                lowest = [value or math.nan for value in low]
+                axis.fill_between(steps, lowest, high, color=colour, alpha=0.2, linewidth=0)
     _log_scale(axis)
     dress(axis, "Equilibrium solves", "solver step", "residual, rms(f(z) - z), 10-90% of images")
 
