@@ -83,6 +83,7 @@ class Results:
 
     cpu: Run
     xeon: Run  # the solvers on a second processor
+    xeon_masked: Run  # and the masked products
     memory: Run
     gpu: list[Run]  # of one GPU, older ones first
     training: Training
@@ -93,6 +94,7 @@ class Results:
         return cls(
             cpu=Run.read(folder / "cpu_zen4.json"),
             xeon=Run.read(folder / "cpu_xeon.json"),
+            xeon_masked=Run.read(folder / "cpu_xeon_masked.json"),
             memory=Run.read(folder / "cpu_memory.json"),
             gpu=[Run.read(folder / name) for name in gpu],
             training=Training.read(folder / "h200_b834a74_training.json"),

@@ -102,6 +102,8 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "solvers-xeon": lambda found: ratios(found.xeon, "Anderson|Broyden"),
     "memory": lambda found: memory(found.memory),
     "masked-cpu": lambda found: ratios(found.cpu, "masked|values|blocks"),
+    "masked-xeon": lambda found: ratios(found.xeon_masked, "masked|values"),
+    "auto-xeon": lambda found: auto_grid(found.xeon_masked, "F.linear(x, W*M)"),
     "auto-cpu": lambda found: auto_grid(found.cpu, "F.linear(x, W*M)"),
     "auto-cpu-kept": lambda found: auto_grid(found.cpu, "F.linear, W*M kept"),
     "gpu": lambda found: by_commit(found.gpu),
