@@ -46,7 +46,7 @@ KERNELS = (
     "cuda/masked_outer_segments.cu",
     "cuda/masked_outer_strips.cu",
 )
-RUNTIME = ("emulation/cuda_emulation.cpp", "emulation/sectors.cpp")
+RUNTIME = ("emulation/contexts.cpp", "emulation/cuda_emulation.cpp", "emulation/sectors.cpp")
 # Rounding as the kernels ask for it and no other, so that a failure says something about them.
 FLAGS = [
     *["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],

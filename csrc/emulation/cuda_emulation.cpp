@@ -1,11 +1,5 @@
-// Fibers, their scheduler, and what the sanitizers must know of both.
+// Fibers, their scheduler, and what CUDA's vocabulary means to them.
 #include "emulation/cuda_emulation.h"
-
-#include <pthread.h>
-#include <sys/mman.h>
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,23 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "emulation/contexts.h"
 #include "emulation/sectors.h"
-
-#if defined(EMULATION_ASAN)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-#if defined(EMULATION_TSAN)
-// This file is compiled without -fsanitize=thread: its own bookkeeping is no part of the kernel.
-extern "C" {
-void* __tsan_get_current_fiber(void);
-void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
-void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
-}
-#endif
 
 namespace emulation {
 
@@ -46,24 +25,15 @@ bool trial = false;
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMostWords = 3;  // of 8 bytes, that a lane brings
-constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kMostWords = 3;       // of 8 bytes, that a lane brings
 constexpr int kMostThreads = 1024;  // of a block
 constexpr int kMostBlocks = 16;     // of a cluster
 
 enum class Wait { nothing, block, warp, operation, change, left };
 
 // One CUDA thread of the blocks that run: one, or a cluster's.
-struct Fiber {
-  char* stack = nullptr;
-#if defined(__x86_64__)
-  void* stack_pointer = nullptr;
-#else
-  ucontext_t context;
-#endif
-  void* fake_stack = nullptr;  // AddressSanitizer's
-  void* thread = nullptr;      // ThreadSanitizer's
-  int index = 0;               // blocks one after the other
+struct Fiber : Context {
+  int index = 0;  // blocks one after the other
   Wait wait = Wait::nothing;
   unsigned mask = 0;
   WarpOperation operation{};
@@ -101,10 +71,7 @@ struct Scheduler {
   std::vector<int> ready;
   BulkCopy bulk_copies[kMostBulkCopies];  // asked for and not awaited
   int bulk_count = 0;
-  std::vector<void*> old_threads, free_threads;  // ThreadSanitizer's
-  char* stacks = nullptr;
-  int room = 0;  // stacks
-  Fiber host;    // what called launch
+  Context host;  // what called launch
   Fiber* running = nullptr;
   int threads = 0;           // of a block
   int blocks = 1;            // that run at once
@@ -148,62 +115,7 @@ void* barrier_object([[maybe_unused]] unsigned block, int which, unsigned barrie
   return &scheduler.sync_objects[first + 2 * which + barriers % 2];
 }
 
-// Happens-before, as the kernel's own barriers make it: switching fibers makes none.
-void arrive_at([[maybe_unused]] void* object) {
-#if defined(EMULATION_TSAN)
-  __tsan_release(object);
-#endif
-}
-void leave_from([[maybe_unused]] void* object) {
-#if defined(EMULATION_TSAN)
-  __tsan_acquire(object);
-#endif
-}
-
-#if defined(__x86_64__)
-// Saves the registers that a call preserves, and goes on where `to` stopped.
-__attribute__((naked, noinline)) void switch_stack(void** /*from*/, void* /*to*/) {
-  asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n"
-      "movq %rsp, (%rdi); movq %rsi, %rsp\n"
-      "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
-}
-#endif
-
-void finish_switch([[maybe_unused]] Fiber& fiber) {
-#if defined(EMULATION_ASAN)
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
-#endif
-}
-
-void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
-#if defined(EMULATION_ASAN)
-  static const void* host_bottom = nullptr;
-  static size_t host_size = 0;
-  if (&from == &scheduler.host && host_bottom == nullptr) {
-    pthread_attr_t attributes;
-    void* bottom;
-    pthread_getattr_np(pthread_self(), &attributes);
-    pthread_attr_getstack(&attributes, &bottom, &host_size);
-    pthread_attr_destroy(&attributes);
-    host_bottom = bottom;
-  }
-  const bool to_host = &to == &scheduler.host;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack,
-                                 to_host ? host_bottom : to.stack,
-                                 to_host ? host_size : kStackBytes);
-#endif
-#if defined(EMULATION_TSAN)
-  __tsan_switch_to_fiber(to.thread, /*no synchronisation=*/1);
-#endif
-#if defined(__x86_64__)
-  switch_stack(&from.stack_pointer, to.stack_pointer);
-#else
-  swapcontext(&from.context, &to.context);
-#endif
-  finish_switch(from);
-}
-
-void yield(bool for_good = false) { switch_to(*scheduler.running, scheduler.host, for_good); }
+void yield(bool for_good = false) { switch_contexts(*scheduler.running, scheduler.host, for_good); }
 
 std::string name_of(const Fiber& fiber) {
   return "thread " + std::to_string(scheduler.thread_of(fiber)) + " of block " +
@@ -229,69 +141,14 @@ void fiber_main() {
   std::abort();  // never resumed
 }
 
-void free_stacks() {
-  if (scheduler.stacks != nullptr) munmap(scheduler.stacks, scheduler.room * kStackBytes);
-  scheduler.stacks = nullptr;
-  scheduler.room = 0;
-}
-
 void start(Fiber& fiber) {
-  if (scheduler.room < scheduler.count()) {
-    free_stacks();
-    scheduler.room = std::max(kMostThreads, scheduler.count());
-    scheduler.stacks =
-        static_cast<char*>(mmap(nullptr, scheduler.room * kStackBytes, PROT_READ | PROT_WRITE,
-                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  }
-  fiber.stack = scheduler.stacks + fiber.index * kStackBytes;
-#if defined(EMULATION_ASAN)
-  // The fiber before left this stack for good, with frames that never returned.
-  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
-#endif
   fiber.wait = Wait::nothing;
   fiber.block_barriers = fiber.warp_barriers = fiber.operations = 0;
   fiber.cluster_arrivals = fiber.cluster_waits = 0;
   fiber.copies.clear();
   fiber.closed_groups = 0;
-  fiber.fake_stack = nullptr;
-#if defined(__x86_64__)
-  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 2;
-  *top = reinterpret_cast<void*>(&fiber_main);  // where switch_stack returns to
-  fiber.stack_pointer = top - 6;                // below it, six registers of no meaning
-#else
-  getcontext(&fiber.context);
-  fiber.context.uc_stack = {fiber.stack, 0, kStackBytes};
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, &fiber_main, 0);
-#endif
-#if defined(EMULATION_TSAN)
-  if (scheduler.free_threads.empty()) {
-    fiber.thread = __tsan_create_fiber(0);
-  } else {
-    fiber.thread = scheduler.free_threads.back();
-    scheduler.free_threads.pop_back();
-  }
-  arrive_at(start_object());  // the stack is newly mapped
-#endif
-}
-
-// ThreadSanitizer takes a new thread for the dead one whose number it gets, and would see no race
-// between them, so threads live as long as their launch, up to the number that it can keep. The
-// next launch, which comes after all that they did, takes them again: to make one costs a
-// millisecond.
-void destroy_threads() {
-#if defined(EMULATION_TSAN)
-  for (void* const thread : scheduler.old_threads) __tsan_destroy_fiber(thread);
-#endif
-  scheduler.old_threads.clear();
-}
-
-void end(Fiber& fiber) {
-#if defined(EMULATION_TSAN)
-  scheduler.old_threads.push_back(fiber.thread);
-#else
-  (void)fiber;
-#endif
+  start_context(fiber, fiber.index, &fiber_main);
+  arrive_at(start_object());  // its stack may be newly mapped
 }
 
 void make_ready(Fiber& fiber) {
@@ -417,8 +274,8 @@ void run_blocks() {
 #if defined(EMULATION_SECTORS)
   sectors_begin_block(count);
 #endif
-  constexpr size_t kMostThreadsOfSanitizer = 8000;
-  if (scheduler.old_threads.size() + count > kMostThreadsOfSanitizer) destroy_threads();
+  make_room_for_threads(count);
+  make_stacks(std::max(kMostThreads, count));
   std::fill_n(scheduler.left_of, kMostBlocks, 0);
   scheduler.cluster_arrived = 0;
   scheduler.cluster_phases = 0;
@@ -441,7 +298,7 @@ void run_blocks() {
     thread_index.x = static_cast<unsigned>(scheduler.thread_of(fiber));
     block_index.x = scheduler.first_block + static_cast<unsigned>(scheduler.block_of(fiber));
     scheduler.shared = scheduler.shared_of[scheduler.block_of(fiber)];
-    switch_to(scheduler.host, fiber, false);
+    switch_contexts(scheduler.host, fiber, false);
     after(fiber);
     left += fiber.wait == Wait::left;
   }
@@ -457,7 +314,7 @@ void end_blocks() {
   }
   scheduler.bulk_count = 0;
   scheduler.ready.clear();
-  for (int i = 0; i < scheduler.count(); ++i) end(scheduler.fibers[i]);
+  for (int i = 0; i < scheduler.count(); ++i) end_context(scheduler.fibers[i]);
 #if defined(EMULATION_TSAN)
   free_stacks();  // again, they would look like a race
 #endif
@@ -711,9 +568,7 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
   scheduler.sync_objects.assign(2 + kObjectsPerBlock, 0);
 #endif
   SharedMemory shared(blocks, cluster, shared_bytes);
-#if defined(EMULATION_TSAN)
-  scheduler.host.thread = __tsan_get_current_fiber();
-#endif
+  start_host(scheduler.host);
   arrive_at(start_object());
 
   std::vector<int64_t> order(blocks / cluster);
@@ -731,9 +586,7 @@ const char* launch(int64_t blocks, int threads, int64_t shared_bytes,
     if (!scheduler.error.empty()) return scheduler.error.c_str();
   }
   leave_from(end_object());
-  scheduler.free_threads.insert(scheduler.free_threads.end(), scheduler.old_threads.begin(),
-                                scheduler.old_threads.end());
-  scheduler.old_threads.clear();
+  take_threads_again();
   return nullptr;
 }
 
