@@ -18,19 +18,12 @@ using Row = AndersonRow<X, F>;
 
 constexpr int kPacks = 4;  // of a tile that a thread takes
 constexpr int kAges = 4;   // whose inner products are reduced at once
-constexpr int kWarps = kBlockThreads / kWarp;
-
-template <typename X>
-constexpr int64_t kTile = int64_t{kBlockThreads} * kPacks * kPackWidth<X>;
 
 // What a block keeps in shared memory, before its ring.
 template <typename X>
 struct Scratch {
-  int width;          // sums of a row: |f|^2, then g . g_i by age
-  double* warp_sums;  // [kMostOwnParts, kWarps, width]
-  double* part_sums;  // PartSums
-  double* sums;       // [width]
-  ByAge by_age;       // [memory, memory + 1]
+  RowSums row_sums;  // |f|^2, then g . g_i by age
+  ByAge by_age;      // [memory, memory + 1]
   double *gamma, *alpha, *unit, *inverse;
   X* weights;  // alpha as the mix uses it
   int* mixed;  // how many of them are not zero
@@ -39,23 +32,19 @@ struct Scratch {
 
   static __host__ __device__ int64_t doubles(int64_t memory) {
     const int64_t width = memory + 1;
-    const int64_t count = (kMostOwnParts * kWarps + 1) * width + PartSums<true>::doubles(width) +
-                          memory * width + 5 * memory + 1 + kRowStateDoubles +
-                          sizeof(AndersonPlan) / 8;
+    const int64_t count = RowSums::doubles(width) + memory * width + 5 * memory + 1 +
+                          kRowStateDoubles + sizeof(AndersonPlan) / 8;
     return (count + 1) / 2 * 2;  // whole packs: a ring follows
   }
 
-  DEQCORE_DEVICE Scratch(double* at, int memory) {
+  DEQCORE_DEVICE Scratch(double* at, int memory) : row_sums(at, memory + 1) {
+    at += RowSums::doubles(memory + 1);
     const auto take = [&at](int count) {
       double* const taken = at;
       at += count;
       return taken;
     };
-    width = memory + 1;
-    part_sums = take(PartSums<true>::doubles(width));
-    warp_sums = take(kMostOwnParts * kWarps * width);
-    sums = take(width);
-    by_age = {take(memory * width), width};
+    by_age = {take(memory * (memory + 1)), memory + 1};
     gamma = take(memory);
     alpha = take(memory);
     unit = take(memory);
@@ -64,9 +53,6 @@ struct Scratch {
     mixed = reinterpret_cast<int*>(take(1));
     state = reinterpret_cast<RowState*>(take(kRowStateDoubles));
     plan = reinterpret_cast<AndersonPlan*>(take(sizeof(AndersonPlan) / 8));
-  }
-  DEQCORE_DEVICE double* sums_of(int own_part, int warp) const {
-    return warp_sums + (own_part * kWarps + warp) * width;
   }
 };
 static_assert(sizeof(AndersonPlan) % 8 == 0);
@@ -90,12 +76,12 @@ DEQCORE_DEVICE void fetch_gram(const Team& team, const AndersonArgs& args, int64
   close_copies();
 }
 
-// By one warp: the mixing weights, from scratch.sums and what fetch_gram has brought.
+// By one warp: the mixing weights, from the sums and what fetch_gram has brought.
 template <typename X>
 DEQCORE_DEVICE void solve(int lane, const AndersonArgs& args, int history,
                           const Scratch<X>& scratch) {
   for (int age = lane; age < history; age += kWarp) {
-    scratch.by_age(0, age) = scratch.by_age(age, 0) = scratch.sums[1 + age];
+    scratch.by_age(0, age) = scratch.by_age(age, 0) = scratch.row_sums.totals[1 + age];
   }
   __syncwarp();
   int mixed = 0;
@@ -122,16 +108,16 @@ DEQCORE_DEVICE void solve(int lane, const AndersonArgs& args, int history,
   if (lane == 0) *scratch.mixed = mixed;
 }
 
-// From scratch.sums: one warp works out the row's status and plan, another one its mixing weights.
+// From the sums: one warp works out the row's status and plan, another one its mixing weights.
 // Every block of the cluster does, and all threads see them afterwards.
 template <typename X>
 DEQCORE_DEVICE void decide(const Team& team, const AndersonArgs& args, int history,
                            const Scratch<X>& scratch) {
   if (team.rank == 0) {
-    *scratch.plan =
-        anderson_plan(row_args(args, scratch.state), 0, history, scratch.sums[1], scratch.sums[0]);
+    *scratch.plan = anderson_plan(row_args(args, scratch.state), 0, history,
+                                  scratch.row_sums.totals[1], scratch.row_sums.totals[0]);
   }
-  if (team.warp() == kWarps - 1) solve(team.lane(), args, history, scratch);
+  if (team.warp() == kBlockWarps - 1) solve(team.lane(), args, history, scratch);
   team.sync();
 }
 
@@ -149,7 +135,7 @@ DEQCORE_DEVICE void commit(int lane, const AndersonArgs& args, int64_t row, int 
   commit_row(lane, scratch.state, args.rows, row);
   for (int age = lane; age < history; age += kWarp) {
     const int other = slot_before(slot, age, memory);
-    gram[slot * memory + other] = gram[other * memory + slot] = scratch.sums[1 + age];
+    gram[slot * memory + other] = gram[other * memory + slot] = scratch.row_sums.totals[1 + age];
   }
 }
 
@@ -163,10 +149,9 @@ struct Worker {
   static constexpr int kKeptBytes = Ring::kStageBytes;
 
   const AndersonArgs& args;
-  const RowParts& parts;
   const int64_t index;
   const Team team;
-  const int block, tiles;       // of the cluster; of the share
+  const Share<Own> share;
   Pack<X, kWidth>* const kept;  // in shared memory: the newest iterate of the tile pushed last
   Ring ring;
   int stages;
@@ -176,30 +161,21 @@ struct Worker {
   Own own_of_tile;
   int slot = 0, history = 0;
 
-  DEQCORE_DEVICE Worker(const AndersonArgs& args, const RowParts& parts, int64_t index,
-                        const Team& team, int block, double* room, int stages)
+  DEQCORE_DEVICE Worker(const AndersonArgs& args, int64_t index, const Team& team,
+                        const Share<Own>& share, double* room, int stages)
       : args(args),
-        parts(parts),
         index(index),
         team(team),
-        block(block),
-        tiles(parts.own(block) * parts.tiles),
+        share(share),
         kept(reinterpret_cast<Pack<X, kWidth>*>(room) + team.rank),
         ring(room + kKeptBytes / 8, team.rank, stages),
         stages(stages) {}
 
   DEQCORE_DEVICE Row<X, F> row() const { return Row<X, F>(args, index); }
 
-  DEQCORE_DEVICE Own own(int of_tile) const {
-    const int part = block + of_tile / parts.tiles * parts.blocks;
-    const int64_t begin = part * parts.part + of_tile % parts.tiles * kTile<X>;
-    const int64_t end = part * parts.part + parts.part;
-    return Own(team.rank, begin, end < args.dim ? end : args.dim);
-  }
-
   DEQCORE_DEVICE void fetch_next() {
     if (tile < 0 || history < 2) return ring.skip();
-    if (age == 1) own_of_tile = own(tile);
+    if (age == 1) own_of_tile = share[tile];
     const X* const from = pushing ? row().g_ring : row().h_ring;
     ring.fetch(from + slot_before(slot, age, static_cast<int>(args.memory)) * args.dim,
                own_of_tile);
@@ -207,7 +183,7 @@ struct Worker {
     age = 1;
     if (!pushing) {
       --tile;
-    } else if (tile + 1 < tiles) {
+    } else if (tile + 1 < share.tiles) {
       ++tile;
     } else {
       pushing = false;
@@ -304,8 +280,8 @@ struct Worker {
     }
     const X* const g_slot = row().g_ring + plan.slot * args.dim;
 #pragma unroll 1
-    for (int i = 0; i < tiles; ++i) {
-      const Own here = own(i);
+    for (int i = 0; i < share.tiles; ++i) {
+      const Own here = share[i];
 #pragma unroll 1
       for (int p = 0; p < kPacks; ++p) {
         if (!here.has(p)) break;
@@ -336,34 +312,33 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int block = kMany ? rank_in_cluster() : 0;
   const int64_t index = blockIdx.x / static_cast<unsigned>(parts.blocks);
   const Scratch<X> scratch(shared, memory);
-  W worker(args, parts, index, team, block, shared + Scratch<X>::doubles(memory), stages);
+  const Share<typename W::Own> share(parts, args.dim, team.rank, block);
+  W worker(args, index, team, share, shared + Scratch<X>::doubles(memory), stages);
 
   if (team.warp() == 0) read_row(team.lane(), args.rows, index, scratch.state);
   team.sync();
   if (!scratch.state->active) return worker.copy({AndersonMove::copy_x, 0, 0.0});
   const PushPlan<X> plan(args, scratch.state);
   const int width = plan.history + 1;
-  const PartSums<kMany> part_sums(scratch.part_sums, scratch.width);
-  part_sums.start(team.rank, parts, width);
+  scratch.row_sums.template start<kMany>(team.rank, parts, width);
   fetch_gram(team, args, index, plan.history, plan.slot, scratch);
   worker.fetch(plan);
 #pragma unroll 1
-  for (int tile = 0; tile < worker.tiles; ++tile) {
-    double* const sums = scratch.sums_of(tile / parts.tiles, team.warp());
-    worker.push(plan, worker.own(tile), sums, tile % parts.tiles == 0);
+  for (int tile = 0; tile < share.tiles; ++tile) {
+    double* const sums = scratch.row_sums.of_warp(tile, parts, team.warp());
+    worker.push(plan, share[tile], sums, tile % parts.tiles == 0);
   }
   // By now the Gram matrix has come: the first wait for a slot is for what was asked for before,
   // too.
-  send_warp_sums(team, parts, block, width, scratch.warp_sums, part_sums);
-  part_sums.add(team, parts, width, scratch.sums);
+  scratch.row_sums.template exchange<kMany>(team, parts, block, width);
   decide(team, args, plan.history, scratch);
   if (block == 0 && team.warp() == 0) {
     commit(team.lane(), args, index, plan.history, plan.slot, scratch);
   }
   if (scratch.plan->move == AndersonMove::mix) {
 #pragma unroll 1
-    for (int tile = worker.tiles - 1; tile >= 0; --tile) {
-      worker.mix(worker.own(tile), scratch.weights, tile + 1 == worker.tiles);
+    for (int tile = share.tiles - 1; tile >= 0; --tile) {
+      worker.mix(share[tile], scratch.weights, tile + 1 == share.tiles);
     }
   } else {
     worker.copy(*scratch.plan);
@@ -374,18 +349,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 template <typename X, typename F, bool kAligned>
 const char* launch_cluster(const AndersonArgs& args, Stream stream) {
   using W = Worker<X, F, kAligned>;
-  const int most =
-      largest_cluster(anderson_cluster<X, F, kAligned, true>, kBlockThreads, kClusterShared);
-  const RowParts parts = parts_of_row(args.dim, args.batch, kTile<X>, most);
-  if (parts.blocks == 0) return kTooFewBlocks;
-  const int64_t beside = Scratch<X>::doubles(args.memory) * 8 + W::kKeptBytes;
-  const int64_t useful = 2 * (args.memory - 1) * parts.own(0) * parts.tiles;
-  const int stages = stages_of(useful, W::Ring::kStageBytes, kClusterShared - beside);
-  const int64_t shared = beside + stages * W::Ring::kStageBytes;
-  const auto kernel = parts.blocks > 1 ? anderson_cluster<X, F, kAligned, true>
-                                       : anderson_cluster<X, F, kAligned, false>;
-  return launch_clusters(kernel, parts.blocks, args.batch, kBlockThreads, shared, stream, args,
-                         parts, stages);
+  return launch_by_clusters<W>(
+      anderson_cluster<X, F, kAligned, true>, anderson_cluster<X, F, kAligned, false>, args,
+      Scratch<X>::doubles(args.memory) * 8 + W::kKeptBytes, 2 * (args.memory - 1), stream);
 }
 
 }  // namespace

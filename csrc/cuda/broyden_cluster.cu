@@ -16,24 +16,19 @@ template <typename X, typename F, typename S>
 using Row = BroydenRow<X, F, S>;
 
 constexpr int kGroup = 4;  // steps whose inner products are reduced at once
-constexpr int kWarps = kBlockThreads / kWarp;
 
 // Elements of a tile that a thread takes, in packs of 16 bytes of a stored step.
 template <typename X>
 constexpr int kOwn = sizeof(X) == 8 ? 4 : 8;
 template <typename S>
 constexpr int kStepWidth = 16 / sizeof(S);
-template <typename X>
-constexpr int64_t kTile = int64_t{kBlockThreads} * kOwn<X>;
 
 // What a block keeps in shared memory, before its ring.
 template <typename X>
 struct Scratch {
-  int width;          // sums of a row: |g|^2, |f|^2, then s_j . g and s_j . s_newest
-  double* warp_sums;  // [kMostOwnParts, kWarps, width]
-  double* part_sums;  // PartSums
-  double* sums;       // [width]
-  double* gram;       // [capacity, stride] of the stored steps
+  RowSums row_sums;  // |g|^2, |f|^2, then s_j . g and s_j . s_newest
+  double* sums;      // their totals
+  double* gram;      // [capacity, stride] of the stored steps
   int stride;
   double *inverse_size, *lift, *ratio;
   X* weights;  // of the stored steps in the new one
@@ -44,23 +39,20 @@ struct Scratch {
 
   static __host__ __device__ int64_t doubles(int64_t capacity) {
     const int64_t width = 2 + 2 * capacity;
-    const int64_t count = (kMostOwnParts * kWarps + 1) * width + PartSums<true>::doubles(width) +
-                          capacity * (capacity + 1) + 4 * capacity + kRowStateDoubles +
-                          sizeof(BroydenPlan) / 8 + 2;
+    const int64_t count = RowSums::doubles(width) + capacity * (capacity + 1) + 4 * capacity +
+                          kRowStateDoubles + sizeof(BroydenPlan) / 8 + 2;
     return (count + 1) / 2 * 2;  // whole packs: a ring follows
   }
 
-  DEQCORE_DEVICE Scratch(double* at, int capacity) {
+  DEQCORE_DEVICE Scratch(double* at, int capacity)
+      : row_sums(at, 2 + 2 * capacity), sums(row_sums.totals) {
+    at += RowSums::doubles(2 + 2 * capacity);
     const auto take = [&at](int count) {
       double* const taken = at;
       at += count;
       return taken;
     };
-    width = 2 + 2 * capacity;
     stride = capacity + 1;
-    part_sums = take(PartSums<true>::doubles(width));
-    warp_sums = take(kMostOwnParts * kWarps * width);
-    sums = take(width);
     gram = take(capacity * stride);
     inverse_size = take(capacity);
     lift = take(capacity);
@@ -70,9 +62,6 @@ struct Scratch {
     plan = reinterpret_cast<BroydenPlan*>(take(sizeof(BroydenPlan) / 8));
     g_weight = take(1);
     count = reinterpret_cast<int*>(take(1));
-  }
-  DEQCORE_DEVICE double* sums_of(int own_part, int warp) const {
-    return warp_sums + (own_part * kWarps + warp) * width;
   }
 };
 static_assert(sizeof(BroydenPlan) % 8 == 0);
@@ -100,7 +89,7 @@ DEQCORE_DEVICE void decide(const Team& team, const BroydenArgs& args, int histor
     *scratch.plan =
         broyden_begin(row_args(args, scratch.state), 0, scratch.sums[0], scratch.sums[1]);
   }
-  if (team.warp() == kWarps - 1) {
+  if (team.warp() == kBlockWarps - 1) {
     const int lane = team.lane(), newest = history - 1;
     for (int j = lane; j < history; j += kWarp) {
       scratch.gram[newest * scratch.stride + j] = scratch.gram[j * scratch.stride + newest] =
@@ -148,13 +137,11 @@ struct Worker {
   using Ring = SlotRing<S, kBlockThreads, kWidth, kPacks, kAligned>;
   using Own = typename Ring::Own;
   using Packs = Pack<X, kWidth>[kPacks];
-  static_assert(Own::kTile == kTile<X>);
 
   const BroydenArgs& args;
-  const RowParts& parts;
   const int64_t index;
   const Team team;
-  const int block, tiles;  // of the cluster; of the share
+  const Share<Own> share;
   Ring ring;
   int stages;
   // What is fetched next: step `step` of a tile, for push (where the newest comes by itself) and
@@ -163,41 +150,32 @@ struct Worker {
   int tile = 0, step = 0;
   int history = 0;
 
-  DEQCORE_DEVICE Worker(const BroydenArgs& args, const RowParts& parts, int64_t index,
-                        const Team& team, int block, double* room, int stages)
+  DEQCORE_DEVICE Worker(const BroydenArgs& args, int64_t index, const Team& team,
+                        const Share<Own>& share, double* room, int stages)
       : args(args),
-        parts(parts),
         index(index),
         team(team),
-        block(block),
-        tiles(parts.own(block) * parts.tiles),
+        share(share),
         ring(room, team.rank, stages),
         stages(stages) {}
 
   DEQCORE_DEVICE Row<X, F, S> row() const { return Row<X, F, S>(args, index); }
 
-  DEQCORE_DEVICE Own own(int of_tile) const {
-    const int part = block + of_tile / parts.tiles * parts.blocks;
-    const int64_t begin = part * parts.part + of_tile % parts.tiles * kTile<X>;
-    const int64_t end = part * parts.part + parts.part;
-    return Own(team.rank, begin, end < args.dim ? end : args.dim);
-  }
-
   DEQCORE_DEVICE void fetch_next() {
     if (pushing && step + 1 >= history) {
       step = 0;
-      if (tile + 1 < tiles && history > 1) {
+      if (tile + 1 < share.tiles && history > 1) {
         ++tile;
       } else {
         pushing = false;
-        tile = tiles - 1;
+        tile = share.tiles - 1;
       }
     } else if (!pushing && step >= history) {
       step = 0;
       --tile;
     }
     if (tile < 0 || history == 0) return ring.skip();
-    ring.fetch(row().s_ring + step * args.dim, own(tile));
+    ring.fetch(row().s_ring + step * args.dim, share[tile]);
     ++step;
   }
 
@@ -307,8 +285,8 @@ struct Worker {
     if (move == BroydenMove::copy_x && at.x_next == at.x && at.z_next == nullptr) return;
     const X* const from = move == BroydenMove::copy_best ? at.best : at.x;
 #pragma unroll 1
-    for (int i = 0; i < tiles; ++i) {
-      const Own here = own(i);
+    for (int i = 0; i < share.tiles; ++i) {
+      const Own here = share[i];
 #pragma unroll 1
       for (int p = 0; p < kPacks; ++p) {
         if (!here.has(p)) break;
@@ -335,7 +313,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int block = kMany ? rank_in_cluster() : 0;
   const int64_t index = blockIdx.x / static_cast<unsigned>(parts.blocks);
   const Scratch<X> scratch(shared, capacity);
-  W worker(args, parts, index, team, block, shared + Scratch<X>::doubles(capacity), stages);
+  const Share<typename W::Own> share(parts, args.dim, team.rank, block);
+  W worker(args, index, team, share, shared + Scratch<X>::doubles(capacity), stages);
 
   if (team.warp() == 0) read_row(team.lane(), args.rows, index, scratch.state);
   team.sync();
@@ -343,26 +322,24 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int history = history_of(args, scratch.state);
   const int64_t step = scratch.state->counters[kSteps] + 1;
   const int width = 2 + 2 * history;
-  const PartSums<kMany> part_sums(scratch.part_sums, scratch.width);
-  part_sums.start(team.rank, parts, width);
+  scratch.row_sums.template start<kMany>(team.rank, parts, width);
   fetch_gram(team, args, index, history, scratch);
   worker.fetch(history);
 #pragma unroll 1
-  for (int tile = 0; tile < worker.tiles; ++tile) {
-    double* const sums = scratch.sums_of(tile / parts.tiles, team.warp());
-    worker.push(worker.own(tile), sums, tile % parts.tiles == 0);
+  for (int tile = 0; tile < share.tiles; ++tile) {
+    double* const sums = scratch.row_sums.of_warp(tile, parts, team.warp());
+    worker.push(share[tile], sums, tile % parts.tiles == 0);
   }
   // By now the Gram matrix has come: the first wait for a step is for what was asked for before.
-  send_warp_sums(team, parts, block, width, scratch.warp_sums, part_sums);
-  part_sums.add(team, parts, width, scratch.sums);
+  scratch.row_sums.template exchange<kMany>(team, parts, block, width);
   decide(team, args, history, step, scratch);
   if (block == 0 && team.warp() == 0) commit(team.lane(), args, index, history, scratch);
   const BroydenPlan plan = *scratch.plan;
   if (plan.move != BroydenMove::step || plan.count == 0) wait_for_copies();
   if (plan.move == BroydenMove::step) {
 #pragma unroll 1
-    for (int tile = worker.tiles - 1; tile >= 0; --tile) {
-      worker.move(worker.own(tile), plan, scratch.weights);
+    for (int tile = share.tiles - 1; tile >= 0; --tile) {
+      worker.move(share[tile], plan, scratch.weights);
     }
   } else {
     worker.copy(plan.move);
@@ -373,18 +350,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 template <typename X, typename F, typename S, bool kAligned>
 const char* launch_cluster(const BroydenArgs& args, Stream stream) {
   using W = Worker<X, F, S, kAligned>;
-  const int most =
-      largest_cluster(broyden_cluster<X, F, S, kAligned, true>, kBlockThreads, kClusterShared);
-  const RowParts parts = parts_of_row(args.dim, args.batch, kTile<X>, most);
-  if (parts.blocks == 0) return kTooFewBlocks;
-  const int64_t scratch = Scratch<X>::doubles(args.capacity) * 8;
-  const int64_t useful = 2 * args.capacity * parts.own(0) * parts.tiles;
-  const int stages = stages_of(useful, W::Ring::kStageBytes, kClusterShared - scratch);
-  const int64_t shared = scratch + stages * W::Ring::kStageBytes;
-  const auto kernel = parts.blocks > 1 ? broyden_cluster<X, F, S, kAligned, true>
-                                       : broyden_cluster<X, F, S, kAligned, false>;
-  return launch_clusters(kernel, parts.blocks, args.batch, kBlockThreads, shared, stream, args,
-                         parts, stages);
+  return launch_by_clusters<W>(broyden_cluster<X, F, S, kAligned, true>,
+                               broyden_cluster<X, F, S, kAligned, false>, args,
+                               Scratch<X>::doubles(args.capacity) * 8, 2 * args.capacity, stream);
 }
 
 template <typename X, typename F, typename S>

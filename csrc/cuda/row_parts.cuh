@@ -44,9 +44,6 @@ inline RowParts parts_of_row(int64_t dim, int64_t batch, int64_t tile, int most)
   }
   return out;
 }
-constexpr const char* kTooFewBlocks =
-    "this GPU, or the part of it that this process has, runs no clusters that are large enough; "
-    "unset DEQCORE_CUDA_TRIAL";
 
 // Stages of a ring of slots: as many as are of use and fit.
 inline int stages_of(int64_t useful, int64_t stage_bytes, int64_t room) {
@@ -56,20 +53,56 @@ inline int stages_of(int64_t useful, int64_t stage_bytes, int64_t room) {
   return stages < 1 ? 1 : static_cast<int>(stages);
 }
 
-// The sums of all parts of a row, in the shared memory of every block that has a share of it: each
-// block sends its own to all.
-template <bool kMany>
-struct PartSums {
-  double* sums;      // [parts, stride]
-  Barrier* barrier;  // tells that all have come
+// A thread's columns of its block's share of a row: tiles of parts, one after the other.
+template <typename Own>
+struct Share {
+  const RowParts& parts;
+  int64_t dim;
+  int thread, block;  // of the block; of the cluster
+  int tiles;
+
+  DEQCORE_DEVICE Share(const RowParts& parts, int64_t dim, int thread, int block)
+      : parts(parts),
+        dim(dim),
+        thread(thread),
+        block(block),
+        tiles(parts.own(block) * parts.tiles) {}
+
+  DEQCORE_DEVICE Own operator[](int tile) const {
+    const int part = block + tile / parts.tiles * parts.blocks;
+    const int64_t begin = part * parts.part + tile % parts.tiles * Own::kTile;
+    const int64_t end = part * parts.part + parts.part;
+    return Own(thread, begin, end < dim ? end : dim);
+  }
+};
+
+// The sums of a row, in the shared memory of every block that has a share of it: each block sends
+// those of its own parts to all.
+struct RowSums {
   int stride;
+  double* of_warps;  // [kMostOwnParts, kBlockWarps, stride] of this block
+  double* of_parts;  // [kMostParts, stride]
+  double* totals;    // [stride]
+  Barrier* barrier;  // tells that all parts have come
 
-  static __host__ __device__ int64_t doubles(int64_t stride) { return kMostParts * stride + 2; }
+  static __host__ __device__ int64_t doubles(int64_t stride) {
+    return (kMostOwnParts * kBlockWarps + kMostParts + 1) * stride + 1;
+  }
 
-  DEQCORE_DEVICE PartSums(double* at, int stride)
-      : sums(at + 2), barrier(reinterpret_cast<Barrier*>(at)), stride(stride) {}
+  DEQCORE_DEVICE RowSums(double* at, int stride)
+      : stride(stride),
+        of_warps(at + 1),
+        of_parts(of_warps + kMostOwnParts * kBlockWarps * stride),
+        totals(of_parts + kMostParts * stride),
+        barrier(reinterpret_cast<Barrier*>(at)) {}
 
-  // By all threads, before anything else; `finish_start` comes before the first `send`.
+  // Where a warp adds up its part of what a tile gives.
+  DEQCORE_DEVICE double* of_warp(int tile, const RowParts& parts, int warp) const {
+    return of_warps + (tile / parts.tiles * kBlockWarps + warp) * stride;
+  }
+
+  // By all threads of the block, before anything else. `width`: sums that there are.
+  template <bool kMany>
   DEQCORE_DEVICE void start(int thread, const RowParts& parts, int width) const {
     if constexpr (kMany) {
       if (thread == 0) {
@@ -81,23 +114,27 @@ struct PartSums {
       arrive_at_cluster(/*ordered=*/false);
     }
   }
-  DEQCORE_DEVICE void finish_start() const {
-    if constexpr (kMany) wait_for_cluster();
-  }
 
-  // Number i of a part that this block has summed up.
-  DEQCORE_DEVICE void send(int part, int i, double sum, const RowParts& parts) const {
-    double* const to = sums + part * stride + i;
-    if constexpr (kMany) {
-      for (int rank = 0; rank < parts.blocks; ++rank) send_number(rank, to, sum, barrier);
-    } else {
-      *to = sum;
+  // From what the warps have added up to the totals, over all parts in their order; all threads see
+  // these afterwards.
+  template <bool kMany>
+  DEQCORE_DEVICE void exchange(const Team& team, const RowParts& parts, int block,
+                               int width) const {
+    team.sync();
+    if constexpr (kMany) wait_for_cluster();  // the barriers have begun
+    const int count = parts.own(block) * width;
+    for (int at = team.rank; at < count; at += team.threads) {
+      const int own = at / width, i = at % width;
+      const double* const from = of_warps + own * kBlockWarps * stride + i;
+      double sum = 0.0;
+      for (int warp = 0; warp < kBlockWarps; ++warp) sum += from[warp * stride];
+      double* const to = of_parts + (block + own * parts.blocks) * stride + i;
+      if constexpr (kMany) {
+        for (int rank = 0; rank < parts.blocks; ++rank) send_number(rank, to, sum, barrier);
+      } else {
+        *to = sum;
+      }
     }
-  }
-
-  // totals[0 .. width) over all parts, in their order; all threads see them afterwards.
-  DEQCORE_DEVICE void add(const Team& team, const RowParts& parts, int width,
-                          double* totals) const {
     if constexpr (kMany) {
       wait_for_numbers(barrier, 0);
     } else {
@@ -106,28 +143,30 @@ struct PartSums {
     for (int i = team.rank; i < width; i += team.threads) {
       double total = 0.0;
 #pragma unroll 4
-      for (int part = 0; part < parts.parts; ++part) total += sums[part * stride + i];
+      for (int part = 0; part < parts.parts; ++part) total += of_parts[part * stride + i];
       totals[i] = total;
     }
     team.sync();
   }
 };
 
-// Sends what the warps have summed up of a block's own parts: warp_sums [kMostOwnParts, warps,
-// stride].
-template <bool kMany>
-DEQCORE_DEVICE void send_warp_sums(const Team& team, const RowParts& parts, int block, int width,
-                                   const double* warp_sums, const PartSums<kMany>& to) {
-  team.sync();
-  to.finish_start();
-  const int count = parts.own(block) * width;
-  for (int at = team.rank; at < count; at += team.threads) {
-    const int own = at / width, i = at % width;
-    const double* const from = warp_sums + own * team.warps() * to.stride + i;
-    double sum = 0.0;
-    for (int warp = 0; warp < team.warps(); ++warp) sum += from[warp * to.stride];
-    to.send(block + own * parts.blocks, i, sum, parts);
+// Starts a step by clusters: `many` where these have more blocks than one, `one` where not. A
+// worker `W` says what its ring takes, `beside` what a block keeps beside it, in bytes; `fetched`:
+// slots that a tile has fetched.
+template <typename W, typename Kernel, typename Args>
+const char* launch_by_clusters(Kernel many, Kernel one, const Args& args, int64_t beside,
+                               int64_t fetched, Stream stream) {
+  const int most = largest_cluster(many, kBlockThreads, kClusterShared);
+  const RowParts parts = parts_of_row(args.dim, args.batch, W::Own::kTile, most);
+  if (parts.blocks == 0) {
+    return "this GPU, or the part of it that this process has, runs no clusters that are large "
+           "enough; unset DEQCORE_CUDA_TRIAL";
   }
+  constexpr int64_t kStage = W::Ring::kStageBytes;
+  const int64_t useful = fetched * parts.own(0) * parts.tiles;
+  const int stages = stages_of(useful, kStage, kClusterShared - beside);
+  return launch_clusters(parts.blocks > 1 ? many : one, parts.blocks, args.batch, kBlockThreads,
+                         beside + stages * kStage, stream, args, parts, stages);
 }
 
 }  // namespace deqcore::cuda

@@ -11,6 +11,7 @@ namespace deqcore::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kWarp = 32;
+constexpr int kBlockWarps = kBlockThreads / kWarp;
 
 // A warp or a whole block.
 struct Team {
